@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# PYTHON (3.11 or newer) makes .venv; PYTHON_NEW (3.12 or newer) runs the kernels on the newest JAX.
+
+PYTHON ?= python3
+PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
+	"$$HOME"/.pyenv/versions/3.12.*/bin/python; do \
+	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
+BIN := .venv/bin
+
+.PHONY: demo test lint tests kernels-newest-jax clean
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/demo.py
+
+test: lint tests kernels-newest-jax
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+tests: .venv/test.stamp
+	$(BIN)/python -m pytest
+
+kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
+ifeq ($(PYTHON_NEW),)
+	@echo "SKIPPED: the kernel suite on the newest JAX needs Python 3.12 (set PYTHON_NEW)"
+else
+	.venv-newest/bin/python -m pytest tests/test_kernels_*.py
+endif
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	touch $@
+
+.venv/test.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-newest/stamp: pyproject.toml
+	$(PYTHON_NEW) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet jax numpy pytest pytest-timeout hypothesis
+	touch $@
+
+clean:
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,170 @@
+"""Hugging Face tensors -> our parameters, one at a time, and back.
+
+Host memory: on CPU the parameters themselves plus one source tensor, where the source is not a
+mapped file; elsewhere one source tensor (fusing and transposing happen on the device).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from converters.placement import Placement, on_cpu
+from converters.sources import TensorSource
+from converters.tables import Table, table_for
+from jaxserve.errors import ModelLoadError
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import Declaration
+
+_ALIGNMENT = 64
+"""Bytes; XLA on CPU takes over host buffers aligned like this without a copy."""
+_BLOCK = 64
+"""Rows transposed at a time: both sides of the copy stay in the cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source tensor of a parameter: columns [start, start + width) of its last axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    transpose: bool
+
+    @property
+    def width(self) -> int:
+        return self.shape[0 if self.transpose else -1]
+
+
+def parts_of(path: str, shape: tuple[int, ...], config: ModelConfig, table: Table) -> list[Part]:
+    """The source tensors of parameter `path` of `shape`, with the shapes they must have."""
+    rule, layer = table.rule(path)
+    widths = rule.widths(config) if rule.widths else (shape[-1],)
+    parts, start = [], 0
+    for source, width in zip(rule.sources, widths, strict=True):
+        rest = shape[:-1]
+        expected = (width, *rest) if rule.transpose else (*rest, width)
+        parts.append(Part(source.replace("{i}", layer), expected, start, rule.transpose))
+        start += width
+    return parts
+
+
+def convert(
+    source: TensorSource,
+    declaration: Declaration,
+    placement: Placement,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, jax.Array]:
+    """Reads every parameter of `declaration` from `source` and places it.
+
+    placement: where each parameter goes. progress: called with the numbers of parameters done and
+    in all after each.
+    Raises ModelLoadError that lists all missing, unexpected and wrongly shaped tensors, before
+    any is read.
+    """
+    config = declaration.config
+    table = table_for(config)
+    plan = {
+        path: parts_of(path, spec.shape, config, table) for path, spec in declaration.specs.items()
+    }
+    _check(source, [part for parts in plan.values() for part in parts], table)
+    params = {}
+    for done, (path, spec) in enumerate(declaration.specs.items(), start=1):
+        sharding = placement(path)
+        fuse = _fuse_on_host if on_cpu(sharding) else _fuse_on_device
+        params[path] = fuse(source, plan[path], spec, sharding)
+        if progress is not None:
+            progress(done, len(plan))
+    return params
+
+
+def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
+    present = set(source.names())
+    wanted = {part.name for part in parts}
+    missing = sorted(wanted - present)
+    unexpected = sorted(name for name in present - wanted if not table.ignores(name))
+    misshaped = [
+        f"{part.name} is {list(source.shape(part.name))}, should be {list(part.shape)}"
+        for part in parts
+        if part.name in present and tuple(source.shape(part.name)) != part.shape
+    ]
+    problems = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshaped))
+    if any(found for _, found in problems):
+        lines = [
+            f"{len(found)} {kind}:\n    " + "\n    ".join(found)
+            for kind, found in problems
+            if found
+        ]
+        raise ModelLoadError("the checkpoint does not fit its config:\n  " + "\n  ".join(lines))
+
+
+def _fuse_on_host(
+    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    out = aligned_empty(spec.shape, np.dtype(spec.dtype))
+    for part in parts:
+        columns = out[..., part.start : part.start + part.width]
+        tensor = source.read(part.name)
+        if not part.transpose:
+            columns[...] = tensor
+            continue
+        for row in range(0, part.width, _BLOCK):
+            columns[:, row : row + _BLOCK] = tensor[row : row + _BLOCK].T
+    return jax.device_put(out, sharding)
+
+
+def _fuse_on_device(
+    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    # One device transposes and fuses; the result then goes where it belongs.
+    device = min(sharding.device_set, key=lambda d: d.id)
+    pieces = []
+    for part in parts:
+        # One host tensor alive at a time: wait until the device has it.
+        piece = jax.block_until_ready(jax.device_put(source.read(part.name), device))
+        pieces.append((piece.T if part.transpose else piece).astype(spec.dtype))
+    out = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
+    return jax.block_until_ready(jax.device_put(out, sharding))
+
+
+def place_rows(array: np.ndarray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    """`array`, which has spec's shape and may be a mapped file, on `sharding` in spec's dtype.
+
+    Each shard reads its own part of the file only.
+    """
+    dtype = np.dtype(spec.dtype)
+    copy = on_cpu(sharding)
+
+    def shard(index: Any) -> np.ndarray:
+        part = array[index]
+        if part.dtype == dtype and not copy:
+            return part  # goes to the device straight from the file's pages
+        out = aligned_empty(part.shape, dtype)
+        out[...] = part
+        return out
+
+    placed = jax.make_array_from_callback(spec.shape, sharding, shard)
+    return jax.block_until_ready(placed)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialized array whose memory JAX on CPU adopts instead of copying it."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[offset : offset + size].view(dtype).reshape(shape)
+
+
+def to_hf(
+    path: str, array: np.ndarray, config: ModelConfig, table: Table
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse for one parameter: its Hugging Face tensors, contiguous, one at a time."""
+    for part in parts_of(path, array.shape, config, table):
+        columns = array[..., part.start : part.start + part.width]
+        yield part.name, np.ascontiguousarray(columns.T if part.transpose else columns)

@@ -1,0 +1,202 @@
+"""config.json from a GGUF file's metadata."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+
+from converters.gguf_reader import BF16, F16, F32, GGUFFile
+from converters.gguf_rope import rope_parameters
+from jaxserve.errors import ModelLoadError, NotSupportedError
+
+_FAMILIES = {
+    # general.architecture: Hugging Face class, model_type
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+_CHANGES_MATHEMATICS = (
+    "expert_count", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias",
+    "attention.temperature_scale", "attn_logit_softcapping", "final_logit_softcapping",
+    "logit_scale", "residual_scale", "embedding_scale",
+)  # fmt: skip
+_PLAIN = {F32: "float32", F16: "float16", BF16: "bfloat16"}
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The dict that the model's config.json would hold, for `ModelConfig.from_hf`.
+
+    The private key "_gguf" has the file's architecture, its name, and the number of tensors by
+    ggml type. dtype: the checkpoint's 16-bit type; float32 when quantized.
+
+    Raises ModelLoadError (missing, truncated or damaged file, missing keys) and NotSupportedError
+    (an architecture or a feature that we do not have).
+    """
+    file = GGUFFile.open(path)
+    arch = architecture(file)
+    _refuse_unsupported(file, arch)
+    hidden, heads = file.integer(f"{arch}.embedding_length"), head_count(file, arch)
+    kv_heads = kv_head_count(file, arch)
+    head_dim = _head_dim(file, arch, hidden, heads)
+    class_name, model_type = _FAMILIES[arch]
+    config = {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": _vocab_size(file, arch),
+        "hidden_size": hidden,
+        "intermediate_size": _uniform(file, f"{arch}.feed_forward_length"),
+        "num_hidden_layers": file.integer(f"{arch}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": file.integer(f"{arch}.context_length"),
+        "rope_parameters": rope_parameters(file, arch, head_dim),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "dtype": _dtype(file),
+        **_special_ids(file),
+        "_gguf": {
+            "architecture": arch,
+            "name": file.string("general.name", None),
+            "tensor_types": _tensor_types(file),
+        },
+    }
+    return config | _windows(file, arch, config["num_hidden_layers"])
+
+
+def architecture(file: GGUFFile) -> str:
+    """general.architecture. Raises NotSupportedError, listing the supported ones."""
+    arch = file.string("general.architecture")
+    if arch not in _FAMILIES:
+        raise NotSupportedError(
+            f"{file.path}: GGUF architecture {arch!r} is not supported; supported: "
+            f"{', '.join(_FAMILIES)} (SmolLM and Mistral files say llama)"
+        )
+    return arch
+
+
+def head_count(file: GGUFFile, arch: str) -> int:
+    """N, the number of query heads."""
+    return _uniform(file, f"{arch}.attention.head_count")
+
+
+def kv_head_count(file: GGUFFile, arch: str) -> int:
+    """K, the number of KV heads; N where the file does not say."""
+    key = f"{arch}.attention.head_count_kv"
+    return _uniform(file, key) if key in file.metadata else head_count(file, arch)
+
+
+def _uniform(file: GGUFFile, key: str) -> int:
+    """An integer that may be written once per layer. Raises NotSupportedError if layers differ."""
+    if not isinstance(file.metadata.get(key), np.ndarray):
+        value = file.integer(key)
+    else:
+        values = {int(v) for v in file.numbers(key)}
+        if len(values) != 1:
+            raise NotSupportedError(
+                f"{file.path}: {key} differs between layers ({sorted(values)}), which is not "
+                "supported"
+            )
+        value = values.pop()
+    if value < 1:
+        raise ModelLoadError(f"{file.path}: metadata key {key} must be positive, got {value}")
+    return value
+
+
+def _head_dim(file: GGUFFile, arch: str, hidden: int, heads: int) -> int:
+    default = file.integer(f"{arch}.rope.dimension_count", hidden // heads)
+    key_dim = file.integer(f"{arch}.attention.key_length", default)
+    value_dim = file.integer(f"{arch}.attention.value_length", key_dim)
+    if key_dim != value_dim:
+        raise NotSupportedError(
+            f"{file.path}: {arch}.attention.key_length={key_dim} unlike value_length={value_dim} "
+            "is not supported"
+        )
+    return key_dim
+
+
+def _vocab_size(file: GGUFFile, arch: str) -> int:
+    """V: the rows of the embedding, which what the file says elsewhere must fit."""
+    if "token_embd.weight" not in file.tensors:
+        raise ModelLoadError(f"{file.path}: tensor token_embd.weight is missing")
+    rows = file.tensors["token_embd.weight"].shape[0]
+    stated = file.integer(f"{arch}.vocab_size", rows)
+    tokens = len(file.strings("tokenizer.ggml.tokens", []))
+    if stated != rows or tokens > rows:
+        raise ModelLoadError(
+            f"{file.path}: token_embd.weight has {rows} rows, but {arch}.vocab_size={stated} and "
+            f"the tokenizer has {tokens} tokens"
+        )
+    return rows
+
+
+def _special_ids(file: GGUFFile) -> dict[str, Any]:
+    ids = {name: special_id(file, name) for name in ("bos", "eos", "padding", "eot", "eom")}
+    # A chat model may end its turn with a token of its own.
+    ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
+    ends = list(dict.fromkeys(ends))
+    return {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": ids["padding"],
+    }
+
+
+def special_id(file: GGUFFile, name: str) -> int | None:
+    """Id of a special token: name is bos, eos, eot, eom, unknown or padding; None if unset.
+
+    Raises ModelLoadError when it lies outside the vocabulary.
+    """
+    key = f"tokenizer.ggml.{name}_token_id"
+    # SentencePiece files may leave out what SentencePiece itself defaults to.
+    usual = {"unknown": 0, "bos": 1, "eos": 2}
+    sentencepiece = file.string("tokenizer.ggml.model", None) == "llama"
+    value = file.integer(key, usual.get(name) if sentencepiece else None)
+    tokens = file.strings("tokenizer.ggml.tokens", None)
+    if value is not None and tokens is not None and not 0 <= value < len(tokens):
+        raise ModelLoadError(f"{file.path}: {key}={value}, but there are {len(tokens)} tokens")
+    return value
+
+
+def _windows(file: GGUFFile, arch: str, layers: int) -> dict[str, Any]:
+    """Sliding windows. A llama file with one is a Mistral: it has one in every layer."""
+    window = file.integer(f"{arch}.attention.sliding_window", 0)
+    pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern")
+    if not window:
+        return {}
+    if arch == "llama" and pattern is None:
+        family = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        return family | {"sliding_window": window}
+    if arch != "llama" and isinstance(pattern, np.ndarray) and pattern.shape == (layers,):
+        kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+        return {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+    raise NotSupportedError(
+        f"{file.path}: {arch}.attention.sliding_window={window} with sliding_window_pattern="
+        f"{pattern!r} is not supported: it does not tell which layers have the window"
+    )
+
+
+def _refuse_unsupported(file: GGUFFile, arch: str) -> None:
+    for key in _CHANGES_MATHEMATICS:
+        value = file.number(f"{arch}.{key}", 0.0)
+        if value:
+            raise NotSupportedError(f"{file.path}: {arch}.{key}={value:g} is not supported")
+    if not file.flag(f"{arch}.attention.causal", True):
+        raise NotSupportedError(f"{file.path}: {arch}.attention.causal=False is not supported")
+
+
+def _dtype(file: GGUFFile) -> str:
+    """Norms stay float32 in any file: the matrices tell."""
+    kinds = {info.type_id for info in file.tensors.values() if len(info.shape) > 1}
+    return _PLAIN.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
+def _tensor_types(file: GGUFFile) -> dict[str, int]:
+    """Number of tensors by ggml type id (as text: JSON has no integer keys)."""
+    counts = collections.Counter(info.type_id for info in file.tensors.values())
+    return {str(kind): counts[kind] for kind in sorted(counts)}

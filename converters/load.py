@@ -1,0 +1,152 @@
+"""Reads a checkpoint: what the engine calls to get a model's config and parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+from converters import locate
+from converters.convert import convert
+from converters.dummy import dummy_params
+from converters.orbax_format import restore
+from converters.placement import Placement, placement_for, resolve_dtype
+from converters.sources import SafetensorsSource, TensorSource
+from jaxserve.errors import ModelLoadError, NotSupportedError
+from jaxserve.models import registry
+from jaxserve.models.config import ModelConfig, token_ids
+from jaxserve.models.registry import Declaration
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to run."""
+
+    config: ModelConfig
+    declaration: Declaration
+    params: dict[str, jax.Array]
+    """By dotted path, in the order of `declaration.specs`."""
+    eos_token_ids: tuple[int, ...]
+    """Of config.json, then those that only generation_config.json has."""
+    path: str
+    """The local folder or file that was read."""
+    format: str
+    """safetensors, gguf, orbax or dummy."""
+    load_seconds: float
+    hf_config: dict[str, Any]
+    """config.json with the caller's overrides."""
+
+
+def load(
+    model_path: str,
+    *,
+    load_format: str = "auto",
+    dtype: str = "auto",
+    sharding: Sharding | Placement | None = None,
+    config_overrides: dict[str, Any] | None = None,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadedModel:
+    """Loads a Hugging Face folder, a .gguf file, an Orbax folder of ours, or makes dummy weights.
+
+    model_path: local path or Hub id. load_format: auto, safetensors, gguf, orbax, or dummy (needs
+    config.json only). dtype: of every parameter; "auto" is float32 on CPU, else bfloat16.
+    sharding: for every parameter, or a function from a parameter's path to its sharding; None is
+    the default device. config_overrides: keys that replace config.json's. revision, download_dir:
+    for Hub ids. seed: of dummy weights. progress: called with the numbers of
+    parameters done and in all (safetensors and GGUF, which are converted one at a time).
+
+    Raises ModelLoadError (missing, damaged or unfitting files), NotSupportedError (architecture,
+    load_format, quantized weights), InvalidRequestError (dtype).
+    """
+    started = time.perf_counter()
+    locate.check_format(load_format)
+    placement = placement_for(sharding)
+    local = locate.find_local(
+        model_path, revision=revision, download_dir=download_dir, weights=load_format != "dummy"
+    )
+    path, kind = locate.detect_format(local, load_format)
+    hf_config = read_config(path) | (config_overrides or {})
+    _refuse_quantized(hf_config)
+    config = ModelConfig.from_hf(hf_config)
+    declaration = registry.declare(config, resolve_dtype(dtype, placement("embed.embedding")))
+    if kind == "dummy":
+        params = dummy_params(declaration, placement, seed)
+    elif kind == "orbax":
+        params = restore(path, declaration, placement)
+    else:
+        source = open_source(path, kind)
+        try:
+            params = convert(source, declaration, placement, progress)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{path}: {error}") from error
+        finally:
+            source.close()
+    jax.block_until_ready(params)
+    return LoadedModel(
+        config=config,
+        declaration=declaration,
+        params=params,
+        eos_token_ids=_eos_token_ids(path, config),
+        path=str(path),
+        format=kind,
+        load_seconds=time.perf_counter() - started,
+        hf_config=hf_config,
+    )
+
+
+def open_source(path: Path, kind: str) -> TensorSource:
+    """The tensors of a safetensors folder or a GGUF file under Hugging Face names."""
+    if kind == "safetensors":
+        return SafetensorsSource(path)
+    # The gguf package is an extra: imported only for those who need it.
+    from converters import gguf_weights
+
+    return gguf_weights.tensors(str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder, or the same made from a GGUF file's metadata."""
+    if path.is_file():
+        from converters import gguf_config
+
+        return gguf_config.read_config(str(path))
+    file = path / "config.json"
+    if not file.exists():
+        raise ModelLoadError(f"{file} does not exist: the model's folder must hold its config")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelLoadError naming the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{file}: should hold a JSON object, holds {type(value).__name__}")
+    return value
+
+
+def _refuse_quantized(hf_config: dict[str, Any]) -> None:
+    quantization = hf_config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", quantization)
+        raise NotSupportedError(
+            f"config.json: quantized checkpoints are not supported yet (quant_method={method!r}); "
+            "use the unquantized checkpoint or a GGUF file"
+        )
+
+
+def _eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
+    file = path / "generation_config.json"
+    more = token_ids(read_json(file).get("eos_token_id")) if file.exists() else ()
+    return tuple(dict.fromkeys(config.eos_token_ids + more))

@@ -1,0 +1,126 @@
+"""Writes a loaded model as a folder: our Orbax format, or Hugging Face safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from converters import orbax_format
+from converters.convert import parts_of, to_hf
+from converters.load import LoadedModel
+from converters.tables import table_for
+from converters.tokenizer import load_tokenizer
+from jaxserve.errors import InvalidRequestError
+
+FORMATS = ("orbax", "safetensors")
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that go with the weights unchanged."""
+
+_CODES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+
+
+def check_empty(folder: Path) -> None:
+    """Raises InvalidRequestError when `folder` exists and is not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidRequestError(f"{folder} exists and is not an empty folder; give another OUT")
+
+
+def save(loaded: LoadedModel, folder: str | Path, save_format: str = "orbax") -> None:
+    """Writes weights, config.json, generation_config.json and tokenizer files into `folder`.
+
+    Any format that `load` reads can be the origin. save_format: one of FORMATS. A checkpoint
+    without a tokenizer is saved without one. Raises InvalidRequestError when `folder` is not empty
+    or the format is unknown.
+    """
+    folder = Path(folder)
+    if save_format not in FORMATS:
+        raise InvalidRequestError(
+            f"save_format must be one of {', '.join(FORMATS)}; got {save_format!r}"
+        )
+    check_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(np.dtype(next(iter(loaded.declaration.specs.values())).dtype))
+    _write_json(folder / "config.json", _config(loaded.hf_config, dtype))
+    _write_companions(loaded, folder)
+    if save_format == "orbax":
+        orbax_format.save(folder, loaded.params, dtype)
+    else:
+        _write_safetensors(folder / "model.safetensors", loaded)
+
+
+def _config(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {k: v for k, v in hf_config.items() if k != "torch_dtype"} | {"dtype": dtype}
+
+
+def _write_companions(loaded: LoadedModel, folder: Path) -> None:
+    origin = Path(loaded.path)
+    if origin.is_dir():
+        for name in _COMPANIONS:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, folder / name)
+    else:  # a GGUF file, whose tokenizer lies in its metadata
+        load_tokenizer(str(origin)).save_pretrained(str(folder))
+    if not (folder / "generation_config.json").exists():
+        generation: dict[str, Any] = {"eos_token_id": list(loaded.eos_token_ids)}
+        if loaded.config.bos_token_id is not None:
+            generation["bos_token_id"] = loaded.config.bos_token_id
+        _write_json(folder / "generation_config.json", generation)
+
+
+def _write_safetensors(path: Path, loaded: LoadedModel) -> None:
+    """Streams one tensor at a time: header from the shapes alone, then the data in its order."""
+    config, specs = loaded.config, loaded.declaration.specs
+    table = table_for(config)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for param, spec in specs.items():
+        dtype = np.dtype(spec.dtype)
+        for part in parts_of(param, spec.shape, config, table):
+            end = offset + int(np.prod(part.shape)) * dtype.itemsize
+            header[part.name] = {
+                "dtype": _CODES[dtype],
+                "shape": list(part.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for array in _hf_tensors(loaded):
+            file.write(array.view(np.uint8).data)
+
+
+def _hf_tensors(loaded: LoadedModel) -> Iterator[np.ndarray]:
+    table = table_for(loaded.config)
+    for param in loaded.declaration.specs:
+        host = np.asarray(loaded.params[param])
+        for _, array in to_hf(param, host, loaded.config, table):
+            yield array
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

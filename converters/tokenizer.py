@@ -1,0 +1,89 @@
+"""The tokenizer that belongs to a checkpoint, with its chat template."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.locate import find_local
+from jaxserve.errors import InvalidRequestError, ModelLoadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MODES = ("auto", "slow")
+
+
+def load_tokenizer(
+    model_path: str,
+    *,
+    tokenizer_mode: str = "auto",
+    revision: str | None = None,
+    download_dir: str | None = None,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a .gguf file or a Hub id.
+
+    tokenizer_mode: "auto" is the fast tokenizer where there is one, "slow" the Python one.
+    chat_template: a Jinja template, or the path of a file with one, instead of the checkpoint's.
+    Raises ModelLoadError when there is none or it is damaged, InvalidRequestError for a bad mode.
+    """
+    if tokenizer_mode not in _MODES:
+        raise InvalidRequestError(
+            f"tokenizer_mode must be one of {', '.join(_MODES)}; got {tokenizer_mode!r}"
+        )
+    path = find_local(model_path, revision=revision, download_dir=download_dir, weights=False)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        path = ggufs[0] if len(ggufs) == 1 else path
+    if path.suffix == ".gguf":
+        _transformers()  # quietly, before the next import does it
+        from converters import gguf_tokenizer
+
+        tokenizer = gguf_tokenizer.build_tokenizer(str(path))
+    else:
+        tokenizer = _from_folder(path, use_fast=tokenizer_mode == "auto")
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    return tokenizer
+
+
+def _transformers() -> Any:
+    """The transformers package, without the notice it prints where torch is absent: tokenizers
+    are all that we want of it. Imported late: it takes a second, and callers with
+    skip_tokenizer_init never need it."""
+    variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+    return transformers
+
+
+def _from_folder(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(str(path), use_fast=use_fast, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exception for bad files
+        raise ModelLoadError(
+            f"{path}: no usable tokenizer (looked for tokenizer.json or what "
+            f"tokenizer_config.json names): {error}. Give tokenizer_path, or skip_tokenizer_init "
+            "and pass input_ids."
+        ) from error
+
+
+def _read_template(chat_template: str) -> str:
+    """A template is Jinja text; anything without Jinja marks is taken as a path."""
+    if "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise InvalidRequestError(
+            f"chat_template={chat_template!r} is neither Jinja text nor an existing file"
+        )
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,51 @@
+"""LLM inference in JAX with SGLang's offline Engine API.
+
+The names below are imported on first use, so that modules without JAX stay light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+    from jaxserve.errors import (
+        EngineDeadError,
+        EngineShutdownError,
+        InvalidRequestError,
+        JaxserveError,
+        ModelLoadError,
+        NotSupportedError,
+        UnknownOptionError,
+    )
+    from jaxserve.sampling_params import SamplingParams
+    from jaxserve.server_args import ServerArgs
+
+__all__ = [
+    "Engine",
+    "EngineDeadError",
+    "EngineShutdownError",
+    "InvalidRequestError",
+    "JaxserveError",
+    "ModelLoadError",
+    "NotSupportedError",
+    "SamplingParams",
+    "ServerArgs",
+    "UnknownOptionError",
+    "__version__",
+]
+
+_HOMES = {"Engine": "engine", "SamplingParams": "sampling_params", "ServerArgs": "server_args"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxserve.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

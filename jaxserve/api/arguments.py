@@ -1,0 +1,108 @@
+"""The arguments of `generate` beyond the first six, and those that jaxserve does not support."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from jaxserve.api import checks
+from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword-only arguments of `generate` and `async_generate`; see docs/api.md."""
+
+    mm_hashes: None
+    mm_content_hashes: None
+    return_logprob: bool | list[bool]
+    logprob_start_len: int | list[int] | None
+    top_logprobs_num: int | list[int] | None
+    token_ids_logprob: list[int] | list[list[int]] | None
+    lora_path: None
+    custom_logit_processor: None
+    require_reasoning: bool
+    return_hidden_states: bool
+    return_routed_experts: bool
+    routed_experts_start_len: int
+    stream: bool
+    rid: str | list[str] | None
+    session_params: None
+    session_id: None
+    priority: int | None
+    cache_salt: str | list[str] | None
+    routed_dp_rank: int | None
+    data_parallel_rank: int | None
+    bootstrap_host: None
+    bootstrap_port: None
+    bootstrap_room: None
+    disagg_prefill_dp_rank: None
+    external_trace_header: dict[str, Any] | None
+    return_text_in_logprobs: bool
+    return_prompt_token_ids: bool
+    progress: bool
+
+
+NO_EFFECT = frozenset(
+    {"priority", "cache_salt", "external_trace_header", "routed_experts_start_len"}
+)
+"""Accepted, and without effect as long as what they refer to is not there: priority scheduling, a
+prefix cache, tracing, expert records."""
+
+SINGLE_REPLICA = frozenset({"routed_dp_rank", "data_parallel_rank"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """The supported arguments of one call, as given."""
+
+    prompt: Any = None
+    sampling_params: Any = None
+    input_ids: Any = None
+    return_logprob: Any = False
+    logprob_start_len: Any = None
+    top_logprobs_num: Any = None
+    token_ids_logprob: Any = None
+    rid: Any = None
+    stream: bool = False
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    progress: bool = False
+
+    @classmethod
+    def collect(cls, media: Mapping[str, Any], **given: Any) -> Arguments:
+        """Sorts the arguments of a call. Raises UnknownOptionError (a TypeError) for a name that
+        does not exist and NotSupportedError for one that is given but not supported yet."""
+        known = GenerateOptions.__annotations__
+        supported = {field.name for field in dataclasses.fields(cls)}
+        values = {}
+        for name, value in given.items():
+            if name not in supported and name not in known:
+                raise UnknownOptionError(
+                    f"generate() has no argument {name!r}{checks.near_matches(name, known)}"
+                )
+            if name in supported:
+                values[name] = value
+            elif name in SINGLE_REPLICA:
+                if value is not None:
+                    checks.integer(name, value, 0, 0)
+            elif name not in NO_EFFECT:
+                _refuse(name, value)
+        for name, value in media.items():
+            _refuse(name, value)
+        for name in ("stream", "return_text_in_logprobs", "return_prompt_token_ids", "progress"):
+            if name in values:
+                # Upstream takes None for False in these places.
+                values[name] = checks.boolean(name, values[name] or False)
+        if values.get("progress") and values.get("stream"):
+            raise InvalidRequestError("progress=True shows a bar for calls without stream=True")
+        return cls(**values)
+
+
+def _refuse(name: str, value: Any) -> None:
+    """None, False and lists of them are how callers leave an argument out."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if any(item is not None and item is not False for item in items):
+        raise NotSupportedError(
+            f"argument {name!r} of generate is not supported yet, got {checks.shown(value)}"
+        )

@@ -1,0 +1,82 @@
+"""Small objects and dicts that the engine's control methods return."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jaxserve
+from jaxserve.api.foreign_options import NO_OP, UNSUPPORTED
+from jaxserve.options import ALIASES
+from jaxserve.server_args import ServerArgs
+
+if TYPE_CHECKING:
+    from jaxserve.config import Limits
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FlushResult:
+    """What `flush_cache` returns."""
+
+    success: bool
+    message: str
+
+    @classmethod
+    def of(cls, success: bool) -> FlushResult:
+        message = (
+            "Cache flushed." if success else "Cache not flushed: requests are queued or running."
+        )
+        return cls(success, message)
+
+
+class TokenizerManager:
+    """What users reach for through `engine.tokenizer_manager`."""
+
+    def __init__(
+        self, server_args: ServerArgs, tokenizer: Any, abort: Callable[[str, bool], None]
+    ) -> None:
+        self.server_args = server_args
+        self.tokenizer = tokenizer
+        self._abort = abort
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """`Engine.abort_request`."""
+        self._abort(rid, abort_all)
+
+
+def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> dict[str, Any]:
+    """`get_server_info()`: upstream's option names (those without a meaning here at upstream's
+    defaults), jaxserve's options, then state. `stats` are the engine loop's counters."""
+    options = dataclasses.asdict(args)
+    info = {**NO_OP, **UNSUPPORTED, **options}
+    info |= {alias: options[name] for alias, name in ALIASES.items()}
+    info["tokenizer_path"] = args.tokenizer_path or args.model_path
+    info["served_model_name"] = args.served_model_name or args.model_path
+    memory = stats.get("memory_usage", {})
+    state = {
+        "last_gen_throughput": stats.get("last_gen_throughput"),
+        "memory_usage": {**memory, "token_capacity": stats["max_total_num_tokens"]},
+        "effective_max_running_requests_per_dp": stats.get("max_running_requests"),
+    }
+    return info | {
+        **stats,
+        "status": "ready",
+        "version": jaxserve.__version__,
+        "max_req_input_len": min(limits.context_length, limits.max_total_tokens) - 1,
+        "internal_states": [state],
+    }
+
+
+def model_info(args: ServerArgs, load_format: str) -> dict[str, Any]:
+    """`get_model_info()`."""
+    return {
+        "model_path": args.model_path,
+        "tokenizer_path": args.tokenizer_path or args.model_path,
+        "served_model_name": args.served_model_name or args.model_path,
+        "is_generation": True,
+        "weight_version": args.weight_version,
+        "load_format": load_format,
+        "reasoning_parser": None,
+        "tool_call_parser": None,
+    }

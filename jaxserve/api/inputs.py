@@ -1,0 +1,221 @@
+"""From a call's arguments to requests. All rows are checked before any request exists."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxserve.api import batch, checks
+from jaxserve.api.arguments import Arguments
+from jaxserve.api.rows import Row, Rules, logprob_spec
+from jaxserve.errors import InvalidRequestError, JaxserveError
+from jaxserve.output.mailbox import Mailbox
+from jaxserve.request import LogprobSpec, Request
+from jaxserve.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from jaxserve.server_args import ServerArgs
+from jaxserve.text import chat
+from jaxserve.text.detokenize import Detokenizer
+from jaxserve.text.stop import StopMatcher
+
+if TYPE_CHECKING:
+    from jaxserve.config import Limits
+
+SEEDS = 1 << 32
+"""Request seeds lie in [0, SEEDS); a larger or negative sampling_seed is taken modulo this."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inputs:
+    """The requests of one call. single: one prompt and n=1, so the result is a dict."""
+
+    requests: list[Request]
+    mailbox: Mailbox
+    single: bool
+
+
+class RequestBuilder:
+    """Makes the requests of calls to one engine. Thread-safe."""
+
+    def __init__(
+        self, args: ServerArgs, limits: Limits, eos_ids: frozenset[int], tokenizer: Any
+    ) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._stream_interval = args.stream_interval
+        self._preferred = args.preferred_params
+        self._rules = Rules(
+            limits=limits,
+            eos_ids=eos_ids,
+            has_tokenizer=tokenizer is not None,
+            auto_truncate=args.allow_auto_truncate,
+        )
+        self._seeds = np.random.default_rng(args.random_seed)
+        # Neither numpy's generators nor the settings of a fast tokenizer may be used by two
+        # threads at a time.
+        self._lock = threading.Lock()
+
+    def build(self, given: Arguments) -> Inputs:
+        """The requests of a call, in result order. Raises InvalidRequestError (for a batch, naming
+        the row), NotSupportedError and UnknownOptionError; nothing has happened then."""
+        single = batch.is_single(given.prompt, given.input_ids)
+        ids = self._prompt_ids(given, single)
+        params, explicit = self._sampling_params(given.sampling_params, len(ids))
+        samples = params[0].n if params else 1
+        if any(row.n != samples for row in params):
+            raise InvalidRequestError(
+                "parallel_sample_num should be the same for all prompts of a batch, got n="
+                f"{[row.n for row in params]}"
+            )
+        logprobs = self._logprob_specs(given, len(ids), single, samples)
+        rids = batch.request_ids(given.rid, len(ids), single, samples)
+        rows = []
+        for index, values in enumerate(zip(ids, params, explicit, logprobs, strict=True)):
+            with _naming_row(index, not single):
+                rows.append(self._rules.row(*values))
+        mailbox = Mailbox()
+        requests: list[Request] = []
+        for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
+            requests += self._samples(row, names, index, mailbox, given.stream)
+        return Inputs(requests, mailbox, single and samples == 1)
+
+    def render_chat(
+        self, messages: Any, tools: Sequence[Any] | None, template_kwargs: Mapping[str, Any] | None
+    ) -> list[int] | list[list[int]]:
+        """Prompt token ids of a conversation, or of each of a list of them."""
+        conversations = messages if chat.is_batch(messages) else [messages]
+        with self._lock:
+            rows = [
+                chat.render(
+                    self._tokenizer, conversation, tools=tools, template_kwargs=template_kwargs
+                )
+                for conversation in conversations
+            ]
+        return rows if conversations is messages else rows[0]
+
+    def _prompt_ids(self, given: Arguments, single: bool) -> list[list[int]]:
+        if given.prompt is None:
+            rows = [given.input_ids] if single else given.input_ids
+            name = "input_ids" if single else "input_ids[{}]"
+            size = self._limits.vocab_size
+            return [
+                batch.token_ids(name.format(index), row, size) for index, row in enumerate(rows)
+            ]
+        prompts = [given.prompt] if single else list(given.prompt)
+        batch.check_prompts(prompts)
+        if not prompts:
+            return []
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "prompt needs a tokenizer, and skip_tokenizer_init=True is set: give input_ids"
+            )
+        with self._lock:
+            encoded = self._tokenizer(prompts)["input_ids"]
+        return [
+            batch.token_ids(
+                f"the tokens of prompt {checks.shown(prompt)}", row, self._limits.vocab_size
+            )
+            for prompt, row in zip(prompts, encoded, strict=True)
+        ]
+
+    def _sampling_params(self, given: Any, prompts: int) -> tuple[list[SamplingParams], list[bool]]:
+        """Each prompt's parameters, and whether they say max_new_tokens themselves."""
+        rows = batch.per_row("sampling_params", given, prompts)
+        params, explicit = [], []
+        previous: Any = self
+        for index, row in enumerate(rows):
+            # A dict shared by all prompts is checked once.
+            if row is not previous:
+                with _naming_row(index, isinstance(given, list | tuple)):
+                    parsed = SamplingParams.from_dict(row, self._preferred)
+                previous = row
+            params.append(parsed)
+            if isinstance(row, SamplingParams):
+                explicit.append(row.max_new_tokens != DEFAULT_MAX_NEW_TOKENS)
+            else:
+                explicit.append(bool(row) and "max_new_tokens" in row)
+        return params, explicit
+
+    def _logprob_specs(
+        self, given: Arguments, prompts: int, single: bool, samples: int
+    ) -> list[LogprobSpec | None]:
+        ids = given.token_ids_logprob
+        nested = isinstance(ids, list | tuple) and any(
+            row is None or isinstance(row, list | tuple) for row in ids
+        )
+        listed = [
+            name
+            for name in ("return_logprob", "logprob_start_len", "top_logprobs_num")
+            if isinstance(getattr(given, name), list | tuple)
+        ] + (["token_ids_logprob"] if nested and not single else [])
+        if samples > 1 and listed:
+            raise InvalidRequestError(f"{listed[0]} must not be a list of values when n > 1")
+        columns = [
+            batch.per_row("return_logprob", given.return_logprob, prompts),
+            batch.per_row("logprob_start_len", given.logprob_start_len, prompts),
+            batch.per_row("top_logprobs_num", given.top_logprobs_num, prompts),
+            batch.per_row("token_ids_logprob", ids, prompts)
+            if nested and not single
+            else [ids] * prompts,
+        ]
+        specs = []
+        for index, row in enumerate(zip(*columns, strict=True)):
+            with _naming_row(index, bool(listed) and not single):
+                specs.append(logprob_spec(self._limits, *row))
+        return specs
+
+    def _samples(
+        self, row: Row, names: list[str], prompt: int, mailbox: Mailbox, stream: bool
+    ) -> list[Request]:
+        """The n requests of one prompt: the same seed, different sample indices."""
+        seed = row.params.sampling_seed
+        if seed is None:
+            with self._lock:
+                seed = int(self._seeds.integers(SEEDS))
+        interval = (row.params.stream_interval or self._stream_interval) if stream else 0
+        return [
+            Request(
+                rid=name,
+                index=prompt * len(names) + sample,
+                prompt_ids=row.prompt_ids,
+                params=row.params,
+                max_new_tokens=row.max_new_tokens,
+                stop_ids=row.stop_ids,
+                masked_ids=row.masked_ids,
+                seed=seed % SEEDS,
+                sample_index=sample,
+                mailbox=mailbox,
+                group=names[0] if len(names) > 1 else "",
+                logprobs=row.logprobs,
+                stream_interval=interval,
+                stop_matcher=self._stop_matcher(row),
+            )
+            for sample, name in enumerate(names)
+        ]
+
+    def _stop_matcher(self, row: Row) -> StopMatcher | None:
+        params = row.params
+        if not (params.stop or row.stop_regexes):
+            return None
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            row.prompt_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+        return StopMatcher(params.stop, row.stop_regexes, detokenizer)
+
+
+@contextlib.contextmanager
+def _naming_row(index: int, batch: bool) -> Iterator[None]:
+    """Errors inside say which row of a batch they are about."""
+    try:
+        yield
+    except JaxserveError as error:
+        if not batch:
+            raise
+        raise type(error)(f"in row {index} of the batch: {error}") from error

@@ -1,0 +1,164 @@
+"""The checks that need the model: lengths, logprobs and stops of one prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.api import checks
+from jaxserve.errors import InvalidRequestError
+from jaxserve.request import LogprobSpec
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.text.stop import StopRegex
+
+if TYPE_CHECKING:
+    from jaxserve.config import Limits
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt of a call, checked: everything its requests share."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    masked_ids: tuple[int, ...]
+    logprobs: LogprobSpec | None
+    stop_regexes: tuple[StopRegex, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rules:
+    """Facts of the engine that requests are checked against."""
+
+    limits: Limits
+    eos_ids: frozenset[int]
+    has_tokenizer: bool
+    auto_truncate: bool
+
+    def row(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        explicit_length: bool,
+        logprobs: LogprobSpec | None,
+    ) -> Row:
+        """Checks one prompt. explicit_length: whether the caller gave max_new_tokens."""
+        prompt_ids = self._fit_prompt(prompt_ids)
+        if logprobs is not None and logprobs.start > len(prompt_ids):
+            raise InvalidRequestError(
+                f"logprob_start_len must not exceed the prompt's {len(prompt_ids)} tokens, got "
+                f"{logprobs.start}"
+            )
+        longest = self._fit_output(len(prompt_ids), params, explicit_length)
+        params = dataclasses.replace(
+            params,
+            max_new_tokens=longest,
+            min_new_tokens=min(params.min_new_tokens, longest),
+        )
+        stop_ids, masked_ids = self._stop_ids(params)
+        return Row(
+            prompt_ids=prompt_ids,
+            params=params,
+            max_new_tokens=longest,
+            stop_ids=stop_ids,
+            masked_ids=masked_ids,
+            logprobs=logprobs,
+            stop_regexes=self._stop_regexes(params),
+        )
+
+    def _fit_prompt(self, prompt_ids: list[int]) -> list[int]:
+        context, size = self.limits.context_length, len(prompt_ids)
+        if size >= context:
+            message = (
+                f"The prompt ({size} tokens) is longer than the model's context length "
+                f"({context} tokens)"
+            )
+            if not self.auto_truncate:
+                raise InvalidRequestError(message)
+            # One place is left for a generated token.
+            warnings.warn(f"{message}; it is cut to {context - 1} tokens", stacklevel=2)
+            prompt_ids = prompt_ids[: context - 1]
+        return prompt_ids
+
+    def _fit_output(self, size: int, params: SamplingParams, explicit: bool) -> int:
+        """The effective max_new_tokens of a prompt of `size` tokens."""
+        room = self.limits.context_length - size
+        wanted = params.max_new_tokens
+        if explicit and wanted is not None and wanted > room and not self.auto_truncate:
+            raise InvalidRequestError(
+                f"max_new_tokens={wanted} and the prompt's {size} tokens exceed the model's "
+                f"context length of {self.limits.context_length} tokens"
+            )
+        wanted = room if wanted is None else min(wanted, room)
+        pool = self.limits.max_total_tokens
+        if size + min(wanted, 1) > pool:
+            raise InvalidRequestError(
+                f"The prompt ({size} tokens) can never fit the KV cache, which holds {pool} tokens"
+            )
+        return min(wanted, pool - size)
+
+    def _stop_ids(self, params: SamplingParams) -> tuple[frozenset[int], tuple[int, ...]]:
+        vocabulary = self.limits.vocab_size
+        for token in params.logit_bias:
+            if token >= vocabulary:
+                raise InvalidRequestError(
+                    f"logit_bias has the token id {token}, which is outside the vocabulary of "
+                    f"{vocabulary} tokens"
+                )
+        # Ids that do not exist in the model can stop nothing: scripts share lists between models.
+        ends = frozenset(
+            token for token in self.eos_ids | params.stop_token_ids if token < vocabulary
+        )
+        stops = ends & params.stop_token_ids if params.ignore_eos else ends
+        masked = tuple(sorted(ends)) if params.min_new_tokens else ()
+        biased = len(params.logit_bias) + len(masked)
+        if biased > self.limits.logit_bias_capacity:
+            raise InvalidRequestError(
+                f"logit_bias has {len(params.logit_bias)} entries, with {len(masked)} stop ids "
+                f"masked by min_new_tokens; at most {self.limits.logit_bias_capacity} fit "
+                "(Engine(logit_bias_capacity=...))"
+            )
+        return stops, masked
+
+    def _stop_regexes(self, params: SamplingParams) -> tuple[StopRegex, ...]:
+        for name, value in (("stop", params.stop), ("stop_regex", params.stop_regex)):
+            if value and not self.has_tokenizer:
+                raise InvalidRequestError(
+                    f"{name}={list(value)} needs a tokenizer, and skip_tokenizer_init=True is set"
+                )
+        return tuple(StopRegex(pattern) for pattern in params.stop_regex)
+
+
+def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) -> LogprobSpec | None:
+    """The logprob arguments of one prompt, checked; None if it wants no logprobs."""
+    wanted = checks.boolean("return_logprob", False if wanted is None else wanted)
+    start = checks.integer("logprob_start_len", -1 if start is None else start, -1)
+    top = checks.integer("top_logprobs_num", 0 if top is None else top, 0)
+    if top > limits.max_top_logprobs:
+        raise InvalidRequestError(
+            f"top_logprobs_num must be at most {limits.max_top_logprobs} "
+            f"(Engine(max_top_logprobs=...)), got {top}"
+        )
+    ids = () if ids is None else ids
+    if not isinstance(ids, list | tuple) or any(
+        isinstance(token, bool) or not isinstance(token, numbers.Integral) for token in ids
+    ):
+        raise InvalidRequestError(
+            f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"
+        )
+    for token in ids:
+        if not 0 <= token < limits.vocab_size:
+            raise InvalidRequestError(
+                f"token_ids_logprob has the out-of-vocabulary id {token}; the vocabulary has "
+                f"{limits.vocab_size} tokens"
+            )
+    if len(ids) > limits.max_logprob_ids:
+        raise InvalidRequestError(
+            f"token_ids_logprob may have {limits.max_logprob_ids} ids "
+            f"(Engine(max_logprob_ids=...)), got {len(ids)}"
+        )
+    return LogprobSpec(start, top, tuple(map(int, ids))) if wanted else None

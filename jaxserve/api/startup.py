@@ -1,0 +1,113 @@
+"""From constructor options to a running engine thread with its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.errors import InvalidRequestError
+from jaxserve.server_args import ServerArgs
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxserve.loop import EngineLoop
+
+DEVICE_MEMORY = 0.95
+"""Share of a GPU's memory that JAX may take: weights, KV pages and the programs' temporaries."""
+DTYPE_NAMES = {"half": "float16", "float": "float32"}
+EXTRA_STOP_TOKENS = ("<|eom_id|>",)
+"""Tokens that end a model's turn though no config says so (Llama 3's tool calls)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Started:
+    """What `Engine` is built on."""
+
+    loop: EngineLoop
+    tokenizer: Any
+    """A transformers tokenizer; None with skip_tokenizer_init."""
+    eos_ids: frozenset[int]
+    load_format: str
+
+
+def start(args: ServerArgs) -> Started:
+    """Loads tokenizer and model and starts the engine thread.
+
+    Raises ModelLoadError (missing or damaged files), NotSupportedError (architecture),
+    InvalidRequestError (an option that does not fit the model or the machine).
+    """
+    # JAX and transformers take seconds to import; scripts that only parse options wait for none.
+    import converters
+    from jaxserve.loop import EngineLoop
+
+    if args.trust_remote_code:
+        warnings.warn(
+            "trust_remote_code=True is ignored: jaxserve never runs a checkpoint's code",
+            stacklevel=3,
+        )
+    sharding = _prepare_jax(args)
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        tokenizer = converters.load_tokenizer(
+            args.tokenizer_path or args.model_path,
+            tokenizer_mode=args.tokenizer_mode,
+            revision=args.revision,
+            download_dir=args.download_dir,
+            chat_template=args.chat_template,
+        )
+    loaded = converters.load(
+        args.model_path,
+        load_format=args.load_format,
+        dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
+        sharding=sharding,
+        config_overrides=args.config_overrides,
+        revision=args.revision,
+        download_dir=args.download_dir,
+        seed=args.random_seed or 0,
+    )
+    eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
+    return Started(EngineLoop.start(args, loaded), tokenizer, eos_ids, loaded.format)
+
+
+def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
+    """The end-of-text ids that a tokenizer knows."""
+    if tokenizer is None:
+        return frozenset()
+    added = tokenizer.get_added_vocab()
+    ids = {added[token] for token in EXTRA_STOP_TOKENS if token in added}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)
+
+
+def cache_folder(option: str | None) -> str:
+    """Where compiled programs are kept; "" is nowhere, None the user's cache folder."""
+    if option is not None:
+        return os.path.expanduser(option)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(base) / "jaxserve" / "programs")
+
+
+def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
+    """Configures JAX for an engine; where its parameters go, None for the default device."""
+    import jax
+
+    from jaxserve import compat
+
+    compat.reserve_device_memory(max(DEVICE_MEMORY, args.mem_fraction_static or 0.0))
+    folder = cache_folder(args.compilation_cache_dir)
+    if folder:
+        compat.enable_compilation_cache(folder)
+    if args.device is None:
+        return None
+    try:
+        device = jax.devices(args.device)[0]
+    except RuntimeError as error:
+        raise InvalidRequestError(
+            f"device={args.device!r} is not available to JAX: {error}"
+        ) from error
+    return jax.sharding.SingleDeviceSharding(device)

@@ -1,0 +1,70 @@
+"""What one step runs: frozen when built, no fields filled later. No jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxserve.scheduler.sequence import Sequence
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExtendRow:
+    """One row of an extend step.
+
+    A row either runs `stop - start` tokens of its sequence (positions start..stop-1), packed from
+    row `packed_start`, or is a fork: a sample of the same prompt that runs no token, and samples
+    from the last token of `leader`'s row in the same batch.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    packed_start: int
+    samples: bool
+    """False for a chunk that is not the last of its sequence."""
+    fresh: bool
+    """True for the first chunk of an admission: the slot's counters start from zero."""
+    leader: int = -1
+    """Index of the leader's row for a fork, else -1."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExtendBatch:
+    """Packed prompts (or chunks of them) of several sequences.
+
+    tokens: bucket T of packed tokens. row_bucket: bucket B of rows.
+    page_copies: (source, destination) pages to copy after the step, for forks.
+    """
+
+    rows: tuple[ExtendRow, ...]
+    tokens: int
+    row_bucket: int
+    page_copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sampled(self) -> list[tuple[int, Sequence]]:
+        """(row number, sequence) of the rows whose sampled token counts."""
+        return [(i, row.sequence) for i, row in enumerate(self.rows) if row.samples]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [row.sequence for row in self.rows]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One token for each of several running sequences.
+
+    row_bucket: bucket B. new_pages: (row number, page) for rows that begin a page in this step.
+    """
+
+    sequences: list[Sequence]
+    row_bucket: int
+    new_pages: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sampled(self) -> list[tuple[int, Sequence]]:
+        return list(enumerate(self.sequences))
+
+
+Batch = ExtendBatch | DecodeBatch

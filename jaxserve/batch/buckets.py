@@ -1,0 +1,64 @@
+"""The padded sizes that programs are compiled for. No jax."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+EXTEND_TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+EXTEND_ROWS = (8, 16, 32, 64, 128)
+"""Sequences in one extend step: a row of the LM head each, so they cost little."""
+ALIGNMENT = 8
+"""Each packed sequence starts at a multiple of this (TMA boxes of the prefill kernel)."""
+
+
+def padded_length(tokens: int) -> int:
+    """Rows that a sequence of `tokens` new tokens takes in a packed batch."""
+    return -(-tokens // ALIGNMENT) * ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The ladder of shapes: `decode` numbers of rows B and `extend` numbers of tokens T."""
+
+    decode: tuple[int, ...]
+    extend: tuple[int, ...]
+
+    @classmethod
+    def make(
+        cls, max_rows: int, max_tokens: int, decode: tuple[int, ...] | None = None
+    ) -> Buckets:
+        """Buckets up to `max_rows` running requests and `max_tokens` packed tokens, the largest of
+        each list being exactly that (tokens rounded up to the alignment)."""
+        rows = [b for b in (decode or DECODE_ROWS) if b < max_rows] + [max_rows]
+        top = padded_length(max_tokens)
+        tokens = [t for t in EXTEND_TOKENS if t < top] + [top]
+        return cls(tuple(sorted(set(rows))), tuple(tokens))
+
+    @property
+    def max_tokens(self) -> int:
+        return self.extend[-1]
+
+    def decode_rows(self, rows: int) -> int:
+        """The smallest bucket that holds `rows` rows."""
+        return self.decode[bisect.bisect_left(self.decode, rows)]
+
+    def extend_tokens(self, tokens: int) -> int:
+        """The smallest bucket that holds `tokens` packed tokens."""
+        return self.extend[bisect.bisect_left(self.extend, tokens)]
+
+    def extend_rows(self, tokens: int) -> int:
+        """Rows B of the extend program of bucket `tokens`: as many as can start there, within
+        EXTEND_ROWS."""
+        fit = [rows for rows in EXTEND_ROWS if rows * ALIGNMENT <= tokens]
+        return fit[-1] if fit else EXTEND_ROWS[0]
+
+    @property
+    def max_extend_rows(self) -> int:
+        return self.extend_rows(self.max_tokens)
+
+    @property
+    def sampler_rows(self) -> tuple[int, ...]:
+        """Every B that the sampler is called with."""
+        return tuple(sorted({*self.decode, *(self.extend_rows(t) for t in self.extend)}))

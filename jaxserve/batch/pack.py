@@ -1,0 +1,190 @@
+"""Batches to the few arrays that cross to the device: one int32 vector an extend step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxserve.batch.batch import DecodeBatch, ExtendBatch
+from jaxserve.request import Request
+from jaxserve.scheduler.sequence import Sequence
+
+ROW_FIELDS = (
+    "slots", "q_starts", "q_lens", "prefix_lens", "new_lengths", "sample_at", "fresh",
+    "next_tokens", "wants_input_logprobs",
+)  # fmt: skip
+NUM_FLOATS = 6
+NUM_INTS = 7
+
+
+class ExtendArrays(NamedTuple):
+    """The parts of a packed extend vector; int32 but for `floats`.
+
+    tokens [T]. By row [B]: slots (R: padding), q_starts, q_lens, prefix_lens as paged_prefill has
+    them (forks and padding start at T), new_lengths (KV tokens after the step), sample_at (packed
+    row whose logits the row samples from, -1: none), fresh (1: the slot's counts restart),
+    next_tokens (successor of the row's last token, -1: unknown), wants_input_logprobs (0 or 1).
+    page_table [B, W]. floats [B, 6], ints [B, 7]: see step.state.
+    """
+
+    tokens: Any
+    slots: Any
+    q_starts: Any
+    q_lens: Any
+    prefix_lens: Any
+    new_lengths: Any
+    sample_at: Any
+    fresh: Any
+    next_tokens: Any
+    wants_input_logprobs: Any
+    page_table: Any
+    ints: Any
+    floats: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtendLayout:
+    """Where each part lies in the packed vector of T tokens, B rows and table width W."""
+
+    tokens: int
+    rows: int
+    table_width: int
+
+    @property
+    def size(self) -> int:
+        return self.tokens + self.rows * self._row_width
+
+    @property
+    def _row_width(self) -> int:
+        return len(ROW_FIELDS) + self.table_width + NUM_INTS + NUM_FLOATS
+
+    def unpack(self, packed: Any) -> ExtendArrays:
+        """Views into `packed` [size]: of a NumPy vector to fill it, of a traced one to read it."""
+        rows = packed[self.tokens :].reshape(self.rows, self._row_width)
+        fields = len(ROW_FIELDS)
+        ints_from = fields + self.table_width
+        floats_from = ints_from + NUM_INTS
+        return ExtendArrays(
+            packed[: self.tokens],
+            *(rows[:, i] for i in range(fields)),
+            page_table=rows[:, fields:ints_from],
+            ints=rows[:, ints_from:floats_from],
+            floats=rows[:, floats_from:].view(np.float32),
+        )
+
+
+def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> np.ndarray:
+    """The packed vector of a batch."""
+    packed = np.zeros(layout.size, np.int32)
+    out = layout.unpack(packed)
+    out.slots[:] = padding_slot
+    out.q_starts[:] = layout.tokens
+    out.sample_at[:] = -1
+    out.next_tokens[:] = -1
+    out.floats[:] = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    out.ints[:, 0] = 1
+    last_rows = []
+    for i, row in enumerate(batch.rows):
+        sequence, length = row.sequence, row.stop - row.start
+        request = sequence.request
+        out.slots[i] = sequence.slot
+        out.new_lengths[i] = row.stop
+        out.fresh[i] = row.fresh
+        out.page_table[i, : len(sequence.pages)] = sequence.pages
+        out.ints[i] = row_ints(sequence)
+        out.floats[i] = row_floats(request)
+        last_rows.append(row.packed_start + length - 1)
+        if row.leader >= 0:
+            out.sample_at[i] = last_rows[row.leader]
+            continue
+        out.q_starts[i] = row.packed_start
+        out.q_lens[i] = length
+        out.prefix_lens[i] = row.start
+        out.tokens[row.packed_start : row.packed_start + length] = sequence.tokens(
+            row.start, row.stop
+        )
+        out.wants_input_logprobs[i] = wants_input_logprobs(request, row.start, row.stop)
+        if row.samples:
+            out.sample_at[i] = last_rows[i]
+        else:
+            out.next_tokens[i] = sequence.tokens(row.stop, row.stop + 1)[0]
+    return packed
+
+
+def wants_input_logprobs(request: Request, start: int, stop: int) -> bool:
+    """Whether any token after positions start..stop-1 is a prompt token whose logprob is wanted."""
+    spec = request.logprobs
+    if spec is None or spec.start < 0 or request.input_logprobs is not None:
+        return False
+    return start < len(request.prompt_ids) - 1 and stop > spec.start
+
+
+def row_floats(request: Request) -> tuple[float, ...]:
+    """The order of step.state.FLOATS."""
+    p = request.params
+    return (
+        p.temperature, p.top_p, p.min_p, p.frequency_penalty, p.presence_penalty,
+        p.repetition_penalty,
+    )  # fmt: skip
+
+
+def row_ints(sequence: Sequence) -> tuple[int, ...]:
+    """The order of step.state.INTS."""
+    request = sequence.request
+    seed = int(np.uint32(request.seed).view(np.int32))
+    spec = request.logprobs
+    return (
+        request.params.top_k,
+        seed,
+        request.sample_index,
+        sequence.prompt_len,
+        len(request.params.logit_bias or ()) + len(request.masked_ids),
+        spec is not None,
+        spec.top if spec else 0,
+    )
+
+
+class SparseArrays(NamedTuple):
+    """One slot's lists, see step.state.SparseRows."""
+
+    bias_ids: np.ndarray
+    bias_values: np.ndarray
+    bias_until: np.ndarray
+    logprob_ids: np.ndarray
+
+
+def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArrays | None:
+    """The slot's lists, or None for a request that has none."""
+    bias = request.params.logit_bias or {}
+    named = request.logprobs.ids if request.logprobs else ()
+    if not bias and not request.masked_ids and not named:
+        return None
+    count, total = len(bias), len(bias) + len(request.masked_ids)
+    ids = np.zeros(bias_capacity, np.int32)
+    values = np.zeros(bias_capacity, np.float32)
+    until = np.zeros(bias_capacity, np.int32)
+    ids[:total] = [*bias, *request.masked_ids]
+    values[:count] = list(bias.values())
+    values[count:total] = -np.inf
+    until[:count] = np.iinfo(np.int32).max
+    until[count:total] = len(request.prompt_ids) + request.params.min_new_tokens
+    logprob_ids = np.zeros(max_ids, np.int32)
+    logprob_ids[: len(named)] = named
+    return SparseArrays(ids, values, until, logprob_ids)
+
+
+def pack_rows(batch: DecodeBatch, padding_slot: int) -> np.ndarray:
+    """Slots [B] int32 of a decode batch."""
+    rows = np.full(batch.row_bucket, padding_slot, np.int32)
+    rows[: len(batch.sequences)] = [s.slot for s in batch.sequences]
+    return rows
+
+
+def pack_new_pages(batch: DecodeBatch) -> np.ndarray:
+    """The page each row begins [B] int32, -1 for none."""
+    pages = np.full(batch.row_bucket, -1, np.int32)
+    for row, page in batch.new_pages:
+        pages[row] = page
+    return pages

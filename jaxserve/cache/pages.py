@@ -1,0 +1,54 @@
+"""Which KV pages are free, and how many sequences hold each used one. Host only, no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class OutOfPagesError(Exception):
+    """Fewer pages are free than were asked for; nothing was taken."""
+
+
+class PageAllocator:
+    """Reference counts of `num_pages` pages. The pool never grows.
+
+    A page is free when its count is zero. Sequences that share a prompt share its full pages.
+    """
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._references = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def available(self) -> int:
+        """Pages that can be allocated now."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free pages, each with one reference. OutOfPagesError takes none."""
+        if count > len(self._free):
+            raise OutOfPagesError(f"{count} pages wanted, {len(self._free)} free")
+        if count == 0:
+            return []
+        pages = self._free[-count:][::-1]
+        del self._free[-count:]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one reference to each page; all must be in use."""
+        for page in pages:
+            if self._references[page] <= 0:
+                raise ValueError(f"page {page} is free and cannot be shared")
+            self._references[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop one reference from each page; those that reach zero are free again."""
+        for page in pages:
+            if self._references[page] <= 0:
+                raise ValueError(f"page {page} is released more often than it was taken")
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)

@@ -1,0 +1,76 @@
+"""How many KV pages there are, and the device arrays that hold them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import InvalidRequestError
+from jaxserve.models.config import ModelConfig
+
+CPU_SHARE = 0.25
+CPU_MOST = 2 << 30
+"""On a CPU the pool is at most a quarter of the free memory, and 2 GiB unless asked for more: the
+zeros are really written, and a laptop has other things to do."""
+GPU_FRACTION = 0.88
+ALLOCATOR_FRACTION = 0.95
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one page over all layers, K and V."""
+    row = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+    return model.num_layers * page_size * row
+
+
+def count_pages(
+    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, device: jax.Device,
+    weight_bytes: int, program_bytes: int,
+) -> int:  # fmt: skip
+    """Pages of the pool.
+
+    GPU: mem_fraction_static of the device, less the weights, and never more than what the largest
+    program's temporaries leave. CPU: see CPU_SHARE. max_total_tokens caps both, and a pool larger
+    than max_rows whole contexts is not needed. InvalidRequestError when nothing fits.
+    """
+    each = page_bytes(model, config.page_size, dtype)
+    most = config.max_rows * config.table_width
+    if config.max_total_tokens is not None:
+        most = min(most, max(config.max_total_tokens // config.page_size, 1))
+    stats = device.memory_stats() if config.platform != "cpu" else None
+    if stats is None:
+        free = available_host_memory()
+        room = free * CPU_SHARE if config.max_total_tokens else min(free * CPU_SHARE, CPU_MOST)
+    else:
+        limit = stats["bytes_limit"]
+        total = limit / ALLOCATOR_FRACTION
+        fraction = config.mem_fraction or GPU_FRACTION
+        room = min(total * fraction, limit - program_bytes) - weight_bytes
+    fits = int(room // each)
+    if fits < 1:
+        raise InvalidRequestError(
+            f"no memory is left for the KV cache: weights take {weight_bytes / 2**30:.2f} GiB, one "
+            f"page takes {each / 2**20:.1f} MiB, mem_fraction_static={config.mem_fraction}"
+        )
+    return min(most, fits)
+
+
+def available_host_memory() -> int:
+    """Bytes of memory the operating system would give to a new program."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_cache(
+    model: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Empty K and V pages per layer, each [P, S, K, H]."""
+    shape = (num_pages, page_size, model.num_kv_heads, model.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.num_layers)]

@@ -1,0 +1,46 @@
+"""Everything that depends on the version of JAX, each with the version and the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import jax
+
+
+def reserve_device_memory(fraction: float) -> None:
+    """Let JAX's allocator take up to `fraction` of the device, unless the user chose otherwise.
+
+    JAX preallocates 75% by default, which would cap the KV pool. The variable is read when the
+    backend starts, so this has no effect later. All versions: 0.10.2 to 0.12.
+    """
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = f"{fraction:.3f}"
+
+
+def on_backend_compile(callback: Callable[[float], None]) -> Callable[[], None]:
+    """Call `callback(seconds)` after each XLA compilation of this process, on the thread that
+    compiled; returns the function that stops it.
+
+    jax.monitoring has no public way to remove one listener (0.10.2 to 0.12), so the listener stays
+    and is emptied instead.
+    """
+    target: list[Callable[[float], None]] = [callback]
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            for call in target:
+                call(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return target.clear
+
+
+def enable_compilation_cache(folder: str) -> None:
+    """Keep every compiled program on disk, small ones and GPU autotuning results included. A
+    directory that the user configured stays."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

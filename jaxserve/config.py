@@ -1,0 +1,100 @@
+"""User options and the model's facts, resolved once into the sizes everything else uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from jaxserve.batch.buckets import DECODE_ROWS, Buckets
+from jaxserve.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from jaxserve.models.config import ModelConfig
+    from jaxserve.server_args import ServerArgs
+
+GPU_PAGE, CPU_PAGE = 64, 16
+GPU_ROWS, CPU_ROWS = 512, 32
+GPU_TOKENS, CPU_TOKENS = 8192, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of one engine. page_size S; max_rows R: requests that run at once; table_width W:
+    pages a row can have; bias_capacity, max_logprob_ids, max_top_logprobs: per-request limits of
+    the sparse lists and of top logprobs."""
+
+    platform: str
+    page_size: int
+    context_length: int
+    max_rows: int
+    buckets: Buckets
+    max_prefill_tokens: int
+    max_prefill_rows: int | None
+    max_queued: int | None
+    overlap: bool
+    precompile: bool
+    attention: str | None
+    bias_capacity: int
+    max_logprob_ids: int
+    max_top_logprobs: int
+    raw_logprobs: bool
+    max_total_tokens: int | None
+    mem_fraction: float | None
+
+    @property
+    def table_width(self) -> int:
+        return -(-self.context_length // self.page_size)
+
+    @classmethod
+    def resolve(cls, args: ServerArgs, model: ModelConfig, platform: str) -> EngineConfig:
+        """Fill in what the user left open. InvalidRequestError names an option that cannot be."""
+        gpu = platform != "cpu"
+        context = args.context_length or model.max_position_embeddings
+        page_size = args.page_size or (GPU_PAGE if gpu else CPU_PAGE)
+        if page_size % 8:
+            raise InvalidRequestError(
+                f"page_size must be a multiple of 8 (the kernels' tile), got {page_size}"
+            )
+        decode = tuple(args.cuda_graph_bs) if args.cuda_graph_bs else DECODE_ROWS
+        if args.cuda_graph_max_bs:
+            decode = tuple(b for b in decode if b <= args.cuda_graph_max_bs)
+            decode += (args.cuda_graph_max_bs,)
+        largest = max(decode)
+        rows = args.max_running_requests or (min(largest, GPU_ROWS) if gpu else CPU_ROWS)
+        if args.max_total_tokens is not None:
+            rows = min(rows, max(args.max_total_tokens // page_size, 1))
+        tokens = args.chunked_prefill_size or (GPU_TOKENS if gpu else CPU_TOKENS)
+        if tokens == -1:
+            tokens = args.max_prefill_tokens
+        tokens = min(tokens, -(-context // 8) * 8 * rows)
+        return cls(
+            platform=platform,
+            page_size=page_size,
+            context_length=context,
+            max_rows=rows,
+            buckets=Buckets.make(rows, tokens, decode),
+            max_prefill_tokens=args.max_prefill_tokens,
+            max_prefill_rows=args.prefill_max_requests,
+            max_queued=args.max_queued_requests,
+            overlap=not args.disable_overlap_schedule,
+            precompile=gpu if args.precompile is None else args.precompile,
+            attention=args.attention_implementation,
+            bias_capacity=args.logit_bias_capacity,
+            max_logprob_ids=args.max_logprob_ids,
+            max_top_logprobs=args.max_top_logprobs,
+            raw_logprobs=args.return_original_logprob,
+            max_total_tokens=args.max_total_tokens,
+            mem_fraction=args.mem_fraction_static,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a single request may ask of the running engine."""
+
+    vocab_size: int
+    context_length: int
+    max_total_tokens: int
+    logit_bias_capacity: int
+    max_top_logprobs: int
+    max_logprob_ids: int

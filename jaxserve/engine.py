@@ -1,0 +1,205 @@
+"""The public engine: SGLang's offline `Engine` on one thread of this process."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+from tqdm import tqdm
+
+from jaxserve.api import info
+from jaxserve.api.arguments import Arguments, GenerateOptions
+from jaxserve.api.call import AsyncStream, Call, LiveIds, Stream
+from jaxserve.api.info import FlushResult, TokenizerManager
+from jaxserve.api.inputs import RequestBuilder
+from jaxserve.api.startup import start
+from jaxserve.api.unsupported import UnsupportedMethods
+from jaxserve.errors import InvalidRequestError, UnknownOptionError
+from jaxserve.output.result import Output, ResultOptions
+from jaxserve.server_args import ServerArgs
+
+Result = dict[str, Any]
+
+
+class Engine(UnsupportedMethods):
+    """A language model that generates text in this process.
+
+        with Engine(model_path="path/to/model") as engine:
+            print(engine.generate("The capital of France is")["text"])
+
+    All methods may be called from any thread, inside running event loops and in notebooks; calls
+    made at the same time are batched together. Options and results: docs/api.md.
+    """
+
+    def __init__(self, model_path: str | None = None, **kwargs: Any) -> None:
+        """Loads a model. Takes the options of `ServerArgs` by name, or one `server_args=` object.
+
+        Raises UnknownOptionError (a TypeError), InvalidRequestError, NotSupportedError and
+        ModelLoadError (ValueErrors).
+        """
+        args = kwargs.pop("server_args", None)
+        if args is None:
+            args = ServerArgs(model_path, **{"log_level": "error", **kwargs})
+        elif model_path is not None or kwargs:
+            given = [*(["model_path"] if model_path is not None else []), *kwargs]
+            raise UnknownOptionError(f"server_args is given; put {', '.join(given)} into it")
+        elif not isinstance(args, ServerArgs):
+            raise InvalidRequestError(f"server_args must be a jaxserve.ServerArgs, got {args!r}")
+        logging.getLogger("jaxserve").setLevel(args.log_level.upper())
+        self.server_args = args
+        started = start(args)
+        self._loop = started.loop
+        self._load_format = started.load_format
+        self.tokenizer = started.tokenizer
+        """The transformers tokenizer; None with skip_tokenizer_init=True."""
+        self.tokenizer_manager = TokenizerManager(args, started.tokenizer, self._loop.abort)
+        self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
+        self._live_ids = LiveIds()
+        # Collected engines stop their thread, and so does the interpreter's end: JAX is still
+        # there then, because its own exit function was registered earlier.
+        self._finalizer = weakref.finalize(self, self._loop.shutdown)
+        atexit.register(self._finalizer)
+
+    # -- generation -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        image_data: None = None,
+        audio_data: None = None,
+        video_data: None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
+        """Continues one prompt, or each of a list.
+
+        Returns a result dict for one prompt, a list of them for a list or with n > 1, and an
+        iterator of chunks with stream=True. Closing or dropping the iterator, and Ctrl-C while
+        waiting, abort the requests. Arguments are checked here, before anything is submitted:
+        InvalidRequestError, NotSupportedError, UnknownOptionError; EngineShutdownError and
+        EngineDeadError tell that the engine is gone.
+        """
+        media = {"image_data": image_data, "audio_data": audio_data, "video_data": video_data}
+        given = Arguments.collect(
+            media, prompt=prompt, sampling_params=sampling_params, input_ids=input_ids, **options
+        )
+        call, single = self._begin(given)
+        if given.stream:
+            return Stream(call)
+        with _progress(call, given.progress) as bar:
+            results = call.results(bar.update)
+        return results[0] if single else results
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        image_data: None = None,
+        audio_data: None = None,
+        video_data: None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
+        """`generate` for coroutines of any event loop: await it for a dict, a list, or (with
+        stream=True) an async generator. Cancelling the task or closing the generator aborts the
+        requests."""
+        media = {"image_data": image_data, "audio_data": audio_data, "video_data": video_data}
+        given = Arguments.collect(
+            media, prompt=prompt, sampling_params=sampling_params, input_ids=input_ids, **options
+        )
+        call, single = self._begin(given)
+        if given.stream:
+            return AsyncStream(call)
+        with _progress(call, given.progress) as bar:
+            results = await call.aresults(bar.update)
+        return results[0] if single else results
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
+        """Answers a conversation (a list of {"role", "content"} dicts), or each of a list of them.
+
+        The tokenizer's chat template makes the prompt; `tools` and `chat_template_kwargs` go to
+        it. Everything else is as in `generate`.
+        """
+        ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
+        return self.generate(sampling_params=sampling_params, input_ids=ids, **options)
+
+    async def async_chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
+        """`chat` for coroutines, see `async_generate`."""
+        ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
+        return await self.async_generate(sampling_params=sampling_params, input_ids=ids, **options)
+
+    def _begin(self, given: Arguments) -> tuple[Call, bool]:
+        """Checks and submits a call; whether its result is a single dict."""
+        inputs = self._builder.build(given)
+        args = self.server_args
+        options = ResultOptions(
+            tokenizer=self.tokenizer,
+            deltas=args.stream_output,
+            indexed=not inputs.single,
+            return_text_in_logprobs=given.return_text_in_logprobs,
+            return_prompt_token_ids=given.return_prompt_token_ids,
+            enable_metrics=args.enable_metrics,
+            weight_version=args.weight_version,
+        )
+        outputs = [Output(request, options) for request in inputs.requests]
+        call = Call(self._loop, self._live_ids, outputs, inputs.mailbox, owner=self)
+        return call, inputs.single
+
+    # -- control ----------------------------------------------------------------------------------
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """Ends the requests whose id starts with `rid`, or all. Their calls return what there is,
+        with finish_reason type "abort". Unknown ids and "" are ignored."""
+        self._loop.abort(rid, abort_all)
+
+    def flush_cache(self) -> FlushResult:
+        """Forgets cached prefixes; `.success` is False while requests are queued or running."""
+        return FlushResult.of(self._loop.flush_cache())
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Every option of the engine, its sizes and counters; keys in docs/api.md."""
+        return info.server_info(self.server_args, self._loop.limits, self._loop.stats())
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What is loaded."""
+        return info.model_info(self.server_args, self._load_format)
+
+    def get_all_child_pids(self) -> list[int]:
+        """Always empty: jaxserve has no child processes."""
+        return []
+
+    def shutdown(self) -> None:
+        """Stops the engine thread and frees the device. Calls in progress and later ones raise
+        EngineShutdownError. May be called twice."""
+        self._finalizer()
+        atexit.unregister(self._finalizer)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+
+def _progress(call: Call, shown: bool) -> tqdm:
+    return tqdm(total=call.size, desc="Requests", unit="req", disable=not shown)

@@ -1,0 +1,29 @@
+"""Exceptions raised by jaxserve. Each also subclasses the built-in that SGLang users catch."""
+
+
+class JaxserveError(Exception):
+    """Base of every exception that jaxserve raises on purpose."""
+
+
+class InvalidRequestError(JaxserveError, ValueError):
+    """A call's arguments are wrong. The message names the parameter and the value."""
+
+
+class UnknownOptionError(JaxserveError, TypeError):
+    """A keyword or a sampling key that does not exist."""
+
+
+class NotSupportedError(JaxserveError, ValueError):
+    """Known to SGLang's API, not supported (yet) by jaxserve. The message says so."""
+
+
+class ModelLoadError(JaxserveError, ValueError):
+    """A checkpoint is missing, damaged or does not fit its config."""
+
+
+class EngineDeadError(JaxserveError, RuntimeError):
+    """The engine thread has stopped after a failure; `__cause__` is that failure."""
+
+
+class EngineShutdownError(JaxserveError, RuntimeError):
+    """The engine was shut down before or during the call."""

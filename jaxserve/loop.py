@@ -1,0 +1,271 @@
+"""The engine thread: admit -> schedule -> prepare -> dispatch -> commit, over and over.
+
+Callers put tasks into an inbox from any thread and wait on their mailboxes. One thread owns the
+scheduler and the device. It keeps one step in flight while it schedules the next (unless overlap
+is off), so results are read one step late; the extra token of a request that stopped in between is
+dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from jaxserve.batch.batch import Batch
+from jaxserve.cache.pages import PageAllocator
+from jaxserve.config import EngineConfig, Limits
+from jaxserve.errors import EngineShutdownError, InvalidRequestError
+from jaxserve.inbox import Inbox, Task, stop_error
+from jaxserve.output import commit as output
+from jaxserve.output.stats import Stats
+from jaxserve.request import Request, Update
+from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
+from jaxserve.step.runner import Runner, StepResult
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+MOST_FAILURES = 2
+"""Failed steps in a row after which the engine gives up."""
+
+
+class EngineLoop:
+    """Runs requests on one engine thread. All public methods are thread-safe."""
+
+    def __init__(self, config: EngineConfig, runner: Runner):
+        self.config = config
+        self.startup_seconds = 0.0
+        self._runner = runner
+        self._scheduler = Scheduler(
+            buckets=config.buckets,
+            pages=PageAllocator(runner.num_pages),
+            page_size=config.page_size,
+            max_rows=config.max_rows,
+            max_prefill_tokens=config.max_prefill_tokens,
+            max_prefill_rows=config.max_prefill_rows,
+        )
+        self._in_flight: deque[StepResult] = deque()
+        self._depth = 1 if config.overlap else 0
+        self._failures = 0
+        self._stats = Stats()
+        self._inbox = Inbox()
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+
+    @classmethod
+    def start(cls, args: Any, loaded: Any) -> EngineLoop:
+        """Build an engine for ServerArgs `args` around converters.LoadedModel `loaded`, compile
+        what is to be compiled beforehand, and start its thread."""
+        started = time.perf_counter()
+        platform = next(iter(next(iter(loaded.params.values())).devices())).platform
+        config = EngineConfig.resolve(args, loaded.config, platform)
+        runner = Runner(config, loaded)
+        if config.precompile:
+            runner.precompile()
+        loop = cls(config, runner)
+        loop._thread.start()
+        loop.startup_seconds = time.perf_counter() - started
+        return loop
+
+    @property
+    def limits(self) -> Limits:
+        """What one request may ask for."""
+        config, runner = self.config, self._runner
+        return Limits(
+            runner.model_config.vocab_size,
+            config.context_length,
+            runner.num_pages * config.page_size,
+            config.bias_capacity,
+            config.max_top_logprobs,
+            config.max_logprob_ids,
+        )
+
+    # -- from any thread --------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all or none. EngineDeadError, EngineShutdownError: the engine is gone.
+        InvalidRequestError: max_queued_requests would be exceeded."""
+        most, waiting = self.config.max_queued, len(self._scheduler.waiting)
+        if most is not None and waiting + len(requests) > most:
+            raise InvalidRequestError(
+                f"the queue is full: max_queued_requests={most}, {waiting} requests wait and "
+                f"{len(requests)} more were submitted"
+            )
+
+        def run() -> None:
+            for request in requests:
+                self._scheduler.add(request)
+
+        def cancel(error: BaseException) -> None:
+            for request in requests:
+                request.mailbox.put(Update(request, error=error))
+
+        self._inbox.put(Task(run, cancel))
+
+    def abort(self, rid: str = "", abort_all: bool = False) -> None:
+        """End requests whose id starts with `rid`, or all. Unknown ids and "" are ignored, and so
+        is an engine that has stopped: its requests have ended already."""
+        if not (rid or abort_all):
+            return
+
+        def run() -> None:
+            for request in list(self._scheduler.live):
+                if abort_all or request.rid.startswith(rid):
+                    output.finish(request, dict(ABORTED), self._scheduler)
+
+        self._try_put(Task(run, cancel=lambda error: None))
+
+    def abort_requests(self, requests: Sequence[Request]) -> None:
+        """End exactly these requests, if they still run: their caller has gone."""
+
+        def run() -> None:
+            for request in requests:
+                if request in self._scheduler.live:
+                    output.finish(request, dict(ABORTED), self._scheduler)
+
+        self._try_put(Task(run, cancel=lambda error: None))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the engine thread between steps; its value or its exception."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(Task(run, future.set_exception))
+        return future.result()
+
+    def flush_cache(self) -> bool:
+        """Forget cached prefixes; False while requests are queued or running. (There is no prefix
+        cache yet: pages of finished requests are free at once.)"""
+        return self.call(lambda: self._scheduler.idle)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and sizes, see docs/api.md."""
+        return self.call(self._collect_stats)
+
+    def shutdown(self) -> None:
+        """Stop the thread, fail waiting requests with EngineShutdownError, free device memory."""
+        self._inbox.close(EngineShutdownError("the engine was shut down"))
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _try_put(self, task: Task) -> None:
+        try:
+            self._inbox.put(task)
+        except RuntimeError:
+            logger.debug("an abort came after the engine had stopped")
+
+    # -- the engine thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._runner.programs.watch_this_thread()
+        try:
+            while self._admit():
+                batch = self._schedule()
+                if batch is not None:
+                    self._dispatch(batch)
+                if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
+                    self._commit()
+        except BaseException as error:
+            logger.exception("the engine thread failed")
+            self._inbox.close(error)
+        self._stop()
+
+    def _admit(self) -> bool:
+        """Do what callers asked for; sleep while nothing runs. False: the engine is to stop."""
+        while True:
+            tasks = self._inbox.take(block=self._scheduler.idle and not self._in_flight)
+            if tasks is None:
+                return False
+            for task in tasks:
+                task.run()
+            if self._in_flight or not self._scheduler.idle:
+                return True
+
+    def _schedule(self) -> Batch | None:
+        try:
+            batch = self._scheduler.schedule()
+        except DrainNeeded:
+            return None
+        if batch is None and not self._in_flight and not self._scheduler.idle:
+            raise RuntimeError("the scheduler holds requests but can run none of them")
+        return batch
+
+    def _dispatch(self, batch: Batch) -> None:
+        started, compiled = time.perf_counter(), self._runner.programs.compile_seconds
+        try:
+            prepared = self._runner.prepare(batch)
+        except Exception as error:
+            logger.exception("a batch could not be prepared; its requests fail")
+            for sequence in batch.sequences:
+                self._fail(sequence.request, error)
+            return
+        try:
+            self._in_flight.append(self._runner.dispatch(prepared))
+        except Exception as error:
+            self._recover(error)
+        compiling = self._runner.programs.compile_seconds - compiled
+        self._stats.dispatched(batch, time.perf_counter() - started - compiling)
+
+    def _commit(self) -> None:
+        result = self._in_flight.popleft()
+        try:
+            result.tokens.block_until_ready()
+        except Exception as error:
+            self._recover(error)
+            return
+        started = time.perf_counter()
+        kept = output.commit(result, self._scheduler)
+        self._failures = 0
+        self._stats.committed(kept, time.perf_counter() - started)
+
+    def _recover(self, error: Exception) -> None:
+        """A step failed on the device: its donated cache is lost. Start over with an empty one and
+        recompute every admitted request; give up when that fails again at once."""
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            raise error
+        logger.error("a step failed on the device, its requests are recomputed: %s", error)
+        self._in_flight.clear()
+        self._scheduler.retract_all()
+        self._runner.reset()
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """End one request with an exception for its caller."""
+        request.finish_reason = {**ABORTED, "message": str(error), "status_code": 500}
+        self._scheduler.finish(request)
+        request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
+
+    def _stop(self) -> None:
+        """Tell everybody still waiting, then let go of the device."""
+        reason = self._inbox.close(EngineShutdownError("the engine was shut down"))
+        for request in list(self._scheduler.live):
+            self._fail(request, stop_error(reason))
+        self._in_flight.clear()
+        self._runner.close()
+
+    def _collect_stats(self) -> dict[str, Any]:
+        scheduler, programs = self._scheduler, self._runner.programs
+        size = self.config.page_size
+        return {
+            "page_size": size,
+            "available_tokens": scheduler.pages.available * size,
+            "max_total_num_tokens": scheduler.pages.num_pages * size,
+            "max_running_requests": self.config.max_rows,
+            "late_compiles": programs.late_compiles,
+            "programs": len(programs),
+            "compile_seconds": programs.compile_seconds,
+            "startup_time": self.startup_seconds,
+            "num_running": len(scheduler.live) - len(scheduler.waiting),
+            "num_waiting": len(scheduler.waiting),
+            "memory_usage": self._runner.memory_usage(),
+            **self._stats.as_dict(),
+        }

@@ -1,0 +1,1 @@
+"""Model families: mathematics as flax.nnx modules. They know no paging, sharding or loading."""

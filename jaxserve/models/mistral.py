@@ -1,0 +1,22 @@
+"""Mistral: Llama with a sliding window in every layer (Jiang et al. 2023; HF modeling_mistral)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from jaxserve.models.llama import Llama
+
+
+class Mistral(Llama):
+    """Differs from Llama in its config only: `windows` reach `attend`."""
+
+    hf_defaults: ClassVar[dict[str, Any]] = {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+    @staticmethod
+    def config_fields(hf: dict[str, Any]) -> dict[str, Any]:
+        return {"windows": (hf.get("sliding_window"),) * hf["num_hidden_layers"]}

@@ -1,0 +1,21 @@
+"""Qwen2 and Qwen2.5: Llama with a bias on q, k and v (Yang et al. 2024; HF modeling_qwen2)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from jaxserve.models.config import layer_windows
+from jaxserve.models.llama import Llama
+
+
+class Qwen2(Llama):
+    """Differs from Llama in its config only: the biases, and windows in the upper layers."""
+
+    hf_defaults: ClassVar[dict[str, Any]] = {
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    }
+
+    @staticmethod
+    def config_fields(hf: dict[str, Any]) -> dict[str, Any]:
+        return {"attention_bias": True, "windows": layer_windows(hf)}

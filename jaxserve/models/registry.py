@@ -1,0 +1,101 @@
+"""Which class implements a Hugging Face architecture, and what parameters it declares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.errors import ModelLoadError, NotSupportedError
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Llama
+from jaxserve.models.mistral import Mistral
+from jaxserve.models.qwen2 import Qwen2
+from jaxserve.models.qwen3 import Qwen3
+
+_FAMILIES: tuple[tuple[str, str, type[Llama]], ...] = (
+    # architecture in config.json, its model_type, class
+    ("LlamaForCausalLM", "llama", Llama),
+    ("MistralForCausalLM", "mistral", Mistral),
+    ("Qwen2ForCausalLM", "qwen2", Qwen2),
+    ("Qwen3ForCausalLM", "qwen3", Qwen3),
+)
+
+
+def supported_architectures() -> list[str]:
+    """Values of config.json's `architectures` that can be loaded."""
+    return [architecture for architecture, _, _ in _FAMILIES]
+
+
+def architecture_of(hf: Mapping[str, Any]) -> str:
+    """The architecture that a config.json names: the first supported one of `architectures`, or
+    what `model_type` implies where that list is absent. Raises NotSupportedError."""
+    given = hf.get("architectures") or []
+    for architecture, model_type, _ in _FAMILIES:
+        if architecture in given or (not given and hf.get("model_type") == model_type):
+            return architecture
+    what = f"architectures={list(given)!r}" if given else f"model_type={hf.get('model_type')!r}"
+    raise NotSupportedError(
+        f"config.json: {what} is not supported; supported architectures: "
+        f"{', '.join(supported_architectures())}"
+    )
+
+
+def family(architecture: str) -> type[Llama]:
+    """The nnx class of an architecture. Raises NotSupportedError, listing the supported ones."""
+    for name, _, cls in _FAMILIES:
+        if name == architecture:
+            return cls
+    raise NotSupportedError(
+        f"architecture {architecture!r} is not supported; supported architectures: "
+        f"{', '.join(supported_architectures())}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Declaration:
+    """A model without its arrays.
+
+    graphdef: the module's structure. specs: shape and dtype of each parameter by dotted path, in
+    the order in which the engine passes them as a flat tuple.
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    specs: Mapping[str, jax.ShapeDtypeStruct]
+    keys: tuple[tuple[Any, ...], ...]
+    """The nnx key of each path of `specs`."""
+
+    def bind(self, params: Mapping[str, Any]) -> Llama:
+        """The module with `params` (arrays or tracers) in place. Works inside jit.
+
+        Raises ModelLoadError unless the paths are exactly those of `specs`.
+        """
+        if params.keys() != self.specs.keys():
+            missing = sorted(self.specs.keys() - params.keys())
+            extra = sorted(params.keys() - self.specs.keys())
+            raise ModelLoadError(f"cannot bind parameters: missing {missing}, unexpected {extra}")
+        leaves = [
+            (key, nnx.Param(params[path])) for key, path in zip(self.keys, self.specs, strict=True)
+        ]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
+
+
+def declare(config: ModelConfig, dtype: Any) -> Declaration:
+    """The parameters of a model and how to bind them; allocates nothing.
+
+    dtype: of every parameter. Raises NotSupportedError for an unknown architecture.
+    """
+    cls = family(config.architecture)
+    shapes = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=None))
+    graphdef, state = nnx.split(shapes)
+    flat = nnx.to_flat_state(state)
+    keys = tuple(key for key, _ in flat)
+    specs = {
+        ".".join(map(str, key)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat
+    }
+    return Declaration(config, graphdef, specs, keys)

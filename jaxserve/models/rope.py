@@ -1,0 +1,191 @@
+"""Rotary position embedding and its scalings.
+
+Letters: T tokens, N heads (query or KV), H head dim. Everything is float32.
+Sources: RoFormer (Su et al. 2021); linear: kaiokendev; dynamic NTK: bloc97 and emozilla;
+YaRN: Peng et al. 2023; llama3: the Llama 3.1 release. The numbers follow
+`transformers.modeling_rope_utils` (5.x).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.errors import ModelLoadError, NotSupportedError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_DEFAULT_THETA = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """How positions become angles.
+
+    type: one of ROPE_TYPES. theta: base of the geometric series of frequencies.
+    factor: how far the context is stretched; 1 for "default".
+    original_max_positions: tokens that the model was pretrained on, before stretching.
+    low_freq_factor, high_freq_factor: "llama3" only, bounds of the band that is blended.
+    beta_fast, beta_slow, truncate: "yarn" only, bounds of its ramp in rotations.
+    attention_factor: "yarn" multiplies cos and sin by this; 1 elsewhere.
+    """
+
+    type: str = "default"
+    theta: float = _DEFAULT_THETA
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
+        """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older).
+
+        Raises NotSupportedError for other types and for a partial rotation, ModelLoadError when a
+        key that the type needs is missing.
+        """
+        # transformers lets a `rope_scaling` that is present win over `rope_parameters`.
+        given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+        kind = given.get("rope_type") or given.get("type") or "default"
+        if kind not in ROPE_TYPES:
+            raise NotSupportedError(
+                f"config.json asks for rope type {kind!r}; supported: {', '.join(ROPE_TYPES)}"
+            )
+        partial = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+        if partial not in (None, 1, 1.0):
+            raise NotSupportedError(f"partial_rotary_factor={partial!r} is not supported, only 1.0")
+        theta = float(_first(given.get("rope_theta"), hf.get("rope_theta"), _DEFAULT_THETA))
+        if kind == "default":
+            return cls(theta=theta)
+        original = max_position_embeddings
+        if kind in ("yarn", "llama3"):  # "dynamic" goes by max_position_embeddings
+            original = _first(
+                hf.get("original_max_position_embeddings"),
+                given.get("original_max_position_embeddings"),
+                original,
+            )
+        if kind == "yarn" and "factor" in given and given["factor"] is None:
+            given["factor"] = max_position_embeddings / original
+        needed = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
+        missing = [key for key in needed if given.get(key) is None]
+        if missing:
+            raise ModelLoadError(
+                f"config.json: rope type {kind!r} needs {', '.join(missing)}, got {given}"
+            )
+        fields = {key: float(given[key]) for key in needed}
+        if kind == "yarn":
+            fields |= {
+                "beta_fast": float(given.get("beta_fast") or 32),
+                "beta_slow": float(given.get("beta_slow") or 1),
+                "attention_factor": _yarn_attention_factor(given, fields["factor"]),
+            }
+        return cls(
+            type=kind,
+            theta=theta,
+            original_max_positions=int(original),
+            truncate=bool(given.get("truncate", True)),
+            **fields,
+        )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _yarn_attention_factor(given: dict[str, Any], factor: float) -> float:
+    """YaRN's temperature: 0.1 ln(factor) + 1, or a ratio of two such terms (DeepSeek)."""
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if given.get("attention_factor") is not None:
+        return given["attention_factor"]
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair of dimensions: [H/2] float32.
+
+    For "dynamic" these are the frequencies inside the original context (unscaled).
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    if rope.type == "linear":
+        return plain / np.float32(rope.factor)
+    if rope.type == "llama3":
+        return _llama3(plain, rope)
+    if rope.type == "yarn":
+        return _yarn(plain, rope, head_dim)
+    return plain
+
+
+def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """Short wavelengths stay, long ones are divided by `factor`, the band between is blended."""
+    turns = rope.original_max_positions * plain / np.float32(2 * math.pi)
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0, 1).astype(np.float32)
+    return (1 - blend) * plain / np.float32(rope.factor) + blend * plain
+
+
+def _yarn(plain: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """As llama3, with a ramp that is linear in the dimension instead of in the frequency."""
+
+    def dimension(rotations: float) -> float:
+        wavelength = rope.original_max_positions / (rotations * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    ramp = ramp.astype(np.float32)
+    return plain / np.float32(rope.factor) * ramp + plain * (1 - ramp)
+
+
+def cos_sin(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """positions [T] int32 -> cos, sin [T, H/2] float32.
+
+    "dynamic" in an engine that keeps rotated keys: the frequencies of a token are a function of
+    its own position p only. Up to `original_max_positions` they are the unscaled ones, as in
+    Hugging Face. Beyond, they are the ones for a context of p + 1 tokens: what Hugging Face uses
+    when it generates that token one at a time with a KV cache. So prompts within the original
+    context, and whatever is generated after them, equal Hugging Face. A *prompt* longer than the
+    original context does not: there Hugging Face rotates every token for the whole prompt's
+    length, which would make a token's keys depend on the tokens after it, and results depend on
+    chunking, retraction and batch mates.
+    """
+    frequencies = jnp.asarray(inverse_frequencies(rope, head_dim))
+    if rope.type == "dynamic":
+        length = (positions + 1).astype(jnp.float32)
+        stretch = rope.factor * length / rope.original_max_positions - (rope.factor - 1)
+        stretch = jnp.maximum(stretch, 1.0)[:, None]
+        exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+        # theta' = theta * stretch ** (H / (H - 2)); the division by theta' ** exponent is split
+        # so that a stretch of 1 leaves the unscaled frequencies bit for bit.
+        frequencies = frequencies / stretch ** (exponents * head_dim / (head_dim - 2))
+    angles = positions[:, None].astype(jnp.float32) * frequencies
+    scale = rope.attention_factor
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [T, N, H] rotated by cos, sin [T, H/2]; pairs are (i, i + H/2), as in Hugging Face.
+
+    Returns x's dtype; computed in float32.
+    """
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

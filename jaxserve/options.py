@@ -1,0 +1,252 @@
+"""The engine's implemented constructor options: types, ranges and meanings, in one table.
+
+`ServerArgs` checks its values with it, the command line is built from it, and docs/api.md shows
+it. Options that are known but not implemented are in `jaxserve.api.foreign_options`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from jaxserve.api import checks
+from jaxserve.errors import InvalidRequestError, NotSupportedError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """What values one option takes.
+
+    kind: "text", "flag", "integer", "number", "integers" (a list) or "json" (a JSON object, as
+    text or dict). low, high: inclusive range. optional: whether None is allowed (it means "auto").
+    choices: the values implemented. known: values SGLang knows and jaxserve does not implement.
+    """
+
+    kind: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value in its normal form. Raises InvalidRequestError or NotSupportedError."""
+        if value is None and self.optional:
+            return None
+        match self.kind:
+            case "flag":
+                return checks.boolean(name, value)
+            case "integer":
+                return checks.integer(name, value, _whole(self.low), _whole(self.high))
+            case "number":
+                return checks.number(name, value, self.low, self.high)
+            case "integers":
+                return _integers(name, value)
+            case "json":
+                return _json_object(name, value)
+        return self._text(name, value)
+
+    def _text(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise InvalidRequestError(f"{name} must be a string, got {checks.shown(value)}")
+        if value in self.known:
+            raise NotSupportedError(
+                f"{name}={value!r} is not supported yet; jaxserve has {', '.join(self.choices)}"
+            )
+        if self.choices and value not in self.choices:
+            raise InvalidRequestError(
+                f"{name} must be one of {', '.join(self.choices)}, got {value!r}"
+            )
+        return value
+
+
+def _whole(bound: float | None) -> int | None:
+    return None if bound is None else int(bound)
+
+
+def _integers(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise InvalidRequestError(
+            f"{name} must be a list of positive integers, got {checks.shown(value)}"
+        )
+    return tuple(checks.integer(name, item, 1) for item in value)
+
+
+def _json_object(name: str, value: Any) -> Any:
+    parsed = value
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InvalidRequestError(
+                f"{name} is not valid JSON: {error}; got {value!r}"
+            ) from error
+    if not isinstance(parsed, Mapping):
+        raise InvalidRequestError(f"{name} must be a JSON object, got {checks.shown(value)}")
+    return value
+
+
+def _parallel(what: str) -> Option:
+    return Option("integer", f"{what}; only 1 is supported yet", low=1)
+
+
+ONLY_ONE = ("tp_size", "dp_size", "pp_size", "ep_size", "nnodes")
+"""Sizes that are implemented for 1 only."""
+
+OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        # Model and tokenizer.
+        "model_path": Option("text", "checkpoint folder, .gguf file or hub id"),
+        "tokenizer_path": Option("text", "tokenizer folder; the model's when None", optional=True),
+        "tokenizer_mode": Option("text", "auto: the fast tokenizer", choices=("auto", "slow")),
+        "skip_tokenizer_init": Option("flag", "tokens in, tokens out: no tokenizer, no text"),
+        "load_format": Option(
+            "text",
+            "checkpoint format; dummy: random weights",
+            choices=("auto", "safetensors", "gguf", "orbax", "dummy"),
+            known=(
+                "pt",
+                "npcache",
+                "sharded_state",
+                "bitsandbytes",
+                "remote",
+                "layered",
+                "mistral",
+            ),
+        ),
+        "dtype": Option(
+            "text",
+            "parameter type; auto: float32 on CPU, bfloat16 on GPU",
+            choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        ),
+        "context_length": Option(
+            "integer", "most tokens of prompt and output; the model's when None", 2, optional=True
+        ),
+        "revision": Option("text", "revision of a hub model", optional=True),
+        "download_dir": Option("text", "where hub models are stored", optional=True),
+        "json_model_override_args": Option("json", "JSON object patched into the model's config"),
+        "trust_remote_code": Option("flag", "ignored with a warning: remote code never runs"),
+        "served_model_name": Option("text", "name in get_model_info()", optional=True),
+        "chat_template": Option("text", "Jinja chat template, or a file of it", optional=True),
+        "weight_version": Option("text", "echoed in every result"),
+        "preferred_sampling_params": Option(
+            "json", "defaults under each request's sampling parameters", optional=True
+        ),
+        # Memory and scheduling.
+        "mem_fraction_static": Option(
+            "number", "(weights + KV pages) / device memory", 0.01, 0.99, optional=True
+        ),
+        "max_total_tokens": Option("integer", "cap on the KV pool, in tokens", 1, optional=True),
+        "max_running_requests": Option("integer", "cap on the running batch", 1, optional=True),
+        "max_queued_requests": Option("integer", "cap on the waiting queue", 1, optional=True),
+        "chunked_prefill_size": Option(
+            "integer", "largest prefill bucket in tokens; -1: no chunks", -1, optional=True
+        ),
+        "max_prefill_tokens": Option("integer", "most tokens in one prefill batch", 1),
+        "prefill_max_requests": Option(
+            "integer", "most requests in one prefill batch", 1, optional=True
+        ),
+        "schedule_policy": Option(
+            "text",
+            "order of the waiting queue",
+            choices=("fcfs",),
+            known=("lpm", "dfs-weight", "lof", "random", "priority", "routing-key"),
+        ),
+        "page_size": Option(
+            "integer", "KV tokens per page; None: 64 on GPU, 16 on CPU", 1, optional=True
+        ),
+        "disable_radix_cache": Option("flag", "no effect yet: there is no prefix cache"),
+        "disable_overlap_schedule": Option("flag", "wait for each step before the next one"),
+        "allow_auto_truncate": Option("flag", "cut prompts that are too long, with a warning"),
+        "random_seed": Option("integer", "seeds the requests that bring no seed", 0, optional=True),
+        # Streaming, observation.
+        "stream_interval": Option("integer", "tokens between streamed chunks", 1),
+        "stream_output": Option("flag", "streams give deltas instead of the text so far"),
+        "enable_metrics": Option("flag", "adds times of each request to meta_info"),
+        "log_level": Option(
+            "text",
+            "level of the 'jaxserve' logger",
+            choices=("debug", "info", "warning", "error", "critical"),
+        ),
+        # Device, programs, kernels.
+        "device": Option(
+            "text", "cpu or cuda; None: what JAX finds", optional=True, choices=("cpu", "cuda")
+        ),
+        "attention_backend": Option(
+            "text",
+            "kernel implementation; None: best for the device",
+            optional=True,
+            choices=("xla", "triton", "mosaic_sm90"),
+        ),
+        "cuda_graph_bs": Option("integers", "the decode batch sizes compiled", optional=True),
+        "cuda_graph_max_bs": Option("integer", "largest decode batch compiled", 1, optional=True),
+        "tp_size": _parallel("tensor parallel size"),
+        "dp_size": _parallel("data parallel size"),
+        "pp_size": _parallel("pipeline parallel size"),
+        "ep_size": _parallel("expert parallel size"),
+        "nnodes": _parallel("number of machines"),
+        # jaxserve's own.
+        "precompile": Option(
+            "flag", "compile every program at start; None: on GPU only", optional=True
+        ),
+        "compilation_cache_dir": Option(
+            "text", "folder of compiled programs; None: the user's cache; '': off", optional=True
+        ),
+        "return_original_logprob": Option("flag", "output logprobs before temperature"),
+        "max_top_logprobs": Option("integer", "largest top_logprobs_num", 0),
+        "max_logprob_ids": Option("integer", "most ids in token_ids_logprob", 0),
+        "logit_bias_capacity": Option("integer", "most biased and masked ids per request", 1),
+    }
+)
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "incremental_streaming_output": "stream_output",
+        "cuda_graph_bs_decode": "cuda_graph_bs",
+        "cuda_graph_max_bs_decode": "cuda_graph_max_bs",
+    }
+)
+"""Second spellings (SGLang renamed these in 2026) -> the name that jaxserve uses."""
+
+FOREIGN_ATTENTION = frozenset(
+    {
+        "aiter",
+        "ascend",
+        "cutlass_mla",
+        "dual_chunk_flash_attn",
+        "fa3",
+        "fa4",
+        "flashinfer",
+        "flashmla",
+        "flex_attention",
+        "intel_amx",
+        "intel_xpu",
+        "nsa",
+        "tbo",
+        "torch_native",
+        "trtllm_mha",
+        "trtllm_mla",
+        "wave",
+    }
+)
+"""Attention backends of SGLang without a namesake here: accepted with a warning."""
+
+HINTS: Mapping[str, str] = MappingProxyType(
+    {
+        "tp": "tp_size",
+        "tensor_parallel_size": "tp_size",
+        "dp": "dp_size",
+        "data_parallel_size": "dp_size",
+        "model": "model_path",
+        "tokenizer": "tokenizer_path",
+        "seed": "random_seed",
+        "max_model_len": "context_length",
+        "gpu_memory_utilization": "mem_fraction_static",
+        "max_num_seqs": "max_running_requests",
+    }
+)
+"""What users of other spellings mean; named in the error."""

@@ -1,0 +1,1 @@
+"""What leaves the engine: updates from the engine thread, result dicts for the caller."""

@@ -1,0 +1,156 @@
+"""Device results back to requests: append tokens, decide who is finished, report."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from jaxserve.batch.batch import ExtendBatch, ExtendRow
+from jaxserve.request import Logprobs, Request, TopLogprobs, Update
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.sequence import Sequence
+
+
+class HostLogprobs:
+    """A step's logprob arrays on the host (None where nobody wanted them)."""
+
+    def __init__(self, arrays: Any):
+        self._chosen, self._top, self._top_ids, self._named = map(np.asarray, arrays)
+
+    def add(self, row: int, request: Request, out: Logprobs) -> None:
+        """Append row `row` to `out`, as much as the request asked for."""
+        spec = request.logprobs
+        assert spec is not None
+        out.token.append(float(self._chosen[row]))
+        if spec.top:
+            pairs = zip(self._top[row, : spec.top].tolist(), self._top_ids[row].tolist())  # noqa: B905
+            out.top.append(list(pairs))
+        if spec.ids:
+            values = self._named[row, : len(spec.ids)].tolist()
+            out.ids.append(list(zip(values, spec.ids, strict=True)))
+
+
+def commit(result: Any, scheduler: Scheduler) -> int:
+    """Read a StepResult (this waits for the device) and hand its tokens out.
+
+    Requests that ended or were aborted since the step was scheduled are passed over: their extra
+    token is dropped. Returns how many tokens were kept.
+    """
+    batch = result.batch
+    tokens: list[int] = np.asarray(result.tokens).tolist()
+    logprobs = HostLogprobs(result.logprobs) if result.logprobs is not None else None
+    if result.input_logprobs is not None:
+        host = HostLogprobs(result.input_logprobs)
+        for row in batch.rows:
+            if not row.sequence.request.finished:
+                _read_input_logprobs(row, host)
+    if isinstance(batch, ExtendBatch):
+        _complete_input_logprobs(batch)
+    kept = 0
+    for row, sequence in batch.sampled:
+        sequence.in_flight -= 1
+        request = sequence.request
+        if request.finished:
+            continue
+        if logprobs is not None and request.logprobs is not None:
+            logprobs.add(row, request, request.pending_logprobs)
+        kept += _accept(sequence, tokens[row], scheduler)
+    return kept
+
+
+def _accept(sequence: Sequence, token: int, scheduler: Scheduler) -> int:
+    """Append one sampled token to its request; 1 if it was kept."""
+    request = sequence.request
+    if request.first_token_time is None:
+        request.first_token_time = time.perf_counter()
+    if request.max_new_tokens == 0:
+        finish(request, {"type": "length", "length": 0}, scheduler)
+        return 0
+    request.output_ids.append(token)
+    reason = finish_reason(request, token)
+    if reason is not None:
+        finish(request, reason, scheduler)
+    elif request.stream_interval and _due(request):
+        report(request)
+    return 1
+
+
+def finish_reason(request: Request, token: int) -> dict[str, Any] | None:
+    """Why the request ends with `token`, its newest, or None. Order as engine-api.md 3.3."""
+    if request.stop_matcher is not None:
+        matched = request.stop_matcher.append(token)
+        if matched is not None:
+            return {"type": "stop", "matched": matched}
+    if token in request.stop_ids:
+        return {"type": "stop", "matched": token}
+    if len(request.output_ids) >= request.max_new_tokens:
+        return {"type": "length", "length": request.max_new_tokens}
+    return None
+
+
+def finish(request: Request, reason: dict[str, Any], scheduler: Scheduler) -> None:
+    """End a request: its pages are free at once, and its caller hears the rest."""
+    request.finish_reason = reason
+    request.finish_time = time.perf_counter()
+    scheduler.finish(request)
+    report(request)
+
+
+def report(request: Request) -> None:
+    """Put what is new since the last report into the caller's mailbox."""
+    first = request.reported == 0
+    new_ids = tuple(request.output_ids[request.reported :])
+    request.reported = len(request.output_ids)
+    logprobs = None
+    if request.logprobs is not None:
+        logprobs, request.pending_logprobs = request.pending_logprobs, Logprobs()
+    request.mailbox.put(
+        Update(
+            request,
+            new_ids,
+            output_logprobs=logprobs,
+            input_logprobs=request.input_logprobs if first else None,
+            finish_reason=request.finish_reason,
+        )
+    )
+
+
+def _due(request: Request) -> bool:
+    interval = request.stream_interval
+    return interval == 1 or len(request.output_ids) % interval == 1
+
+
+def _read_input_logprobs(row: ExtendRow, host: HostLogprobs) -> None:
+    """Add the logprobs of the prompt tokens that follow this row's tokens."""
+    request = row.sequence.request
+    spec = request.logprobs
+    if row.leader >= 0 or spec is None or spec.start < 0 or request.input_logprobs is not None:
+        return
+    last = len(request.prompt_ids) - 1
+    for position in range(max(row.start, spec.start), min(row.stop, last)):
+        packed = row.packed_start + position - row.start
+        host.add(packed, request, request.pending_input_logprobs)
+
+
+def _complete_input_logprobs(batch: ExtendBatch) -> None:
+    """Give requests whose whole prompt has run their input logprobs; forks take their leader's.
+    The first entry has no predecessor, whatever the start (engine-api.md 3.4)."""
+    for row in batch.rows:
+        request = row.sequence.request
+        spec = request.logprobs
+        if not row.samples or spec is None or request.input_logprobs is not None:
+            continue
+        if row.leader >= 0:
+            request.input_logprobs = batch.rows[row.leader].sequence.request.input_logprobs
+            continue
+        whole = Logprobs()
+        if 0 <= spec.start < len(request.prompt_ids):
+            none: list[TopLogprobs] = [None]
+            whole.extend(
+                Logprobs([None], none if spec.top else [], list(none) if spec.ids else [])
+            )
+            whole.extend(request.pending_input_logprobs)
+        request.input_logprobs = whole
+        request.pending_input_logprobs = Logprobs()

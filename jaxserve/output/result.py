@@ -1,0 +1,165 @@
+"""Result dicts: from a request's updates to what `generate` returns or streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jaxserve.output.text import OutputText
+from jaxserve.request import Logprobs, Request, TopLogprobs, Update
+
+LogprobTuple = tuple[float | None, int | None, str | None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ResultOptions:
+    """What all result dicts of one call have in common.
+
+    tokenizer: None leaves out `text`. deltas: stream chunks hold only what is new. indexed: stream
+    chunks carry `index`. The others are the arguments and server options of the same names.
+    """
+
+    tokenizer: Any = None
+    deltas: bool = False
+    indexed: bool = False
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    enable_metrics: bool = False
+    weight_version: str = "default"
+
+
+class Output:
+    """Collects one request's updates and makes its result dicts. Every dict has fresh lists."""
+
+    def __init__(self, request: Request, options: ResultOptions) -> None:
+        self.request = request
+        self.finish_reason: dict[str, Any] | None = None
+        self._options = options
+        self._text = OutputText(request, options.tokenizer) if options.tokenizer else None
+        self._ids: list[int] = []
+        self._logprobs = Logprobs()
+        self._input_logprobs: Logprobs | None = None
+        # What earlier delta chunks have shown, in characters, tokens and logprob entries.
+        self._shown_text = self._shown_ids = self._shown_logprobs = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def add(self, update: Update) -> None:
+        """Takes the request's next update."""
+        self._ids += update.new_ids
+        if update.output_logprobs is not None:
+            self._logprobs.extend(update.output_logprobs)
+        if update.input_logprobs is not None:
+            self._input_logprobs = update.input_logprobs
+        if self._text is not None:
+            self._text.append(update.new_ids, update.finish_reason)
+        self.finish_reason = update.finish_reason
+
+    def result(self) -> dict[str, Any]:
+        """The request so far, whole; once it has finished, its result."""
+        text = None if self._text is None else self._text.visible(self.finished)
+        return self._dict(text, self._ids, 0)
+
+    def chunk(self) -> dict[str, Any]:
+        """The next chunk of a stream: the request so far, or what is new of it."""
+        if self._options.deltas:
+            text = None
+            if self._text is not None:
+                whole = self._text.visible(self.finished)
+                text = whole[self._shown_text :]
+                self._shown_text = max(self._shown_text, len(whole))
+            chunk = self._dict(text, self._ids[self._shown_ids :], self._shown_logprobs)
+            self._shown_ids = len(self._ids)
+            self._shown_logprobs = len(self._logprobs.token)
+        else:
+            chunk = self.result()
+        if self._options.indexed:
+            chunk["index"] = self.request.index
+        return chunk
+
+    def _dict(self, text: str | None, ids: Sequence[int], first: int) -> dict[str, Any]:
+        result: dict[str, Any] = {} if text is None else {"text": text}
+        result["output_ids"] = list(ids)
+        if self._options.return_prompt_token_ids:
+            result["prompt_token_ids"] = list(self.request.prompt_ids)
+        result["meta_info"] = self._meta_info(first)
+        return result
+
+    def _meta_info(self, first: int) -> dict[str, Any]:
+        request = self.request
+        reason = self.finish_reason
+        meta: dict[str, Any] = {
+            "id": request.rid,
+            "finish_reason": None if reason is None else dict(reason),
+            "prompt_tokens": len(request.prompt_ids),
+            "completion_tokens": len(self._ids),
+            "cached_tokens": request.cached_tokens,
+            "cached_tokens_details": None,
+            "reasoning_tokens": 0,
+            "weight_version": self._options.weight_version,
+            "num_retractions": request.num_retractions,
+            "total_retractions": request.num_retractions,
+            "response_sent_to_client_ts": time.time(),
+        }
+        if request.logprobs is not None:
+            meta |= self._logprob_lists(first)
+        if self.finished:
+            end = request.finish_time or time.perf_counter()
+            meta["e2e_latency"] = end - request.created
+            if self._options.enable_metrics:
+                meta |= self._times(end)
+        return meta
+
+    def _logprob_lists(self, first: int) -> dict[str, Any]:
+        """The logprob keys; `first` is the first output position that is new."""
+        spec, out = self.request.logprobs, self._logprobs
+        assert spec is not None
+        given = self._input_logprobs or Logprobs()
+        prompt = self.request.prompt_ids[len(self.request.prompt_ids) - len(given.token) :]
+        # Prefill-only requests have one more logprob than tokens: that of a token not emitted.
+        ids = [*self._ids, *[None] * (len(out.token) - len(self._ids))]
+        lists: dict[str, Any] = {
+            "input_token_logprobs": self._tuples(zip(given.token, prompt, strict=True)),
+            "output_token_logprobs": self._tuples(
+                zip(out.token[first:], ids[first : len(out.token)], strict=True)
+            ),
+            "output_token_logprobs_length": len(out.token) - first,
+        }
+        if spec.top:
+            lists["input_top_logprobs"] = self._positions(given.top)
+            lists["output_top_logprobs"] = self._positions(out.top[first:])
+        if spec.ids:
+            lists["input_token_ids_logprobs"] = self._positions(given.ids)
+            lists["output_token_ids_logprobs"] = self._positions(out.ids[first:])
+        return lists
+
+    def _positions(self, positions: Iterable[TopLogprobs]) -> list[list[LogprobTuple] | None]:
+        return [None if pairs is None else self._tuples(pairs) for pairs in positions]
+
+    def _tuples(self, pairs: Iterable[tuple[float | None, int | None]]) -> list[LogprobTuple]:
+        if not self._options.return_text_in_logprobs:
+            return [(logprob, token, None) for logprob, token in pairs]
+        return [(logprob, token, self._token_text(token)) for logprob, token in pairs]
+
+    def _token_text(self, token: int | None) -> str | None:
+        if token is None or self._options.tokenizer is None:
+            return None
+        return self._options.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+    def _times(self, end: float) -> dict[str, Any]:
+        """Moments in seconds since the epoch, and tokens per second after the first token."""
+        request = self.request
+        epoch = time.time() - time.perf_counter()
+        first = request.first_token_time
+        decoding = end - first if first is not None else 0.0
+        rate = (len(self._ids) - 1) / decoding if decoding > 0 and len(self._ids) > 1 else None
+        return {
+            "request_received_ts": epoch + request.created,
+            "prefill_finished_time": None if first is None else epoch + first,
+            "request_finished_ts": epoch + end,
+            "decode_throughput": rate,
+        }

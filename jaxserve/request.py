@@ -1,0 +1,115 @@
+"""One sequence to generate, and what the engine thread tells the caller about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxserve.output.mailbox import Mailbox
+    from jaxserve.sampling_params import SamplingParams
+
+TopLogprobs = list[tuple[float, int]] | None
+"""One position's (logprob, token id) pairs, best first; None where no predecessor exists."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogprobSpec:
+    """What logprobs a request wants.
+
+    start: first prompt position whose logprob is reported; -1 is output tokens only.
+    top: how many of the best tokens are reported at each position.
+    ids: token ids whose logprobs are reported at each position.
+    """
+
+    start: int = -1
+    top: int = 0
+    ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(slots=True)
+class Logprobs:
+    """Logprobs of consecutive positions. The three lists are empty when not asked for,
+    otherwise as long as `token`. None stands where there is no predecessor to predict from."""
+
+    token: list[float | None] = dataclasses.field(default_factory=list)
+    top: list[TopLogprobs] = dataclasses.field(default_factory=list)
+    ids: list[TopLogprobs] = dataclasses.field(default_factory=list)
+
+    def extend(self, other: Logprobs) -> None:
+        self.token += other.token
+        self.top += other.top
+        self.ids += other.ids
+
+    def clear(self) -> None:
+        self.token.clear()
+        self.top.clear()
+        self.ids.clear()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Update:
+    """News about one request, put into its call's mailbox by the engine thread.
+
+    new_ids: tokens since the previous update. output_logprobs: of those tokens.
+    input_logprobs: complete, with the first update that has them.
+    finish_reason: None while running, then the dict of engine-api.md 3.3.
+    error: set instead of everything else when the engine died.
+    """
+
+    request: Request
+    new_ids: tuple[int, ...] = ()
+    output_logprobs: Logprobs | None = None
+    input_logprobs: Logprobs | None = None
+    finish_reason: dict[str, Any] | None = None
+    error: BaseException | None = None
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Request:
+    """One sequence: what the caller asked for (set once) and its progress (engine thread only).
+
+    `prompt_ids` is never empty and lies inside the vocabulary: callers are checked before.
+    """
+
+    rid: str
+    index: int
+    """Place in the call's result list: prompt number * n + sample index."""
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_new_tokens: int
+    """Effective limit after clipping to the context."""
+    stop_ids: frozenset[int]
+    """Tokens that end the request: EOS (unless ignore_eos) and the caller's stop_token_ids."""
+    masked_ids: tuple[int, ...]
+    """Tokens that may not be sampled before `params.min_new_tokens`."""
+    seed: int
+    """In [0, 2**32); the same for all samples of a prompt."""
+    sample_index: int
+    mailbox: Mailbox
+    group: str = ""
+    """Samples of one prompt share a group name and prefill once; "" is no group."""
+    logprobs: LogprobSpec | None = None
+    stream_interval: int = 0
+    """Tokens between updates; 0 puts one update, at the end."""
+    stop_matcher: Any = None
+    """text.stop.StopMatcher when stop strings or regexes were given, else None."""
+    created: float = dataclasses.field(default_factory=time.perf_counter)
+
+    output_ids: list[int] = dataclasses.field(default_factory=list)
+    reported: int = 0
+    """Output tokens already put into the mailbox."""
+    pending_logprobs: Logprobs = dataclasses.field(default_factory=Logprobs)
+    pending_input_logprobs: Logprobs = dataclasses.field(default_factory=Logprobs)
+    """Of the prompt chunks read so far; becomes `input_logprobs` when the prompt is complete."""
+    input_logprobs: Logprobs | None = None
+    finish_reason: dict[str, Any] | None = None
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None

@@ -1,0 +1,52 @@
+"""Logprobs on the device: of the chosen token, the best few, and ids the caller named."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenLogprobs(NamedTuple):
+    """chosen [B]; top_values, top_ids [B, C]; named [B, I]: float32 and int32."""
+
+    chosen: jax.Array
+    top_values: jax.Array
+    top_ids: jax.Array
+    named: jax.Array
+
+
+def zeros(rows: int, top: int, named: int) -> TokenLogprobs:
+    """The neutral value of branches that nobody asked for."""
+    return TokenLogprobs(
+        jnp.zeros(rows),
+        jnp.zeros((rows, top)),
+        jnp.zeros((rows, top), jnp.int32),
+        jnp.zeros((rows, named)),
+    )
+
+
+def token_logprobs(
+    logits: jax.Array, tokens: jax.Array, named_ids: jax.Array, top: int, wants_top: jax.Array
+) -> TokenLogprobs:
+    """log_softmax of logits [B, V] at `tokens` [B], at `named_ids` [B, I], and the `top` best.
+
+    The best few cost a partial sort of the vocabulary, so they are found only where `wants_top`
+    (a scalar bool). Values are clamped to the float32 range: never -inf.
+    """
+    lowest = jnp.finfo(jnp.float32).min
+    norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    def at(ids: jax.Array) -> jax.Array:
+        return jnp.maximum(jnp.take_along_axis(logits, ids, axis=-1) - norm, lowest)
+
+    def best() -> tuple[jax.Array, jax.Array]:
+        values, ids = jax.lax.top_k(logits, min(top, logits.shape[-1]))
+        missing = ((0, 0), (0, top - ids.shape[1]))
+        return jnp.pad(jnp.maximum(values - norm, lowest), missing), jnp.pad(ids, missing)
+
+    rows = logits.shape[0]
+    neutral = (jnp.zeros((rows, top)), jnp.zeros((rows, top), jnp.int32))
+    top_values, top_ids = jax.lax.cond(wants_top, best, lambda: neutral)
+    return TokenLogprobs(at(tokens[:, None])[:, 0], top_values, top_ids, at(named_ids))

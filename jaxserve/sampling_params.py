@@ -1,0 +1,221 @@
+"""Sampling parameters: the keys, defaults and ranges of SGLang's `sampling_params` dict.
+
+A value outside its range raises InvalidRequestError (a ValueError) that names the parameter and
+the value; a key that does not exist raises UnknownOptionError (a TypeError).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.api import checks
+from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
+
+TOP_K_ALL = 1 << 30
+"""What `top_k=-1` (no limit) is stored as, upstream and here."""
+GREEDY_TEMPERATURE = 1e-6
+"""Temperatures below this one select the most likely token."""
+DEFAULT_MAX_NEW_TOKENS = 128
+GRAMMAR_KEYS = ("json_schema", "regex", "ebnf", "structural_tag")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request samples. Values are checked and normalized on construction.
+
+    After construction `stop` and `stop_regex` are tuples, `stop_token_ids` a frozenset and
+    `logit_bias` a dict (all possibly empty); a temperature under 1e-6 has become temperature 1
+    with top_k 1; `top_k=-1` has become `TOP_K_ALL`. `max_new_tokens=None` means "to the end of
+    the context". The types below are what a reader finds; `from_dict` takes upstream's spellings.
+    """
+
+    max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    stop_regex: tuple[str, ...] = ()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = TOP_K_ALL
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    n: int = 1
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    stream_interval: int | None = None
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    sampling_seed: int | None = None
+    custom_params: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any] | None, preferred: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """The parameters of one request, over the engine's `preferred` ones where it gives none.
+
+        None stands for a key's default (for `max_new_tokens`: to the end of the context).
+        Raises UnknownOptionError, InvalidRequestError, NotSupportedError.
+        """
+        if isinstance(values, SamplingParams):
+            return values
+        merged: dict[str, Any] = {}
+        for source in (preferred, values):
+            if source is None:
+                continue
+            if not isinstance(source, Mapping):
+                raise InvalidRequestError(
+                    f"sampling_params must be a dict or None, got {checks.shown(source)}"
+                )
+            for key, value in source.items():
+                if key not in FIELD_NAMES:
+                    raise UnknownOptionError(
+                        f"unknown sampling parameter {key!r}{checks.near_matches(key, FIELD_NAMES)}"
+                    )
+                if value is not None or key == "max_new_tokens":
+                    merged[key] = value
+        return cls(**merged)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.top_k == 1
+
+    def __post_init__(self) -> None:
+        normal = _Normalizer(self)
+        normal.lengths()
+        normal.stops()
+        normal.distribution()
+        normal.penalties()
+        normal.flags()
+        normal.grammar()
+        for name, value in normal.values.items():
+            object.__setattr__(self, name, value)
+
+
+FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+
+
+class _Normalizer:
+    """Checks a SamplingParams' values group by group and collects their normal forms."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.given = params
+        self.values: dict[str, Any] = {}
+
+    def lengths(self) -> None:
+        given = self.given
+        if given.max_new_tokens is not None:
+            self.values["max_new_tokens"] = checks.integer(
+                "max_new_tokens", given.max_new_tokens, 0
+            )
+        smallest = checks.integer("min_new_tokens", given.min_new_tokens, 0)
+        self.values["min_new_tokens"] = smallest
+        largest = self.values.get("max_new_tokens")
+        if largest is not None and smallest > largest:
+            raise InvalidRequestError(
+                f"min_new_tokens must be in [0, max_new_tokens={largest}], got {smallest}"
+            )
+        self.values["n"] = checks.integer("n", given.n, 1)
+        if given.stream_interval is not None:
+            self.values["stream_interval"] = checks.integer(
+                "stream_interval", given.stream_interval, 1
+            )
+        if given.sampling_seed is not None:
+            self.values["sampling_seed"] = checks.integer("sampling_seed", given.sampling_seed)
+
+    def stops(self) -> None:
+        self.values["stop"] = checks.strings("stop", self.given.stop)
+        self.values["stop_regex"] = checks.strings("stop_regex", self.given.stop_regex)
+        ids = self.given.stop_token_ids
+        if isinstance(ids, str | bytes | Mapping) or not hasattr(ids, "__iter__"):
+            raise InvalidRequestError(
+                f"stop_token_ids must be a list of token ids, got {checks.shown(ids)}"
+            )
+        self.values["stop_token_ids"] = frozenset(
+            checks.integer("stop_token_ids", token, 0) for token in ids if token is not None
+        )
+
+    def distribution(self) -> None:
+        given = self.given
+        temperature = checks.number("temperature", given.temperature, 0.0)
+        top_k = checks.integer("top_k", given.top_k)
+        if top_k != -1 and top_k < 1:
+            raise InvalidRequestError(f"top_k must be -1 (all) or at least 1, got {top_k}")
+        if top_k == -1:
+            top_k = TOP_K_ALL
+        if temperature < GREEDY_TEMPERATURE:
+            temperature, top_k = 1.0, 1
+        self.values["temperature"] = temperature
+        self.values["top_k"] = min(top_k, TOP_K_ALL)
+        self.values["top_p"] = checks.number("top_p", given.top_p, 0.0, 1.0, above=True)
+        self.values["min_p"] = checks.number("min_p", given.min_p, 0.0, 1.0)
+        self.values["logit_bias"] = _logit_bias(given.logit_bias)
+
+    def penalties(self) -> None:
+        given = self.given
+        for name in ("frequency_penalty", "presence_penalty"):
+            self.values[name] = checks.number(name, getattr(given, name), -2.0, 2.0)
+        self.values["repetition_penalty"] = checks.number(
+            "repetition_penalty", given.repetition_penalty, 0.0, 2.0, above=True
+        )
+
+    def flags(self) -> None:
+        for name in (
+            "ignore_eos",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "no_stop_trim",
+        ):
+            self.values[name] = checks.boolean(name, getattr(self.given, name))
+
+    def grammar(self) -> None:
+        given = []
+        for name in GRAMMAR_KEYS:
+            value = getattr(self.given, name)
+            if value is not None and not isinstance(value, str):
+                raise InvalidRequestError(f"{name} must be a string, got {checks.shown(value)}")
+            if value:
+                given.append(name)
+            self.values[name] = value or None
+        if len(given) > 1:
+            raise InvalidRequestError(
+                f"Only one of {', '.join(GRAMMAR_KEYS)} can be set, got {' and '.join(given)}"
+            )
+        if given:
+            raise NotSupportedError(f"sampling parameter {given[0]!r} is not yet supported")
+        custom = self.given.custom_params
+        if custom is not None and not isinstance(custom, Mapping):
+            raise InvalidRequestError(f"custom_params must be a dict, got {checks.shown(custom)}")
+        if custom:
+            raise NotSupportedError(
+                "sampling parameter 'custom_params' is not yet supported: it is read by custom "
+                "logit processors only"
+            )
+        self.values["custom_params"] = None
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    """`{token id as int or decimal string: finite number}` with integer keys."""
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(
+            f"logit_bias must be a dict of token id to number, got {checks.shown(value)}"
+        )
+    result = {}
+    for key, bias in value.items():
+        if isinstance(key, str):
+            if not key.strip().isdecimal():
+                raise InvalidRequestError(f"logit_bias has the key {key!r}, which is no token id")
+            key = int(key)
+        token = checks.integer("logit_bias token id", key, 0)
+        result[token] = checks.number(f"logit_bias[{token}]", bias)
+    return result

@@ -1,0 +1,219 @@
+"""What runs next: admission, packing of prefill chunks, decode growth, retraction. No jax.
+
+Prefill goes first: waiting requests are packed into `extend` steps while slots and pages last, then
+every running sequence decodes one token a step. When a decode step needs more pages than are free,
+the youngest sequences are retracted: they give back their pages, keep their tokens, and are
+recomputed later. Results are read up to one step late, so a step may still be in flight for a
+sequence; `schedule` then asks for a drain instead of retracting it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
+from jaxserve.batch.buckets import Buckets
+from jaxserve.cache.pages import PageAllocator
+from jaxserve.request import Request
+from jaxserve.scheduler.prefill import ExtendPlanner
+from jaxserve.scheduler.sequence import Sequence
+
+
+class DrainNeeded(Exception):  # noqa: N818 - a signal to the loop, not an error
+    """Results in flight must be read before this step can be scheduled."""
+
+
+class Scheduler:
+    """Owns every live sequence and the page allocator.
+
+    waiting: not admitted, oldest first (retracted ones at the front). prefilling: admitted, part of
+    the prompt still to run. running: decoding. A sequence whose last token is scheduled but not
+    read is in none of them, and stays in `live`.
+    """
+
+    def __init__(
+        self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
+        max_prefill_tokens: int, max_prefill_rows: int | None = None,
+    ):  # fmt: skip
+        self.pages = pages
+        self.page_size = page_size
+        self.buckets = buckets
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.live: dict[Request, Sequence] = {}
+        self._free_slots = list(range(max_rows - 1, -1, -1))
+        self._arrivals = 0
+        self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
+
+    # -- requests come and go ---------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        sequence = Sequence(request, self._arrivals)
+        self._arrivals += 1
+        self.live[request] = sequence
+        self.waiting.append(sequence)
+
+    def finish(self, request: Request) -> None:
+        """Forget a finished or aborted request; its pages and slot are free at once. A step in
+        flight may still write to them: whoever takes them next runs after it on the device."""
+        sequence = self.live.pop(request)
+        if sequence.admitted:
+            self._release(sequence)
+        self._drop_from_queues(sequence)
+
+    def retract(self, sequence: Sequence) -> None:
+        """Take an admitted sequence off the device; it runs again later from its tokens."""
+        assert sequence.in_flight == 0, "a retracted sequence's tokens must all have been read"
+        self._drop_from_queues(sequence)
+        self._release(sequence)
+        sequence.kv_len = 0
+        sequence.scheduled_outputs = len(sequence.request.output_ids)
+        sequence.request.num_retractions += 1
+        if sequence.request.input_logprobs is None:
+            sequence.request.pending_input_logprobs.clear()
+        self.waiting.appendleft(sequence)
+
+    def retract_all(self) -> None:
+        """After the device lost its KV: everything admitted starts over, oldest first."""
+        admitted = [s for s in self.live.values() if s.admitted]
+        for sequence in sorted(admitted, key=lambda s: s.arrival, reverse=True):
+            sequence.in_flight = 0
+            self.retract(sequence)
+
+    @property
+    def idle(self) -> bool:
+        return not self.live
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None when nothing can run before results in flight are read.
+
+        DrainNeeded: pages are short and somebody who could give some has a step in flight.
+        """
+        batch = self._schedule_extend()
+        return batch if batch is not None else self._schedule_decode()
+
+    def _schedule_extend(self) -> ExtendBatch | None:
+        if not self.prefilling and not (self.waiting and self._free_slots):
+            return None
+        max_tokens, max_rows = self._limits
+        planner = ExtendPlanner(self.buckets, max_tokens, max_rows)
+        while self.prefilling and planner.has_room:
+            sequence = self.prefilling[0]
+            planner.add(sequence)
+            if planner.completes(sequence):
+                self.prefilling.popleft()
+                self._begin_decode(sequence)
+                self._fork_siblings(sequence, planner)
+        while self.waiting and planner.has_room and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            planner.add(sequence)
+            if planner.completes(sequence):
+                self._begin_decode(sequence)
+                self._fork_siblings(sequence, planner)
+            else:
+                self.prefilling.append(sequence)
+        return planner.batch()
+
+    def _schedule_decode(self) -> Batch | None:
+        self.running = [s for s in self.running if not s.fully_scheduled]
+        new_pages: list[tuple[int, int]] = []
+        starved = self._grow(new_pages)
+        while starved:
+            if any(s.in_flight for s in self.live.values()):
+                self._shrink(new_pages)
+                raise DrainNeeded
+            self._shrink(new_pages)
+            self.retract(max(self.running, key=lambda s: s.arrival))
+            starved = self._grow(new_pages)
+        if not self.running:
+            return self._schedule_extend()
+        for sequence in self.running:
+            sequence.kv_len += 1
+            sequence.scheduled_outputs += 1
+            sequence.in_flight += 1
+        rows = self.buckets.decode_rows(len(self.running))
+        return DecodeBatch(list(self.running), rows, tuple(new_pages))
+
+    # -- pages and slots --------------------------------------------------------------------------
+
+    def _grow(self, new_pages: list[tuple[int, int]]) -> bool:
+        """Give a page to each running sequence whose last one is full, in row order. True when
+        pages ran out on the way."""
+        size = self.page_size
+        for row, sequence in enumerate(self.running):
+            if sequence.kv_len == len(sequence.pages) * size:
+                if not self.pages.available:
+                    return True
+                page = self.pages.allocate(1)
+                sequence.pages += page
+                new_pages.append((row, page[0]))
+        return False
+
+    def _shrink(self, new_pages: list[tuple[int, int]]) -> None:
+        """Take back what `_grow` gave: rows are about to change."""
+        for row, page in new_pages:
+            self.running[row].pages.pop()
+            self.pages.release([page])
+        new_pages.clear()
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Reserve a slot and pages for all tokens of `sequence`, leaving a page for each running
+        sequence to grow into; False changes nothing."""
+        need = -(-sequence.total_tokens // self.page_size)
+        reserve = len(self.running) + len(self.prefilling)
+        if not self._free_slots or need + reserve > self.pages.available:
+            return False
+        sequence.slot = self._free_slots.pop()
+        sequence.pages = self.pages.allocate(need)
+        return True
+
+    def _begin_decode(self, sequence: Sequence) -> None:
+        sequence.scheduled_outputs += 1
+        sequence.in_flight += 1
+        self.running.append(sequence)
+
+    def _fork_siblings(self, leader: Sequence, planner: ExtendPlanner) -> None:
+        """Let waiting samples of the same prompt share the leader's prompt pages. Those that find
+        no slot or page now prefill by themselves later."""
+        if not leader.request.group or leader.request.output_ids:
+            return
+        full, partial = divmod(leader.prompt_len, self.page_size)
+        for sibling in self._siblings(leader):
+            reserve = len(self.running) + len(self.prefilling)
+            enough = self.pages.available >= bool(partial) + reserve
+            if not (self._free_slots and enough and planner.has_row):
+                return
+            self.waiting.remove(sibling)
+            sibling.slot = self._free_slots.pop()
+            shared = leader.pages[:full]
+            self.pages.share(shared)
+            own = self.pages.allocate(1 if partial else 0)
+            sibling.pages = shared + own
+            sibling.kv_len = leader.prompt_len
+            copies = [(leader.pages[full], page) for page in own]
+            planner.fork(sibling, leader, copies)
+            self._begin_decode(sibling)
+
+    def _siblings(self, leader: Sequence) -> Iterator[Sequence]:
+        group = leader.request.group
+        for sequence in list(self.waiting):
+            if sequence.request.group == group and not sequence.request.output_ids:
+                yield sequence
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        self._free_slots.append(sequence.slot)
+        sequence.pages = []
+        sequence.slot = -1
+
+    def _drop_from_queues(self, sequence: Sequence) -> None:
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.prefilling:
+            self.prefilling.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)

@@ -1,0 +1,95 @@
+"""Ahead-of-time programs, one per bucket, and the count of those compiled too late."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from jaxserve.compat import on_backend_compile
+
+logger = logging.getLogger(__name__)
+
+ProgramKey = tuple[str, int]
+"""(kind, bucket), for example ("decode", 16)."""
+Builder = Callable[[ProgramKey], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
+"""key -> (function, abstract arguments, donated argument numbers)."""
+
+
+class Programs:
+    """Compiled executables by key.
+
+    A program is compiled on first use, or by `precompile`. Late compiles are those after
+    `precompile`, and any XLA compilation on the engine thread that is not the first use of a
+    program: a shape that slipped through the buckets.
+    """
+
+    def __init__(self, builder: Builder):
+        self._builder = builder
+        self._compiled: dict[ProgramKey, Any] = {}
+        self._expected = threading.local()
+        self._engine_thread: int | None = None
+        self._complete = False
+        self.late_compiles = 0
+        self.compile_seconds = 0.0
+        self._stop_listening = on_backend_compile(self._on_compile)
+
+    def watch_this_thread(self) -> None:
+        """Compilations on the calling thread count as late unless a first use explains them."""
+        self._engine_thread = threading.get_ident()
+
+    def close(self) -> None:
+        self._stop_listening()
+
+    def __call__(self, key: ProgramKey, *args: Any) -> Any:
+        """Run the program on arrays of its exact shapes."""
+        program = self._compiled.get(key)
+        if program is None:
+            program = self._compile(key, late=self._complete)
+        return program(*args)
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def memory(self, key: ProgramKey) -> int:
+        """Bytes of temporaries the program needs beside its arguments and results."""
+        if key not in self._compiled:
+            self._compile(key, late=False)
+        analysis = self._compiled[key].memory_analysis()
+        return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+
+    def precompile(self, keys: Iterable[ProgramKey], threads: int) -> None:
+        """Compile all `keys` in parallel (XLA compiles outside the interpreter lock)."""
+        missing = [key for key in keys if key not in self._compiled]
+        with ThreadPoolExecutor(threads, thread_name_prefix="jaxserve-compile") as pool:
+            list(pool.map(lambda key: self._compile(key, late=False), missing))
+        self._complete = True
+
+    def _compile(self, key: ProgramKey, late: bool) -> Any:
+        started = time.perf_counter()
+        function, abstract, donated = self._builder(key)
+        self._expected.active = True
+        try:
+            program = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
+        finally:
+            self._expected.active = False
+        seconds = time.perf_counter() - started
+        self._compiled[key] = program
+        self.compile_seconds += seconds
+        if late:
+            self.late_compiles += 1
+            logger.warning("late compile of %s[%d]: %.1f s", *key, seconds)
+        else:
+            logger.info("compiled %s[%d] in %.1f s", *key, seconds)
+        return program
+
+    def _on_compile(self, seconds: float) -> None:
+        on_engine = threading.get_ident() == self._engine_thread
+        if on_engine and not getattr(self._expected, "active", False):
+            self.late_compiles += 1
+            logger.warning("unplanned compile on the engine thread: %.2f s", seconds)

@@ -1,0 +1,323 @@
+"""An engine without a model: a thread that plays scripted tokens under the loop's contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import jaxserve.engine
+from jaxserve.api.startup import Started, tokenizer_eos
+from jaxserve.config import Limits
+from jaxserve.engine import Engine
+from jaxserve.errors import EngineDeadError, EngineShutdownError
+from jaxserve.request import Logprobs, Request, Update
+
+CORPUS = [
+    "The capital of France is Paris. The capital of Italy is Rome.",
+    "Hello, my name is Jax and I am happy, ha ha ha!",
+    "naïve café 日本語 🙂 — done\nUser: hi\n\nAssistant: hello",
+]
+EOS, IM_START, IM_END = "<|eos|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+
+
+def byte_level_tokenizer(merges: int = 60) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: every byte is a token, so characters can be split anywhere."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + 3 + merges,
+        special_tokens=[EOS, IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """A SentencePiece-like tokenizer: words carry their space, the first space is dropped, bytes
+    that are no word come from byte tokens."""
+    words = [
+        *[
+            "The",
+            "capital",
+            "of",
+            "France",
+            "is",
+            "Paris",
+            "and",
+            "Rome",
+            ",",
+            ".",
+            "!",
+            "a",
+            "b",
+            "c",
+        ]
+    ]
+    vocab: dict[str, int] = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    for word in words:
+        vocab.setdefault("▁" + word, len(vocab))
+        vocab.setdefault(word, len(vocab))
+    vocab.setdefault("▁", len(vocab))
+    backend = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>")])
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+Script = Callable[[Request, int], int]
+"""The token that a request samples as its i-th."""
+
+
+def echo(request: Request, step: int) -> int:
+    """Repeats the prompt for ever."""
+    return request.prompt_ids[step % len(request.prompt_ids)]
+
+
+class FakeLoop:
+    """Plays `script` one token per step for all requests, as jaxserve.loop.EngineLoop would."""
+
+    def __init__(self, limits: Limits, script: Script = echo, pause: float = 0.0) -> None:
+        self.limits = limits
+        self.script = script
+        self.pause = pause
+        self.submitted: list[Request] = []
+        self.aborted: list[str] = []
+        self.dead: BaseException | None = None
+        self._changed = threading.Condition()
+        self._live: list[Request] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    # -- the contract -----------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        with self._changed:
+            if self.dead is not None:
+                raise self.dead
+            self.submitted += requests
+            self._live += requests
+            self._changed.notify()
+
+    def abort(self, rid: str = "", abort_all: bool = False) -> None:
+        with self._changed:
+            self._abort([r for r in self._live if abort_all or (rid and r.rid.startswith(rid))])
+
+    def abort_requests(self, requests: Sequence[Request]) -> None:
+        with self._changed:
+            self._abort([request for request in requests if request in self._live])
+
+    def flush_cache(self) -> bool:
+        with self._changed:
+            return not self._live
+
+    def stats(self) -> dict[str, Any]:
+        with self._changed:
+            if self.dead is not None:
+                raise self.dead
+            return {
+                "page_size": 16,
+                "available_tokens": self.limits.max_total_tokens,
+                "max_total_num_tokens": self.limits.max_total_tokens,
+                "max_running_requests": 8,
+                "late_compiles": 0,
+                "num_running": len(self._live),
+                "num_waiting": 0,
+                "memory_usage": {"weight": 1.0, "kvcache": 2.0, "graph": 0.0},
+                "last_gen_throughput": 3.0,
+                "startup_time": 0.5,
+                "host_ms_per_step": 0.1,
+            }
+
+    def shutdown(self) -> None:
+        self.die(EngineShutdownError("the engine was shut down"))
+        self._thread.join()
+
+    # -- for tests --------------------------------------------------------------------------------
+
+    def die(self, error: BaseException) -> None:
+        """Stops the thread; every waiting request gets `error`."""
+        with self._changed:
+            if self.dead is None:
+                self.dead = error
+                for request in self._live:
+                    request.mailbox.put(Update(request, error=error))
+                self._live.clear()
+            self._changed.notify()
+
+    @property
+    def live(self) -> list[Request]:
+        with self._changed:
+            return list(self._live)
+
+    def _abort(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.aborted.append(request.rid)
+            self._finish(request, dict(ABORTED))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._live and self.dead is None:
+                    self._changed.wait()
+                if self.dead is not None:
+                    return
+                for request in list(self._live):
+                    self._step(request)
+            if self.pause:
+                time.sleep(self.pause)
+
+    def _step(self, request: Request) -> None:
+        try:
+            token = self.script(request, len(request.output_ids))
+        except Exception as error:
+            dead = EngineDeadError(f"the engine has failed: {error}")
+            dead.__cause__ = error
+            self.dead = dead
+            for live in self._live:
+                live.mailbox.put(Update(live, error=dead))
+            self._live.clear()
+            return
+        self._add_logprobs(request, token)
+        if request.first_token_time is None:
+            request.first_token_time = time.perf_counter()
+        if request.max_new_tokens == 0:
+            self._finish(request, {"type": "length", "length": 0})
+            return
+        request.output_ids.append(token)
+        produced = len(request.output_ids)
+        matched = request.stop_matcher.append(token) if request.stop_matcher else None
+        if matched is not None:
+            self._finish(request, {"type": "stop", "matched": matched})
+        elif token in request.stop_ids:
+            self._finish(request, {"type": "stop", "matched": token})
+        elif produced >= request.max_new_tokens:
+            self._finish(request, {"type": "length", "length": request.max_new_tokens})
+        elif request.stream_interval == 1 or (
+            request.stream_interval and produced % request.stream_interval == 1
+        ):
+            self._report(request)
+
+    def _add_logprobs(self, request: Request, token: int) -> None:
+        spec = request.logprobs
+        if spec is None:
+            return
+        top = [(-0.5 - rank, rank) for rank in range(spec.top)]
+        ids = [(-3.0, token_id) for token_id in spec.ids]
+        request.pending_logprobs.extend(
+            Logprobs([-float(token)], [top] if spec.top else [], [ids] if spec.ids else [])
+        )
+        if request.input_logprobs is None:
+            rest = request.prompt_ids[spec.start :] if spec.start >= 0 else []
+            size = len(rest)
+            request.input_logprobs = Logprobs(
+                [None if i == 0 else -float(t) for i, t in enumerate(rest)],
+                [None if i == 0 else list(top) for i in range(size)] if spec.top else [],
+                [None if i == 0 else list(ids) for i in range(size)] if spec.ids else [],
+            )
+
+    def _finish(self, request: Request, reason: dict[str, Any]) -> None:
+        request.finish_reason = reason
+        request.finish_time = time.perf_counter()
+        self._live.remove(request)
+        self._report(request)
+
+    def _report(self, request: Request) -> None:
+        first = request.reported == 0
+        new = tuple(request.output_ids[request.reported :])
+        request.reported = len(request.output_ids)
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs, request.pending_logprobs = request.pending_logprobs, Logprobs()
+        request.mailbox.put(
+            Update(
+                request,
+                new,
+                output_logprobs=logprobs,
+                input_logprobs=request.input_logprobs if first else None,
+                finish_reason=request.finish_reason,
+            )
+        )
+
+
+@dataclasses.dataclass
+class Fakes:
+    """Makes engines on fake loops; `close` shuts them all down."""
+
+    tokenizer: PreTrainedTokenizerFast
+    monkeypatch: Any
+    engines: list[Engine] = dataclasses.field(default_factory=list)
+
+    def engine(
+        self,
+        script: Script = echo,
+        pause: float = 0.0,
+        context_length: int = 512,
+        max_total_tokens: int = 4096,
+        eos_ids: Sequence[int] = (),
+        **options: Any,
+    ) -> Engine:
+        """An Engine whose loop is a FakeLoop, reachable as `engine._loop`."""
+        limits = Limits(len(self.tokenizer), context_length, max_total_tokens, 64, 5, 4)
+        loop = FakeLoop(limits, script, pause)
+
+        def start(args: Any) -> Started:
+            tokenizer = None if args.skip_tokenizer_init else self.tokenizer
+            eos = frozenset(eos_ids) | tokenizer_eos(tokenizer)
+            return Started(loop, tokenizer, eos, "dummy")  # pyright: ignore
+
+        self.monkeypatch.setattr(jaxserve.engine, "start", start)
+        engine = Engine(model_path="fake", **options)
+        self.engines.append(engine)
+        return engine
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.shutdown()
+
+
+def text_script(tokenizer: PreTrainedTokenizerFast, text: str) -> Script:
+    """Generates `text` token by token, then end-of-text for ever."""
+    ids = tokenizer(text)["input_ids"]
+    return lambda request, step: ids[step] if step < len(ids) else tokenizer.eos_token_id
+
+
+def loop_of(engine: Engine) -> FakeLoop:
+    """The engine's fake loop."""
+    loop = engine._loop
+    assert isinstance(loop, FakeLoop)
+    return loop
+
+
+def chunks(ids: Sequence[int], rng: np.random.Generator) -> Iterator[Sequence[int]]:
+    """The ids in random pieces."""
+    start = 0
+    while start < len(ids):
+        stop = start + int(rng.integers(1, 5))
+        yield ids[start:stop]
+        start = stop

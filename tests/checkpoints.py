@@ -1,0 +1,216 @@
+"""Tiny random Hugging Face checkpoint folders, so that no test downloads anything.
+
+    path = make_checkpoint(tmp_path / "m", family="qwen3", tie_word_embeddings=True)
+
+Written without torch and without our own converters: they are what the tests check.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+FAMILIES = tuple(ARCHITECTURES)
+
+VOCAB = 512
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TEXT, IM_START, IM_END = 0, 1, 2
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SENTENCES = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "A quick brown fox jumps over the lazy dog while the sun goes down.",
+    "Once upon a time there was a small village between two great rivers.",
+    "She sells sea shells on the sea shore; the shells she sells are surely sea shells.",
+    "What is the answer to the question? The answer is forty-two (42).",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
+    'It was the best of times, it was the worst of times," he said.',
+    "Numbers: 0 1 2 3 4 5 6 7 8 9 10 100 1000 3.14159 2.71828",
+    "Water boils at one hundred degrees and freezes at zero degrees.",
+    "Für Elise, garçon, naïve, Ünïcödé, 日本語, emoji 🙂 and more.",
+    "user system assistant hello world you are a helpful assistant",
+    "The children were playing in the garden when the rain began to fall.",
+)
+
+
+def make_checkpoint(
+    folder: str | Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    dtype: str = "float32",
+    tokenizer: bool = True,
+    **overrides: Any,
+) -> str:
+    """Writes config.json, generation_config.json, weights and tokenizer into `folder`.
+
+    family: a key of ARCHITECTURES. seed: of the weights. shards: number of safetensors files
+    (more than one also writes the index). dtype: of the weights, as named in config.json.
+    tokenizer: False leaves its files out. overrides: keys of config.json, for example
+    num_hidden_layers=1 or rope_parameters={...}. Returns the folder as a string.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = make_config(family, dtype=dtype, **overrides)
+    _write_json(folder / "config.json", config)
+    _write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": IM_START,
+            "eos_token_id": [IM_END, END_OF_TEXT],
+            "pad_token_id": END_OF_TEXT,
+            "transformers_version": "5.0.0",
+        },
+    )
+    write_weights(folder, make_weights(config, seed=seed, dtype=dtype), shards=shards)
+    if tokenizer:
+        write_tokenizer(folder)
+    return str(folder)
+
+
+def make_config(family: str = "llama", *, dtype: str = "float32", **overrides: Any) -> dict:
+    """A config.json as transformers 5 writes it, with `overrides` on top."""
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "dtype": dtype,
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "bos_token_id": IM_START,
+        "eos_token_id": IM_END,
+        "pad_token_id": END_OF_TEXT,
+        "transformers_version": "5.0.0",
+    }
+    config |= {
+        "llama": {"attention_bias": False, "mlp_bias": False},
+        "mistral": {"sliding_window": 16},
+        "qwen2": {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 1},
+        "qwen3": {"head_dim": 32, "attention_bias": False, "use_sliding_window": False},
+    }[family]
+    return config | overrides
+
+
+def make_weights(config: dict, *, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Random tensors under Hugging Face's names. Layers outweigh embeddings in the residual
+    stream, so that a tied model does not just repeat its last token."""
+    rng = np.random.default_rng(seed)
+    target = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    family = config["model_type"]
+    dim, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or dim // heads
+    tensors: dict[str, np.ndarray] = {}
+
+    def normal(name: str, *shape: int, std: float) -> None:
+        tensors[name] = (std * rng.standard_normal(shape, np.float32)).astype(target)
+
+    def linear(name: str, size_out: int, size_in: int, bias: bool) -> None:
+        normal(f"{name}.weight", size_out, size_in, std=1.5 / size_in**0.5)
+        if bias:
+            normal(f"{name}.bias", size_out, std=0.2)
+
+    def norm(name: str, size: int) -> None:
+        tensors[name] = (1 + 0.2 * rng.standard_normal(size, np.float32)).astype(target)
+
+    normal("model.embed_tokens.weight", vocab, dim, std=0.2)
+    out_bias = bool(config.get("attention_bias")) and family in ("llama", "qwen3")
+    qkv_bias = out_bias or family == "qwen2"
+    mlp_bias = bool(config.get("mlp_bias")) and family == "llama"
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        linear(f"{layer}.self_attn.q_proj", heads * head_dim, dim, qkv_bias)
+        linear(f"{layer}.self_attn.k_proj", kv_heads * head_dim, dim, qkv_bias)
+        linear(f"{layer}.self_attn.v_proj", kv_heads * head_dim, dim, qkv_bias)
+        linear(f"{layer}.self_attn.o_proj", dim, heads * head_dim, out_bias)
+        if family == "qwen3":
+            norm(f"{layer}.self_attn.q_norm.weight", head_dim)
+            norm(f"{layer}.self_attn.k_norm.weight", head_dim)
+        linear(f"{layer}.mlp.gate_proj", mlp, dim, mlp_bias)
+        linear(f"{layer}.mlp.up_proj", mlp, dim, mlp_bias)
+        linear(f"{layer}.mlp.down_proj", dim, mlp, mlp_bias)
+        norm(f"{layer}.input_layernorm.weight", dim)
+        norm(f"{layer}.post_attention_layernorm.weight", dim)
+    norm("model.norm.weight", dim)
+    if not config["tie_word_embeddings"]:
+        normal("lm_head.weight", vocab, dim, std=0.2)
+    return tensors
+
+
+def write_weights(folder: str | Path, tensors: dict[str, np.ndarray], *, shards: int = 1) -> None:
+    """model.safetensors, or `shards` numbered files with their index."""
+    folder = Path(folder)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_tokenizer(folder: str | Path) -> None:
+    """A byte-level BPE tokenizer of VOCAB entries with a ChatML chat template."""
+    folder = Path(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        min_frequency=1,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    assert tokenizer.get_vocab_size() == VOCAB
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL_TOKENS[IM_START],
+            "eos_token": SPECIAL_TOKENS[IM_END],
+            "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1024,
+        },
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

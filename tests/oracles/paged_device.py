@@ -1,0 +1,80 @@
+"""A device made of Python dicts: runs batches by writing tokens into pages, and checks on every
+step that each row sees exactly its own tokens through its page table."""
+
+from __future__ import annotations
+
+from jaxserve.batch.batch import Batch, DecodeBatch
+from jaxserve.scheduler.sequence import Sequence
+
+
+def next_token(rid: str, sample: int, position: int) -> int:
+    """The token that the pretended model samples for `position`."""
+    return hash((rid, sample, position)) % 1000
+
+
+class PagedDevice:
+    """Mirrors what the device keeps between steps: page contents, page tables, lengths, tokens."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.memory: dict[tuple[int, int], int] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.lengths: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+
+    def run(self, batch: Batch) -> list[int]:
+        """Tokens by row, for rows that sample."""
+        if isinstance(batch, DecodeBatch):
+            return self._decode(batch)
+        writes: set[tuple[int, int]] = set()
+        for row in batch.rows:
+            sequence = row.sequence
+            self.tables[sequence.slot] = list(sequence.pages)
+            assert row.fresh == (row.start == 0 or row.leader >= 0)
+            if row.leader < 0:
+                assert row.packed_start % 8 == 0
+                for position in range(row.start, row.stop):
+                    token = sequence.tokens(position, position + 1)[0]
+                    self._write(sequence.slot, position, token, writes)
+            self.lengths[sequence.slot] = row.stop
+        for source, target in batch.page_copies:
+            for offset in range(self.page_size):
+                if (source, offset) in self.memory:
+                    self.memory[target, offset] = self.memory[source, offset]
+        tokens = [0] * len(batch.rows)
+        for i, sequence in batch.sampled:
+            tokens[i] = self._sample(sequence)
+        return tokens
+
+    def _decode(self, batch: DecodeBatch) -> list[int]:
+        writes: set[tuple[int, int]] = set()
+        for row, page in batch.new_pages:
+            self.tables[batch.sequences[row].slot].append(page)
+        for sequence in batch.sequences:
+            position = self.lengths[sequence.slot]
+            self._write(sequence.slot, position, self.last[sequence.slot], writes)
+            self.lengths[sequence.slot] = position + 1
+        return [self._sample(sequence) for sequence in batch.sequences]
+
+    def _write(self, slot: int, position: int, token: int, writes: set[tuple[int, int]]) -> None:
+        place = (self.tables[slot][position // self.page_size], position % self.page_size)
+        assert place not in writes, "two rows write to one place in the same step"
+        writes.add(place)
+        self.memory[place] = token
+
+    def _sample(self, sequence: Sequence) -> int:
+        """Check that attention would read the sequence's own tokens, then sample."""
+        slot, request = sequence.slot, sequence.request
+        length = self.lengths[slot]
+        seen = [
+            self.memory[self.tables[slot][p // self.page_size], p % self.page_size]
+            for p in range(length)
+        ]
+        expected = request.prompt_ids + [
+            next_token(request.rid, request.sample_index, p)
+            for p in range(len(request.prompt_ids), length)
+        ]
+        assert seen == expected
+        token = next_token(request.rid, request.sample_index, length)
+        self.last[slot] = token
+        return token

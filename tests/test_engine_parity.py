@@ -1,0 +1,241 @@
+"""The whole engine against Hugging Face, and against itself in other circumstances."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import jaxserve
+from tests.oracles.huggingface import Reference
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+OPTIONS = {
+    "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 16,
+    "chunked_prefill_size": 256, "max_total_tokens": 4096,
+}  # fmt: skip
+GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+
+
+def prompts(count, seed=0, longest=100):
+    random_ = random.Random(seed)
+    return [
+        [random_.randrange(4, 500) for _ in range(random_.randint(1, longest))]
+        for _ in range(count)
+    ]
+
+
+def ids(results):
+    return [result["output_ids"] for result in results]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tiny_models):
+    folder = tiny_models(request.param)
+    with jaxserve.Engine(model_path=folder, **OPTIONS) as engine:
+        yield engine, folder
+        assert engine.get_server_info()["late_compiles"] == 0
+        info = engine.get_server_info()
+        assert info["available_tokens"] == info["max_total_num_tokens"]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_models):
+    folder = tiny_models("llama")
+    with jaxserve.Engine(model_path=folder, **OPTIONS) as engine:
+        yield engine, folder
+
+
+def test_greedy_tokens_equal_hugging_face(family):
+    engine, folder = family
+    reference = Reference(folder)
+    batch = prompts(16)
+    together = ids(engine.generate(input_ids=batch, sampling_params=GREEDY))
+    for prompt, output in zip(batch, together, strict=True):
+        assert len(output) == 64
+        reference.assert_greedy(prompt, output)
+    exact = sum(
+        reference.greedy(prompt, 64) == output
+        for prompt, output in zip(batch[:6], together[:6], strict=True)
+    )
+    assert exact >= 5, "more than one prompt in six left the argmax loop: not ties"
+
+
+def test_a_batch_gives_each_prompt_the_tokens_it_gets_alone(family):
+    engine, _ = family
+    batch = prompts(16)
+    together = ids(engine.generate(input_ids=batch, sampling_params=GREEDY))
+    alone = [
+        engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"] for prompt in batch
+    ]
+    assert together == alone
+
+
+def test_input_and_output_logprobs_equal_hugging_face(family):
+    engine, folder = family
+    reference = Reference(folder)
+    prompt = prompts(1, seed=3)[0] + [5, 6, 7]
+    result = engine.generate(
+        input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": 12}, return_logprob=True,
+        logprob_start_len=0, top_logprobs_num=4, token_ids_logprob=[9, 11],
+    )  # fmt: skip
+    meta, output = result["meta_info"], result["output_ids"]
+    expected = reference.logprobs(prompt + output)
+    assert meta["input_token_logprobs"][0][:2] == (None, prompt[0])
+    assert len(meta["input_token_logprobs"]) == len(prompt)
+    assert meta["input_top_logprobs"][0] is None
+    chosen = meta["input_token_logprobs"][1:] + meta["output_token_logprobs"]
+    tops = meta["input_top_logprobs"][1:] + meta["output_top_logprobs"]
+    named = meta["input_token_ids_logprobs"][1:] + meta["output_token_ids_logprobs"]
+    for position, token in enumerate((prompt + output)[1:]):
+        row = expected[position]
+        logprob, token_id, text = chosen[position]
+        assert (token_id, text) == (token, None)
+        assert logprob == pytest.approx(float(row[token]), abs=1e-4)
+        best = row.topk(4)
+        assert [v for v, *_ in tops[position]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [i for _, i, _ in named[position]] == [9, 11]
+        assert [v for v, *_ in named[position]] == pytest.approx(row[[9, 11]].tolist(), abs=1e-4)
+
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "max_new_tokens": 24, "ignore_eos": True}
+
+
+def test_samples_repeat_by_seed_and_differ_from_each_other(family):
+    engine, _ = family
+    batch = prompts(5, seed=8)
+    seeds = [{**SAMPLED, "sampling_seed": 100 + i, "n": 4} for i in range(5)]
+    together = ids(engine.generate(input_ids=batch, sampling_params=seeds))
+    again = ids(engine.generate(input_ids=batch, sampling_params=seeds))
+    alone = [
+        ids(engine.generate(input_ids=p, sampling_params=s))
+        for p, s in zip(batch, seeds, strict=True)
+    ]
+    assert together == again == [sample for samples in alone for sample in samples]
+    for samples in alone:
+        assert len({tuple(sample) for sample in samples}) == 4
+    single = {**seeds[2], "n": 1}
+    assert engine.generate(input_ids=batch[2], sampling_params=single)["output_ids"] == alone[2][0]
+
+
+def mixed_workload():
+    """Greedy and sampled rows, penalties, biases, several samples, one after another in a batch."""
+    batch = prompts(12, seed=21, longest=60)
+    params = []
+    for i in range(12):
+        kind = [
+            {"temperature": 0},
+            {"temperature": 1.0, "sampling_seed": i},
+            {"temperature": 0.7, "top_k": 20, "sampling_seed": i, "frequency_penalty": 0.5},
+            {"temperature": 0, "repetition_penalty": 1.2, "logit_bias": {"17": 1.5}},
+        ][i % 4]
+        params.append({"max_new_tokens": 40, "ignore_eos": True, **kind})
+    return batch, params
+
+
+def run_mixed(folder, **options):
+    batch, params = mixed_workload()
+    with jaxserve.Engine(model_path=folder, **{**OPTIONS, **options}) as engine:
+        results = engine.generate(input_ids=batch, sampling_params=params)
+        info = engine.get_server_info()
+    assert info["late_compiles"] == 0
+    assert info["available_tokens"] == info["max_total_num_tokens"]
+    return ids(results), sum(r["meta_info"]["num_retractions"] for r in results)
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(tiny_models):
+    """Batches of one, no overlap: the plainest way through the engine."""
+    folder = tiny_models("llama")
+    batch, params = mixed_workload()
+    options = {**OPTIONS, "disable_overlap_schedule": True}
+    with jaxserve.Engine(model_path=folder, **options) as engine:
+        return [
+            engine.generate(input_ids=p, sampling_params=s)["output_ids"]
+            for p, s in zip(batch, params, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"disable_overlap_schedule": True},
+        {"chunked_prefill_size": 24},
+        {"page_size": 64},
+        {"page_size": 8, "max_running_requests": 5},
+    ],
+    ids=["overlap", "no-overlap", "chunks", "large-pages", "few-rows"],
+)
+def test_circumstances_do_not_change_tokens(tiny_models, plain_tokens, options):
+    tokens, retractions = run_mixed(tiny_models("llama"), **options)
+    assert tokens == plain_tokens
+    assert retractions == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_retraction_does_not_change_tokens(tiny_models, plain_tokens, overlap):
+    tokens, retractions = run_mixed(
+        tiny_models("llama"), max_total_tokens=256, max_running_requests=12,
+        disable_overlap_schedule=not overlap,
+    )  # fmt: skip
+    assert retractions > 0
+    assert tokens == plain_tokens
+
+
+def test_an_end_token_stops_one_step_late_at_no_cost(llama):
+    """The token after the end that overlap computes is dropped."""
+    engine, folder = llama
+    prompt = prompts(1, seed=5)[0]
+    free = engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"]
+    stop = free[9]
+    result = engine.generate(
+        input_ids=prompt, sampling_params={**GREEDY, "stop_token_ids": [stop]}
+    )
+    assert result["output_ids"] == free[: free.index(stop) + 1]
+    assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+
+
+def test_min_new_tokens_holds_back_the_end(llama):
+    engine, _ = llama
+    prompt = prompts(1, seed=5)[0]
+    free = engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"]
+    stop = free[0]
+    params = {"temperature": 0, "max_new_tokens": 20, "min_new_tokens": 7, "ignore_eos": True}
+    held = engine.generate(input_ids=prompt, sampling_params={**params, "stop_token_ids": [stop]})
+    assert stop not in held["output_ids"][:7]
+
+
+def test_zero_new_tokens_gives_the_next_token_distribution(llama):
+    engine, folder = llama
+    prompt = prompts(1, seed=6)[0]
+    result = engine.generate(
+        input_ids=prompt, sampling_params={"max_new_tokens": 0, "temperature": 0},
+        return_logprob=True, token_ids_logprob=[3, 4],
+    )  # fmt: skip
+    assert result["output_ids"] == []
+    meta = result["meta_info"]
+    assert meta["completion_tokens"] == 0
+    expected = Reference(folder).logprobs(prompt)[-1]
+    [named] = meta["output_token_ids_logprobs"]
+    assert [v for v, *_ in named] == pytest.approx(expected[[3, 4]].tolist(), abs=1e-4)
+
+
+def test_input_logprobs_of_a_chunked_prompt_equal_those_of_a_whole_one(tiny_models, llama):
+    engine, folder = llama
+    prompt = prompts(1, seed=11)[0] * 3
+    ask = {
+        "input_ids": prompt[:200], "sampling_params": {**GREEDY, "max_new_tokens": 3},
+        "return_logprob": True, "logprob_start_len": 5, "top_logprobs_num": 2,
+    }  # fmt: skip
+    whole = engine.generate(**ask)["meta_info"]
+    with jaxserve.Engine(
+        model_path=folder, **{**OPTIONS, "chunked_prefill_size": 40}
+    ) as small:
+        chunked = small.generate(**ask)["meta_info"]
+    assert len(whole["input_token_logprobs"]) == min(len(prompt), 200) - 5
+    for a, b in zip(
+        whole["input_token_logprobs"], chunked["input_token_logprobs"], strict=True
+    ):
+        assert a[1] == b[1]
+        assert a[0] == b[0] or a[0] == pytest.approx(b[0], abs=1e-4)

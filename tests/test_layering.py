@@ -1,0 +1,104 @@
+"""Who may import whom (docs/architecture.md), read off the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NO_JAX = [
+    "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
+    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/scheduler",
+    "jaxserve/cache/pages.py", "jaxserve/batch", "jaxserve/text", "jaxserve/output",
+]  # fmt: skip
+
+
+def files(*places: str) -> list[Path]:
+    found: list[Path] = []
+    for place in places:
+        path = ROOT / place
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, conditional type imports excluded."""
+    names: set[str] = set()
+    skipped: set[ast.AST] = set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(ast.walk(node))
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_host_side_imports_no_jax_anywhere_on_its_way():
+    program = (
+        "import sys, jaxserve, jaxserve.request, jaxserve.scheduler.scheduler, jaxserve.batch.pack,"
+        "jaxserve.output.commit, jaxserve.text.stop, jaxserve.server_args, jaxserve.inbox;"
+        "assert 'jax' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", files(*NO_JAX), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_jax(path):
+    assert not roots(path) & {"jax", "jaxlib", "flax", "torch"}
+
+
+@pytest.mark.parametrize("path", files("pallas_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_know_nothing_of_the_engine(path):
+    assert not roots(path) & {"jaxserve", "converters", "torch"}
+
+
+@pytest.mark.parametrize("path", files("converters"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_converters_know_only_model_declarations(path):
+    ours = {name for name in imports(path) if name.startswith(("jaxserve", "pallas_kernels"))}
+    allowed = ("jaxserve.models", "jaxserve.errors", "jaxserve.compat")
+    assert all(name == "jaxserve" or name.startswith(allowed) for name in ours), ours
+    assert "torch" not in roots(path)
+
+
+@pytest.mark.parametrize("path", files("jaxserve/models"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_models_are_only_mathematics(path):
+    ours = {name for name in imports(path) if name.startswith("jaxserve.")}
+    assert all(name.startswith(("jaxserve.models", "jaxserve.errors")) for name in ours), ours
+    assert not roots(path) & {"converters", "pallas_kernels"}
+
+
+def test_only_the_step_compiles():
+    """`jit`, `lower` and `compile` of JAX programs stay in step/ (kernels compile within them)."""
+    for path in files("jaxserve"):
+        if path.parent.name == "step":
+            continue
+        tree = ast.parse(path.read_text())
+        calls = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        assert not calls & {"jax.jit", "nnx.jit"}, path
+
+
+def test_only_compat_asks_for_the_version():
+    for path in files("jaxserve", "converters"):
+        if path.name != "compat.py":
+            assert "__version__" not in path.read_text() or path.name == "__init__.py", path
+
+
+def test_no_file_outgrows_an_afternoon():
+    """None over 400 lines outside kernels and tests."""
+    for path in files("jaxserve", "converters", "benchmarks", "examples"):
+        assert len(path.read_text().splitlines()) <= 400, path

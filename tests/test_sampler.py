@@ -1,0 +1,224 @@
+"""The sampler against plain NumPy written from engine-api.md 2.2 and 3.4."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.sampler.filters import keep_mask, ordered_bits
+from jaxserve.sampler.noise import gumbel_noise
+from jaxserve.sampler.sampler import SamplerOptions, sample, sample_greedy
+from jaxserve.step.state import FLOATS, INTS, NO_TOP_K, RowParams, Sampled, SparseRows
+
+V = 97
+TOP, NAMED, BIAS = 5, 3, 4
+NEUTRAL = {
+    "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "frequency": 0.0, "presence": 0.0,
+    "repetition": 1.0, "top_k": NO_TOP_K, "seed": 0, "sample_index": 0, "prompt_len": 0,
+    "num_bias": 0, "wants_logprob": 0, "num_top": 0,
+}  # fmt: skip
+
+
+def build(rows, counts=None, bias=(), named=None):
+    """Device arrays for R slots whose parameters are `rows` (dicts over NEUTRAL), one more for
+    padding. bias: {slot: [(id, value, until), ...]}."""
+    rows = [NEUTRAL | row for row in rows] + [NEUTRAL]
+    count = len(rows)
+    floats = np.array([[row[name] for name in FLOATS] for row in rows], np.float32)
+    ints = np.array([[row[name] for name in INTS] for row in rows], np.int64).astype(np.int32)
+    lists = [np.zeros((count, BIAS), dtype) for dtype in (np.int32, np.float32, np.int32)]
+    for slot, entries in dict(bias).items():
+        ints[slot, INTS.index("num_bias")] = len(entries)
+        for i, entry in enumerate(entries):
+            for array, value in zip(lists, entry, strict=True):
+                array[slot, i] = value
+    ids = np.zeros((count, NAMED), np.int32) if named is None else named
+    sparse = SparseRows(*map(jnp.asarray, lists), jnp.asarray(ids))
+    counts = np.zeros((count, V), np.int32) if counts is None else counts
+    sampled = Sampled(jnp.zeros(count, jnp.int32), jnp.asarray(counts))
+    return sampled, RowParams(jnp.asarray(floats), jnp.asarray(ints)), sparse
+
+
+def run(logits, rows, lengths=None, slots=None, raw=False, **lists):
+    sampled, params, sparse = build(rows, **lists)
+    slots = np.arange(len(rows)) if slots is None else slots
+    lengths = np.zeros(len(rows) + 1) if lengths is None else lengths
+    return sample(
+        jnp.asarray(logits, jnp.float32), sampled, jnp.asarray(slots, jnp.int32),
+        jnp.asarray(lengths, jnp.int32), params, sparse, SamplerOptions(TOP, raw),
+    )  # fmt: skip
+
+
+def random_logits(rows, seed=0, scale=3.0):
+    return np.random.default_rng(seed).normal(size=(rows, V)).astype(np.float32) * scale
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    return x - np.log(np.sum(np.exp(x - x.max()))) - x.max()
+
+
+def kept_by_sorting(logits, top_k, top_p, min_p):
+    """The definition: sort, keep ranks below k and while the mass before is below p, ties in."""
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = weights / weights.sum()
+    order = np.argsort(-logits, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    by_k = logits[order[min(top_k, len(order)) - 1]]
+    within = order[before < top_p] if top_p < 1 else order
+    by_p = logits[within].min()
+    return (logits >= max(by_k, by_p)) & (weights >= min_p)
+
+
+def test_ordered_bits_sort_as_floats():
+    x = np.array([-np.inf, -3e38, -1.5, -1e-40, -0.0, 0.0, 1e-40, 2.5, 3e38, np.inf], np.float32)
+    assert np.all(np.diff(np.asarray(ordered_bits(jnp.asarray(x))).astype(np.int64)) >= 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_filters_keep_what_sorting_keeps(seed):
+    random = np.random.default_rng(seed)
+    logits = random_logits(64, seed, scale=random.choice([0.1, 1.0, 8.0]))
+    logits[::7] = np.round(logits[::7])  # ties
+    top_k = random.integers(1, V + 5, 64)
+    top_p = np.where(random.random(64) < 0.3, 1.0, random.uniform(0.01, 1.0, 64))
+    min_p = np.where(random.random(64) < 0.5, 0.0, random.random(64))
+    kept = np.asarray(
+        keep_mask(
+            jnp.asarray(logits), jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32),
+            jnp.asarray(min_p, jnp.float32),
+        )
+    )  # fmt: skip
+    for row in range(64):
+        expected = kept_by_sorting(logits[row], top_k[row], top_p[row], min_p[row])
+        np.testing.assert_array_equal(kept[row], expected)
+        assert kept[row, logits[row].argmax()]
+
+
+def test_greedy_rows_take_the_argmax_in_any_company():
+    logits = random_logits(4)
+    rows = [{"top_k": 1}, {"seed": 3}, {"top_k": 1, "temperature": 0.3}, {"top_p": 0.2}]
+    _, tokens, _ = run(logits, rows)
+    assert [int(tokens[0]), int(tokens[2])] == list(logits[[0, 2]].argmax(-1))
+    sampled, _, _ = build(rows)
+    carry, alone = sample_greedy(
+        jnp.asarray(logits), sampled, jnp.asarray([0, 4, 2, 4], jnp.int32)
+    )
+    assert [int(alone[0]), int(alone[2])] == [int(tokens[0]), int(tokens[2])]
+    assert int(carry.last_tokens[2]) == int(tokens[2])
+    assert int(carry.counts[0, int(tokens[0])]) == 1
+
+
+def test_frequencies_follow_the_filtered_distribution():
+    """20,000 draws by position: a chi-square statistic far inside its 1e-6 quantile."""
+    logits = random_logits(1, seed=5, scale=1.5)[0]
+    params = {"temperature": 0.7, "top_p": 0.9, "top_k": 12, "min_p": 0.02, "seed": 11}
+    draws = 20_000
+    sampled, row_params, sparse = build([params])
+
+    def draw(position):
+        result = sample(
+            jnp.asarray(logits)[None], sampled, jnp.zeros(1, jnp.int32),
+            jnp.stack([position, jnp.int32(0)]), row_params, sparse, SamplerOptions(TOP, False),
+        )  # fmt: skip
+        return result[1][0]
+
+    tokens = np.asarray(jax.lax.map(draw, jnp.arange(draws, dtype=jnp.int32), batch_size=500))
+    scaled = logits / np.float32(0.7)
+    keep = kept_by_sorting(scaled, 12, 0.9, 0.02)
+    p = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
+    p /= p.sum()
+    counts = np.bincount(tokens, minlength=V)
+    assert not counts[~keep].any()
+    statistic = np.sum((counts[keep] - draws * p[keep]) ** 2 / (draws * p[keep]))
+    assert statistic < 60, (statistic, keep.sum())
+
+
+def test_noise_depends_on_seed_sample_and_position_alone():
+    seeds = jnp.asarray([1, 1, 1, 2, 2**32 - 1], jnp.uint32)
+    samples = jnp.asarray([0, 1, 0, 0, 0], jnp.int32)
+    positions = jnp.asarray([7, 7, 8, 7, 7], jnp.int32)
+    noise = np.asarray(gumbel_noise(seeds, samples, positions, V))
+    alone = np.asarray(gumbel_noise(seeds[3:4], samples[3:4], positions[3:4], V))
+    np.testing.assert_array_equal(noise[3], alone[0])
+    for a in range(5):
+        for b in range(a):
+            assert not np.array_equal(noise[a], noise[b])
+
+
+def test_the_same_row_samples_the_same_in_any_batch_and_slot():
+    logits = random_logits(3, seed=9)
+    row = {"seed": 77, "sample_index": 2, "temperature": 0.9, "top_p": 0.8}
+    _, alone, _ = run(logits[:1], [row], lengths=[13, 0])
+    other = {"seed": 1}
+    _, mixed, _ = run(
+        logits[[1, 2, 0]], [other, row, other], lengths=[3, 13, 4, 0], slots=[0, 2, 1]
+    )
+    assert int(mixed[2]) == int(alone[0])
+
+
+def test_penalties_count_generated_tokens():
+    logits = random_logits(2, seed=2)
+    counts = np.zeros((3, V), np.int32)
+    counts[0, [3, 5]] = [2, 1]
+    counts[1, 7] = 4
+    rows = [
+        {"top_k": 1, "frequency": 0.5, "presence": 0.25, "repetition": 1.3, "wants_logprob": 1},
+        {"top_k": 1, "wants_logprob": 1},
+    ]
+    named = np.array([[3, 5, 9], [7, 8, 9], [0, 0, 0]], np.int32)
+    carry, tokens, logprobs = run(logits, rows, counts=counts, named=named)
+    expected = logits.astype(np.float64).copy()
+    for token, count in ((3, 2), (5, 1)):
+        x = expected[0, token] - 0.5 * count - 0.25
+        expected[0, token] = x * 1.3 if x < 0 else x / 1.3
+    for row in range(2):
+        assert int(tokens[row]) == expected[row].argmax()
+        np.testing.assert_allclose(
+            logprobs.named[row], log_softmax(expected[row])[named[row]], atol=1e-4
+        )
+    assert int(carry.counts[1, int(tokens[1])]) == 1
+
+
+def test_bias_and_masked_end_tokens_until_their_position():
+    logits = random_logits(1, seed=4)
+    best = int(logits[0].argmax())
+    masked = {0: [(best, -np.inf, 10), (20, 50.0, 2**31 - 1)]}
+    _, before, _ = run(logits, [{"top_k": 1}], lengths=[9, 0], bias=masked)
+    assert int(before[0]) == 20
+    only_mask = {0: [(best, -np.inf, 10)]}
+    _, during, _ = run(logits, [{"top_k": 1}], lengths=[9, 0], bias=only_mask)
+    _, after, _ = run(logits, [{"top_k": 1}], lengths=[10, 0], bias=only_mask)
+    assert int(during[0]) == np.argsort(-logits[0])[1]
+    assert int(after[0]) == best
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_logprobs_are_after_temperature_unless_raw(raw):
+    logits = random_logits(2, seed=6)
+    rows = [
+        {"temperature": 0.5, "seed": 1, "wants_logprob": 1, "num_top": TOP},
+        {"top_k": 1, "temperature": 0.5, "wants_logprob": 1},
+    ]
+    _, tokens, logprobs = run(logits, rows, raw=raw)
+    expected = log_softmax(logits[0] if raw else logits[0] / 0.5)
+    np.testing.assert_allclose(logprobs.chosen[0], expected[int(tokens[0])], atol=1e-4)
+    np.testing.assert_array_equal(logprobs.top_ids[0], np.argsort(-logits[0])[:TOP])
+    np.testing.assert_allclose(logprobs.top_values[0], np.sort(expected)[::-1][:TOP], atol=1e-4)
+    np.testing.assert_allclose(
+        logprobs.chosen[1], log_softmax(logits[1])[int(tokens[1])], atol=1e-4
+    )
+
+
+def test_bad_logits_stay_inside_the_vocabulary():
+    logits = random_logits(2)
+    logits[0, :] = np.nan
+    logits[1, 5] = np.inf
+    _, tokens, logprobs = run(
+        logits, [{"seed": 1, "wants_logprob": 1}, {"top_k": 1, "wants_logprob": 1}]
+    )
+    assert 0 <= int(tokens[0]) < V
+    assert int(tokens[1]) == 5
+    assert np.isfinite(np.asarray(logprobs.chosen)).all()

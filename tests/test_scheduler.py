@@ -1,0 +1,242 @@
+"""The scheduler and the page allocator against brute-force models, under random operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter, deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.batch.batch import Batch
+from jaxserve.batch.buckets import Buckets
+from jaxserve.cache.pages import OutOfPagesError, PageAllocator
+from jaxserve.output.commit import commit, finish
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
+from tests.oracles.paged_device import PagedDevice, next_token
+
+
+class Sink:
+    """A mailbox that keeps what it is given."""
+
+    def __init__(self):
+        self.updates = []
+
+    def put(self, update):
+        self.updates.append(update)
+
+
+def make_request(rid, prompt, new, sample=0, group=""):
+    return Request(
+        rid=rid, index=0, prompt_ids=prompt, params=SamplingParams(), max_new_tokens=new,
+        stop_ids=frozenset(), masked_ids=(), seed=0, sample_index=sample, mailbox=Sink(),
+        group=group,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Result:
+    batch: Batch
+    tokens: list[int]
+    logprobs: None = None
+    input_logprobs: None = None
+
+
+class Machine:
+    """Scheduler, device and commit, with `depth` steps in flight."""
+
+    def __init__(self, pages, page_size, rows, tokens, depth):
+        self.device = PagedDevice(page_size)
+        self.scheduler = Scheduler(
+            buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
+            max_rows=rows, max_prefill_tokens=tokens,
+        )  # fmt: skip
+        self.depth = depth
+        self.in_flight: deque[Result] = deque()
+
+    def step(self):
+        try:
+            batch = self.scheduler.schedule()
+        except DrainNeeded:
+            batch = None
+        if batch is not None:
+            assert len(batch.sequences) <= batch.row_bucket
+            self.in_flight.append(Result(batch, self.device.run(batch)))
+        if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
+            commit(self.in_flight.popleft(), self.scheduler)
+        self.check()
+        return batch
+
+    def check(self):
+        """Every page is free, or held as often as its count says; slots are held once."""
+        scheduler = self.scheduler
+        held = Counter(p for s in scheduler.live.values() for p in s.pages)
+        references = scheduler.pages._references
+        assert all(references[page] == held[page] for page in range(len(references)))
+        assert scheduler.pages.available == sum(count == 0 for count in references)
+        slots = [s.slot for s in scheduler.live.values() if s.admitted]
+        assert len(slots) == len(set(slots))
+        for s in scheduler.live.values():
+            assert len(s.pages) * scheduler.page_size >= s.kv_len
+            assert s.kv_len <= s.total_tokens + s.in_flight
+
+    def run_dry(self):
+        for _ in range(20_000):
+            if self.scheduler.idle and not self.in_flight:
+                return
+            self.step()
+        raise AssertionError("the machine does not come to rest")
+
+
+def expected_tokens(request):
+    start = len(request.prompt_ids)
+    return [
+        next_token(request.rid, request.sample_index, p)
+        for p in range(start, start + request.max_new_tokens)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    pages=st.integers(6, 40),
+    page_size=st.sampled_from([8, 16]),
+    rows=st.integers(1, 12),
+    tokens=st.sampled_from([8, 24, 64, 200]),
+    depth=st.sampled_from([0, 1]),
+    aborts=st.booleans(),
+)
+def test_random_traffic_reads_its_own_tokens(seed, pages, page_size, rows, tokens, depth, aborts):
+    random_ = random.Random(seed)
+    machine = Machine(pages, page_size, rows, tokens, depth)
+    requests = []
+    for number in range(random_.randint(1, 12)):
+        capacity = pages * page_size
+        length = random_.randint(1, min(capacity - 1, 60))
+        new = random_.randint(0, min(capacity - length, 50))
+        prompt = [random_.randrange(1000) for _ in range(length)]
+        samples = random_.choice([1, 1, 3])
+        group = f"group{number}" if samples > 1 else ""
+        for sample in range(samples):
+            requests.append(make_request(f"r{number}", prompt, new, sample, group))
+    aborted = set()
+    for request in requests:
+        machine.scheduler.add(request)
+        for _ in range(random_.randint(0, 4)):
+            machine.step()
+        if aborts and random_.random() < 0.3:
+            victim = random_.choice(requests)
+            if victim in machine.scheduler.live:
+                finish(victim, {"type": "abort"}, machine.scheduler)
+                aborted.add(victim)
+                machine.check()
+    machine.run_dry()
+    assert machine.scheduler.pages.available == pages
+    for request in requests:
+        if request in aborted:
+            assert request.output_ids == expected_tokens(request)[: len(request.output_ids)]
+        else:
+            assert request.output_ids == expected_tokens(request)
+        assert request.mailbox.updates[-1].finish_reason is not None
+        assert len(request.mailbox.updates) == 1
+
+
+def test_retraction_happens_and_is_invisible():
+    machine = Machine(pages=8, page_size=8, rows=4, tokens=64, depth=1)
+    requests = [make_request(f"r{i}", [1] * 7, 40) for i in range(4)]
+    for request in requests:
+        machine.scheduler.add(request)
+    machine.run_dry()
+    assert sum(r.num_retractions for r in requests) > 0
+    assert all(r.output_ids == expected_tokens(r) for r in requests)
+
+
+def test_samples_of_a_prompt_prefill_once():
+    machine = Machine(pages=40, page_size=8, rows=8, tokens=64, depth=1)
+    requests = [make_request("r", list(range(21)), 5, sample, "g") for sample in range(4)]
+    for request in requests:
+        machine.scheduler.add(request)
+    batch = machine.step()
+    assert sum(row.stop - row.start for row in batch.rows) == 21
+    assert len(batch.page_copies) == 3
+    sequences = [machine.scheduler.live[r] for r in requests]
+    assert all(s.pages[:2] == sequences[0].pages[:2] for s in sequences)
+    assert len({s.pages[2] for s in sequences}) == 4
+    machine.run_dry()
+
+
+def test_long_prompts_run_in_chunks():
+    machine = Machine(pages=40, page_size=8, rows=2, tokens=64, depth=0)
+    request = make_request("r", list(range(150)), 1)
+    machine.scheduler.add(request)
+    rows = [machine.step().rows[0] for _ in range(3)]
+    assert [(r.start, r.stop, r.samples) for r in rows] == [
+        (0, 64, False), (64, 128, False), (128, 150, True),
+    ]  # fmt: skip
+
+
+def test_recovery_recomputes_everything_admitted():
+    machine = Machine(pages=40, page_size=8, rows=4, tokens=64, depth=1)
+    requests = [make_request(f"r{i}", [i] * 9, 12) for i in range(3)]
+    for request in requests:
+        machine.scheduler.add(request)
+    for _ in range(5):
+        machine.step()
+    machine.in_flight.clear()
+    machine.scheduler.retract_all()
+    machine.device = PagedDevice(8)
+    machine.run_dry()
+    assert all(r.output_ids == expected_tokens(r) for r in requests)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 2**32))
+def test_page_allocator_against_a_counter(num_pages, seed):
+    random_ = random.Random(seed)
+    allocator = PageAllocator(num_pages)
+    held: list[int] = []
+    for _ in range(60):
+        action = random_.random()
+        if action < 0.5:
+            count = random_.randint(0, 4)
+            free = num_pages - len(set(held))
+            if count > free:
+                with pytest.raises(OutOfPagesError):
+                    allocator.allocate(count)
+            else:
+                pages = allocator.allocate(count)
+                assert not set(pages) & set(held)
+                assert len(set(pages)) == count
+                held += pages
+        elif held:
+            page = random_.choice(held)
+            if action < 0.7:
+                allocator.share([page])
+                held.append(page)
+            else:
+                allocator.release([page])
+                held.remove(page)
+        assert allocator.available == num_pages - len(set(held))
+    free = next((p for p in range(num_pages) if p not in held), None)
+    if free is not None:
+        with pytest.raises(ValueError, match="released more often"):
+            allocator.release([free])
+        with pytest.raises(ValueError, match="cannot be shared"):
+            allocator.share([free])
+
+
+def test_buckets_hold_what_they_are_asked_for():
+    buckets = Buckets.make(max_rows=100, max_tokens=1000)
+    assert buckets.decode[-1] == 100
+    assert buckets.extend[-1] == 1000
+    for rows in range(1, 101):
+        assert buckets.decode_rows(rows) >= rows
+    for tokens in range(1, 1001):
+        bucket = buckets.extend_tokens(tokens)
+        assert bucket >= tokens
+        assert bucket in buckets.extend
+        assert buckets.extend_rows(bucket) in buckets.sampler_rows
