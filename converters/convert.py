@@ -7,6 +7,7 @@ mapped file; elsewhere one source tensor (fusing and transposing happen on the d
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -155,7 +156,7 @@ def place_rows(array: np.ndarray, spec: jax.ShapeDtypeStruct, sharding: Sharding
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialized array whose memory JAX on CPU adopts instead of copying it."""
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     offset = -buffer.ctypes.data % _ALIGNMENT
     return buffer[offset : offset + size].view(dtype).reshape(shape)

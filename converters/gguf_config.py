@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.gguf_reader import BF16, F16, F32, GGUFFile
+from converters.gguf_reader import BF16, F16, F32, GGUFFile, type_name
 from converters.gguf_rope import rope_parameters
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
@@ -197,6 +197,6 @@ def _dtype(file: GGUFFile) -> str:
 
 
 def _tensor_types(file: GGUFFile) -> dict[str, int]:
-    """Number of tensors by ggml type id (as text: JSON has no integer keys)."""
-    counts = collections.Counter(info.type_id for info in file.tensors.values())
-    return {str(kind): counts[kind] for kind in sorted(counts)}
+    """Number of tensors by ggml type, the commonest first."""
+    counts = collections.Counter(type_name(info.type_id) for info in file.tensors.values())
+    return dict(counts.most_common())

@@ -8,6 +8,7 @@ Format: ggml's docs/gguf.md, versions 2 and 3, little-endian.
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -30,6 +31,20 @@ _REQUIRED: Any = object()
 
 F32, F16, BF16 = 0, 1, 30
 """Tensor types that hold plain numbers; every other one that we read is quantized."""
+
+
+_TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+
+
+def type_name(type_id: int) -> str:
+    """ggml's name of a tensor type, or its number."""
+    return _TYPE_NAMES.get(type_id, str(type_id))
 
 
 class TensorInfo(NamedTuple):
@@ -104,8 +119,10 @@ class GGUFFile:
         """A small float32 tensor, without the gguf package. Raises ModelLoadError."""
         info = self.tensors[name]
         if info.type_id != F32:
-            raise ModelLoadError(f"{self.path}: tensor {name} must be float32 (type 0), {info}")
-        count = int(np.prod(info.shape))
+            raise ModelLoadError(
+                f"{self.path}: tensor {name} must be F32, is {type_name(info.type_id)}"
+            )
+        count = math.prod(info.shape)
         self.check_extent(name, 4 * count)
         return np.fromfile(self.path, "<f4", count, offset=info.offset).reshape(info.shape)
 
@@ -167,6 +184,8 @@ class _Header:
                 why = "occurs twice" if name in rows else f"claims {dims} dimensions"
                 raise self._damaged(f"tensor {name} {why}")
             shape = tuple(self._unsigned(_U64, what) for _ in range(dims))[::-1]
+            if 0 in shape or not shape:
+                raise self._damaged(f"tensor {name} has shape {shape}")
             rows[name] = TensorInfo(shape, self._unsigned(_U32, what), self._unsigned(_U64, what))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):

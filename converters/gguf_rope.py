@@ -37,6 +37,8 @@ def rope_parameters(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
             "not supported"
         )
     theta = file.number(f"{prefix}.freq_base", _DEFAULT_THETA)
+    if not 1.0 <= theta < math.inf:
+        raise ModelLoadError(f"{file.path}: {prefix}.freq_base must be at least 1, got {theta}")
     # A factor without a type is linear, and before 2024 it had a key of its own.
     factor = file.number(f"{prefix}.scaling.factor", file.number(f"{prefix}.scale_linear", 0.0))
     kind = file.string(f"{prefix}.scaling.type", "linear" if factor else "none")
@@ -104,7 +106,9 @@ def llama3_parameters(
         return {"rope_type": "default"}
     factor = _round(float(factors.max()))
     released = _RELEASED | {"original_max_position_embeddings": _RELEASED_CONTEXT}
-    for guess in (released, _fit(factors, factor, theta, head_dim)):
+    sane = np.all((factors >= 1.0 - _TOLERANCE) & np.isfinite(factors))
+    guesses = (released, _fit(factors, factor, theta, head_dim)) if sane else ()
+    for guess in guesses:
         if guess is not None:
             parameters = {"rope_type": "llama3", "factor": factor, **guess}
             expected = llama3_factors(parameters, theta, head_dim)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from converters import gguf_config
-from converters.gguf_reader import BF16, F16, F32, GGUFFile
+from converters.gguf_reader import BF16, F16, F32, GGUFFile, type_name
 from converters.gguf_rope import FACTORS
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
@@ -98,7 +98,13 @@ class GGUFTensors:
             values = self._dequantize(raw, info.type_id, info.shape)
         rotated = _ROTATED.fullmatch(name)
         if rotated and self._heads:
-            values = unpermute(values, self._heads[rotated["which"]])
+            heads = self._heads[rotated["which"]]
+            if info.shape[0] % (2 * heads):
+                raise ModelLoadError(
+                    f"{self._file.path}: tensor {name} of shape {info.shape} does not hold pairs "
+                    f"of rows for {heads} heads"
+                )
+            values = unpermute(values, heads)
         return values
 
     def close(self) -> None:
@@ -138,8 +144,8 @@ class GGUFTensors:
                 self._gguf.dequantize(blank, code)
             except (ValueError, NotImplementedError) as error:
                 raise NotSupportedError(
-                    f"{self._file.path}: tensor {name} has ggml type {info.type_id}, which the "
-                    f"installed gguf package cannot dequantize: {error}"
+                    f"{self._file.path}: tensor {name} has ggml type {type_name(info.type_id)}, "
+                    f"which the installed gguf package cannot dequantize: {error}"
                 ) from error
 
 
@@ -159,7 +165,7 @@ def _hf_name(name: str) -> str:
     table = _GLOBAL if match and match["layer"] is None else _LAYER
     if match is None or match["stem"] not in table:
         return name
-    layer = "" if match["layer"] is None else f"model.layers.{int(match['layer'])}."
+    layer = "" if match["layer"] is None else f"model.layers.{match['layer']}."
     return f"{layer}{table[match['stem']]}.{match['kind']}"
 
 

@@ -13,6 +13,7 @@ Stock Orbax restores the folder as well (`PyTreeCheckpointer().restore(folder / 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,14 @@ def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def _map_chunk(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     chunk = folder / ".".join("0" * len(shape))
-    expected = int(np.prod(shape)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     try:
         size = chunk.stat().st_size
     except OSError as error:
         raise ModelLoadError(f"{chunk}: missing: {error}") from error
     if size != expected:
         raise ModelLoadError(f"{chunk}: damaged: {size} bytes long, should be {expected}")
-    return np.memmap(chunk, dtype, "r", shape=shape)
+    return np.memmap(chunk, dtype, "r", shape=shape).view(np.ndarray)
 
 
 def _check_shapes(

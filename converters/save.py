@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def _write_safetensors(path: Path, loaded: LoadedModel) -> None:
     for param, spec in specs.items():
         dtype = np.dtype(spec.dtype)
         for part in parts_of(param, spec.shape, config, table):
-            end = offset + int(np.prod(part.shape)) * dtype.itemsize
+            end = offset + math.prod(part.shape) * dtype.itemsize
             header[part.name] = {
                 "dtype": _CODES[dtype],
                 "shape": list(part.shape),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +53,7 @@ class SafetensorsFile:
             raise ModelLoadError(f"{path}: cannot be read as safetensors: {error}") from error
         try:
             self._tensors, self._data_start = self._read_header()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self._map.close()
             raise ModelLoadError(f"{path}: damaged safetensors file: {error}") from error
 
@@ -74,7 +75,7 @@ class SafetensorsFile:
                 raise ValueError(
                     f"tensor {name} should end at byte {8 + length + stop}, the file ends at {size}"
                 )
-            if dtype in _DTYPES and stop - start != _DTYPES[dtype].itemsize * int(np.prod(shape)):
+            if dtype in _DTYPES and stop - start != _DTYPES[dtype].itemsize * math.prod(shape):
                 raise ValueError(f"tensor {name}: {stop - start} bytes do not fit shape {shape}")
             tensors[name] = (dtype, shape, start)
         return tensors, 8 + length
@@ -93,7 +94,7 @@ class SafetensorsFile:
             raise ModelLoadError(
                 f"{self.path}: tensor {name} has dtype {code}; supported: {', '.join(_DTYPES)}"
             )
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         flat = np.frombuffer(self._map, _DTYPES[code], count, self._data_start + start)
         return flat.reshape(shape)
 

@@ -68,11 +68,14 @@ def _transformers() -> Any:
 
 def _from_folder(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
     try:
-        return _transformers().AutoTokenizer.from_pretrained(str(path), use_fast=use_fast, local_files_only=True)
+        return _transformers().AutoTokenizer.from_pretrained(
+            str(path), use_fast=use_fast, local_files_only=True
+        )
     except Exception as error:  # transformers and tokenizers raise bare Exception for bad files
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ModelLoadError(
             f"{path}: no usable tokenizer (looked for tokenizer.json or what "
-            f"tokenizer_config.json names): {error}. Give tokenizer_path, or skip_tokenizer_init "
+            f"tokenizer_config.json names): {reason}. Give tokenizer_path, or skip_tokenizer_init "
             "and pass input_ids."
         ) from error
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+VERSION = "0.1.0"
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine

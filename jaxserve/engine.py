@@ -52,16 +52,16 @@ class Engine(UnsupportedMethods):
         self.server_args = args
         started = start(args)
         self._loop = started.loop
+        # Collected engines stop their thread, and so does the interpreter's end: JAX is still
+        # there then, because its own exit function was registered earlier.
+        self._finalizer = weakref.finalize(self, self._loop.shutdown)
+        atexit.register(self._finalizer)
         self._load_format = started.load_format
         self.tokenizer = started.tokenizer
         """The transformers tokenizer; None with skip_tokenizer_init=True."""
         self.tokenizer_manager = TokenizerManager(args, started.tokenizer, self._loop.abort)
         self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
         self._live_ids = LiveIds()
-        # Collected engines stop their thread, and so does the interpreter's end: JAX is still
-        # there then, because its own exit function was registered earlier.
-        self._finalizer = weakref.finalize(self, self._loop.shutdown)
-        atexit.register(self._finalizer)
 
     # -- generation -------------------------------------------------------------------------------
 

@@ -159,11 +159,12 @@ def _sorted_out(options: dict[str, Any]) -> dict[str, Any]:
         if target in OPTIONS:
             # `asdict` of another version's arguments may carry both spellings, one at its default.
             default = _DEFAULTS[target]
-            if target in values and default not in (value, values[target]):
+            earlier = values.get(target, default)
+            if default not in (value, earlier) and value != earlier:
                 raise InvalidRequestError(
-                    f"{spelled[target]}={values[target]!r} and {name}={value!r} are the same option"
+                    f"{spelled[target]}={earlier!r} and {name}={value!r} are the same option"
                 )
-            if target not in values or values[target] == default:
+            if earlier == default:
                 values[target], spelled[target] = value, name
         elif name in NO_OP:
             if not _is_default(value, NO_OP[name]):

@@ -66,8 +66,8 @@ class Call:
             if self._outputs:
                 core.submit(list(self._outputs))
         except BaseException:
-            self._unfinished.clear()
-            ids.release(self._rids)
+            # Nothing was submitted, unless it was Ctrl-C that came in between.
+            self.close()
             raise
         self._end_if_finished()
 

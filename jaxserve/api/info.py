@@ -62,7 +62,7 @@ def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> d
     return info | {
         **stats,
         "status": "ready",
-        "version": jaxserve.__version__,
+        "version": jaxserve.VERSION,
         "max_req_input_len": min(limits.context_length, limits.max_total_tokens) - 1,
         "internal_states": [state],
     }

@@ -65,17 +65,18 @@ class ModelConfig:
 
         architecture = registry.architecture_of(hf)
         family = registry.family(architecture)
-        hf = {**family.hf_defaults, **{k: v for k, v in hf.items() if v is not None}}
+        # A null in the file is a statement ("no window"), an absent key takes the default.
+        hf = {**family.hf_defaults, **hf}
         num_layers = _size(hf, "num_hidden_layers")
         num_heads = _size(hf, "num_attention_heads")
-        num_kv_heads = _size({"num_key_value_heads": num_heads} | hf, "num_key_value_heads")
+        num_kv_heads = _size(hf, "num_key_value_heads", num_heads)
         hidden_size = _size(hf, "hidden_size")
         if num_heads % num_kv_heads:
             raise ModelLoadError(
                 f"config.json: num_attention_heads={num_heads} is not a multiple of "
                 f"num_key_value_heads={num_kv_heads}"
             )
-        head_dim = _size({"head_dim": hidden_size // num_heads} | hf, "head_dim")
+        head_dim = _size(hf, "head_dim", hidden_size // num_heads)
         if head_dim % 2:
             raise ModelLoadError(f"config.json: head_dim={head_dim} is odd; RoPE needs pairs")
         max_positions = _size(hf, "max_position_embeddings")
@@ -105,8 +106,9 @@ class ModelConfig:
         return cls(**(fields | family.config_fields(hf)))
 
 
-def _size(hf: dict[str, Any], key: str) -> int:
+def _size(hf: dict[str, Any], key: str, default: int | None = None) -> int:
     value = hf.get(key)
+    value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelLoadError(f"config.json: {key} must be a positive integer, got {value!r}")
     return value
@@ -127,14 +129,19 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else (value,)
 
 
+def window_of(hf: dict[str, Any]) -> int | None:
+    """`sliding_window` in tokens; None where it is null."""
+    return None if hf["sliding_window"] is None else _size(hf, "sliding_window")
+
+
 def layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
     """Qwen's per-layer windows: `layer_types` where given, else the layers from
     `max_window_layers` on; none at all unless `use_sliding_window`."""
     num_layers = _size(hf, "num_hidden_layers")
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+    window = window_of(hf) if hf.get("use_sliding_window") else None
     types = hf.get("layer_types")
     if types is None:
-        first = hf.get("max_window_layers", 28)
+        first = hf["max_window_layers"]
         return tuple(window if i >= first else None for i in range(num_layers))
     if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
         raise NotSupportedError(

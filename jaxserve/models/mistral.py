@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from jaxserve.models.config import window_of
 from jaxserve.models.llama import Llama
 
 
@@ -13,10 +14,11 @@ class Mistral(Llama):
     hf_defaults: ClassVar[dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
 
     @staticmethod
     def config_fields(hf: dict[str, Any]) -> dict[str, Any]:
-        return {"windows": (hf.get("sliding_window"),) * hf["num_hidden_layers"]}
+        return {"windows": (window_of(hf),) * hf["num_hidden_layers"]}

@@ -14,6 +14,7 @@ class Qwen2(Llama):
     hf_defaults: ClassVar[dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
+        "max_window_layers": 28,
     }
 
     @staticmethod

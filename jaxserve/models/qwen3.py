@@ -40,6 +40,7 @@ class Qwen3(Llama):
         "head_dim": 128,
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
+        "max_window_layers": 28,
     }
 
     @staticmethod

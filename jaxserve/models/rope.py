@@ -62,7 +62,10 @@ class RopeConfig:
         partial = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
         if partial not in (None, 1, 1.0):
             raise NotSupportedError(f"partial_rotary_factor={partial!r} is not supported, only 1.0")
-        theta = float(_first(given.get("rope_theta"), hf.get("rope_theta"), _DEFAULT_THETA))
+        # A `rope_scaling` given as an override keeps the base that the file states elsewhere.
+        stated = (hf.get("rope_parameters") or {}).get("rope_theta")
+        theta = _first(given.get("rope_theta"), hf.get("rope_theta"), stated, _DEFAULT_THETA)
+        theta = float(theta)
         if kind == "default":
             return cls(theta=theta)
         original = max_position_embeddings

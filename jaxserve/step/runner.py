@@ -122,6 +122,7 @@ class Runner:
         buckets = self.config.buckets
         keys: list[ProgramKey] = [("extend", t) for t in reversed(buckets.extend)]
         keys += [("decode", b) for b in reversed(buckets.decode)]
+        keys += [("input_logprobs", t) for t in reversed(buckets.extend)]
         keys += [(kind, b) for kind in ("sample", "greedy") for b in buckets.sampler_rows]
         keys += [("copy_pages", COPY_WIDTH), ("install_sparse", 0)]
         self.programs.precompile(keys, threads=os.cpu_count() or 1)
@@ -154,13 +155,16 @@ class Runner:
         logits = jax.ShapeDtypeStruct((bucket, vocab), jnp.float32)
         if kind == "extend":
             layout = self._layout(bucket)
-            function = functools.partial(
-                step.extend_step, self._model, layout, top=self.config.max_top_logprobs
-            )
-            arguments = (
-                params, cache, progress, sampled.counts, row_params, sparse, ints(layout.size)
-            )  # fmt: skip
+            function = functools.partial(step.extend_step, self._model, layout)
+            arguments = (params, cache, progress, sampled.counts, row_params, ints(layout.size))
             return function, arguments, (1, 2, 3, 4)
+        if kind == "input_logprobs":
+            layout = self._layout(bucket)
+            function = functools.partial(
+                step.input_logprobs, self._model, layout, top=self.config.max_top_logprobs
+            )
+            hidden = jax.ShapeDtypeStruct((bucket, self.model_config.hidden_size), self.dtype)
+            return function, (params, row_params, sparse, ints(layout.size), hidden), ()
         if kind == "decode":
             arguments = (
                 params, cache, progress, sampled.last_tokens, ints(bucket), ints(bucket)
@@ -235,22 +239,23 @@ class Runner:
     def _extend(
         self, batch: ExtendBatch, packed: np.ndarray
     ) -> tuple[jax.Array, jax.Array, TokenLogprobs | None]:
-        state = self.state
-        self.cache, progress, counts, row_params, rows, output = self.programs(
+        state, vector = self.state, jax.device_put(packed, self._device)
+        self.cache, progress, counts, row_params, output = self.programs(
             ("extend", batch.tokens), self.params, self.cache, state.progress,
-            state.sampled.counts, state.row_params, state.sparse,
-            jax.device_put(packed, self._device),
+            state.sampled.counts, state.row_params, vector,
         )  # fmt: skip
         self.state = DeviceState(
             progress, state.sampled._replace(counts=counts), row_params, state.sparse
         )
         for start in range(0, len(batch.page_copies), COPY_WIDTH):
             self._copy_pages(batch.page_copies[start : start + COPY_WIDTH])
-        wanted = any(
-            pack.wants_input_logprobs(row.sequence.request, row.start, row.stop)
-            for row in batch.rows
-        )
-        return rows, output.logits, output.input_logprobs if wanted else None
+        logprobs = None
+        if any(pack.wants_input_logprobs(r.sequence.request, r.start, r.stop) for r in batch.rows):
+            logprobs = self.programs(
+                ("input_logprobs", batch.tokens), self.params, row_params, state.sparse, vector,
+                output.hidden,
+            )  # fmt: skip
+        return output.rows, output.logits, logprobs
 
     def _copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
         sources = np.zeros(COPY_WIDTH, np.int32)

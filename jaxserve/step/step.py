@@ -1,7 +1,8 @@
 """The pure step: token ids -> model -> logits, with the cache and progress carried through.
 
-Two programs. `extend` runs packed ragged tokens (prompts, chunks, resumed sequences) and may report
-logprobs of the input; `decode` runs one token a row, taken from the device's own last sample.
+Two programs. `extend` runs packed ragged tokens (prompts, chunks, resumed sequences); `decode` runs
+one token a row, taken from the device's own last sample. `input_logprobs` follows an extend step
+whose prompts' logprobs are wanted.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 
 from jaxserve.attention.attend import LayerCache
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
-from jaxserve.batch.pack import ExtendLayout
+from jaxserve.batch.pack import ExtendArrays, ExtendLayout
 from jaxserve.sampler import logprobs as lp
 from jaxserve.step.state import INTS, Progress, RowParams, SparseRows
 
 Cache = list[LayerCache]
-PROMPT_LEN = INTS.index("prompt_len")
+PROMPT_LEN, NUM_TOP = INTS.index("prompt_len"), INTS.index("num_top")
 INPUT_LOGPROB_ROWS = 256
 """Rows of logits alive at once when input logprobs are wanted."""
 
@@ -35,11 +36,29 @@ class StepModel:
 
 
 class ExtendOutput(NamedTuple):
-    """logits [B, V] float32 of each row's last token; input_logprobs: of the packed tokens' T
-    successors (neutral unless a row wants them)."""
+    """logits [B, V] float32 of each row's last token; rows [B] int32: the slots whose sample counts
+    (R for the others); hidden [T, D]: for `input_logprobs`."""
 
     logits: jax.Array
-    input_logprobs: lp.TokenLogprobs
+    rows: jax.Array
+    hidden: jax.Array
+
+
+class Packed(NamedTuple):
+    """Each packed token's owner (row number), offset in its row, and whether it is no padding: [T]."""
+
+    owner: jax.Array
+    offset: jax.Array
+    valid: jax.Array
+
+
+def locate(batch: ExtendArrays, tokens: int) -> Packed:
+    """Which row each of `tokens` packed tokens belongs to. Forks and padding start past the end, so
+    the last row that starts at or before a token owns it."""
+    index = jnp.arange(tokens, dtype=jnp.int32)
+    owner = jnp.searchsorted(batch.q_starts, index, side="right").astype(jnp.int32) - 1
+    offset = index - batch.q_starts[owner]
+    return Packed(owner, offset, offset < batch.q_lens[owner])
 
 
 def cache_slots(
@@ -83,13 +102,12 @@ def decode_step(
 
 def extend_step(
     model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], cache: Cache,
-    progress: Progress, counts: jax.Array, row_params: RowParams, sparse: SparseRows,
-    packed: jax.Array, *, top: int,
-) -> tuple[Cache, Progress, jax.Array, RowParams, jax.Array, ExtendOutput]:  # fmt: skip
+    progress: Progress, counts: jax.Array, row_params: RowParams, packed: jax.Array,
+) -> tuple[Cache, Progress, jax.Array, RowParams, ExtendOutput]:  # fmt: skip
     """Run T packed tokens of up to B rows.
 
     packed: one int32 vector, see ExtendLayout. Returns the cache, progress, counts and row
-    parameters as updated, the slots [B] whose sample counts (R for the others), and the output.
+    parameters as updated, and the output.
     """
     batch = layout.unpack(packed)
     num_rows = progress.lengths.shape[0]
@@ -101,13 +119,8 @@ def extend_step(
     row_params = RowParams(
         row_params.floats.at[slots].set(batch.floats), row_params.ints.at[slots].set(batch.ints)
     )
-
     tokens = batch.tokens
-    index = jnp.arange(layout.tokens, dtype=jnp.int32)
-    # forks and padding start past the end, so the last row that starts at or before a token owns it
-    owner = jnp.searchsorted(batch.q_starts, index, side="right").astype(jnp.int32) - 1
-    offset = index - batch.q_starts[owner]
-    valid = offset < batch.q_lens[owner]
+    owner, offset, valid = locate(batch, layout.tokens)
     positions = jnp.where(valid, batch.prefix_lens[owner] + offset, 0)
 
     # a slot's counts start from zero, and a resumed sequence's outputs are counted again
@@ -125,62 +138,53 @@ def extend_step(
     module = model.bind(params)
     hidden, cache = module(tokens, positions, cache, meta, model.attend)
     logits = module.logits(hidden[jnp.maximum(batch.sample_at, 0)])
-
-    wants = batch.wants_input_logprobs[owner] > 0
-    targets = jnp.where(
-        offset == batch.q_lens[owner] - 1, batch.next_tokens[owner], jnp.roll(tokens, -1)
-    )
-    neutral = lp.zeros(layout.tokens, top, sparse.logprob_ids.shape[1])
-    input_logprobs = jax.lax.cond(
-        jnp.any(batch.wants_input_logprobs > 0),
-        lambda: _input_logprobs(
-            module, hidden, jnp.maximum(targets, 0), slots[owner], wants & valid, row_params,
-            sparse, top,
-        ),
-        lambda: neutral,
-    )  # fmt: skip
     sample_rows = jnp.where(batch.sample_at >= 0, slots, num_rows - 1)
-    output = ExtendOutput(logits, input_logprobs)
-    return cache, Progress(lengths, table), counts, row_params, sample_rows, output
+    output = ExtendOutput(logits, sample_rows, hidden)
+    return cache, Progress(lengths, table), counts, row_params, output
 
 
-def _input_logprobs(
-    module: Any, hidden: jax.Array, targets: jax.Array, slots: jax.Array, wants: jax.Array,
-    row_params: RowParams, sparse: SparseRows, top: int,
+def input_logprobs(
+    model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], row_params: RowParams,
+    sparse: SparseRows, packed: jax.Array, hidden: jax.Array, *, top: int,
 ) -> lp.TokenLogprobs:  # fmt: skip
-    """Logprobs, at temperature 1, of `targets` [T] after each of the hidden states [T, D], a few
-    hundred rows at a time; chunks in which no token is wanted are skipped."""
-    total = hidden.shape[0]
-    rows = min(INPUT_LOGPROB_ROWS, total)
-    result = lp.zeros(total, top, sparse.logprob_ids.shape[1])
+    """Logprobs, at temperature 1, of each packed token's successor, [T, ...].
+
+    hidden [T, D] is the extend step's. The LM head runs on a few hundred rows at a time; chunks in
+    which no token is wanted are skipped. Entries of tokens that are not wanted are unspecified.
+    """
+    batch = layout.unpack(packed)
+    owner, offset, valid = locate(batch, layout.tokens)
+    wants = valid & (batch.wants_input_logprobs[owner] > 0)
+    last = offset == batch.q_lens[owner] - 1
+    targets = jnp.where(last, batch.next_tokens[owner], jnp.roll(batch.tokens, -1))
+    targets = jnp.maximum(targets, 0)
+    slots = batch.slots[owner]
+    module = model.bind(params)
+    rows = min(INPUT_LOGPROB_ROWS, layout.tokens)
+    named_ids = sparse.logprob_ids.shape[1]
 
     def chunk(i: jax.Array, result: lp.TokenLogprobs) -> lp.TokenLogprobs:
         # the last chunk is moved back to end at T: the overlap is computed twice, and equal
-        start = jnp.minimum(i * rows, total - rows)
+        start = jnp.minimum(i * rows, layout.tokens - rows)
 
         def part(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, rows)
 
         def compute() -> lp.TokenLogprobs:
-            ints = row_params.int_columns(part(slots))
+            some_top = jnp.any(part(wants) & (row_params.ints[part(slots), NUM_TOP] > 0))
             named = sparse.logprob_ids[part(slots)]
-            some_top = jnp.any(part(wants) & (ints["num_top"] > 0))
             logits = module.logits(part(hidden))
             return lp.token_logprobs(logits, part(targets), named, top, some_top)
 
-        found = jax.lax.cond(
-            jnp.any(part(wants)),
-            compute,
-            lambda: lp.zeros(rows, top, sparse.logprob_ids.shape[1]),
-        )
+        neutral = lp.zeros(rows, top, named_ids)
+        found = jax.lax.cond(jnp.any(part(wants)), compute, lambda: neutral)
+        parts = zip(result, found, strict=True)
         return lp.TokenLogprobs(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0)
-                for whole, new in zip(result, found, strict=True)
-            )
+            *(jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0) for whole, new in parts)
         )
 
-    return jax.lax.fori_loop(0, -(-total // rows), chunk, result)
+    result = lp.zeros(layout.tokens, top, named_ids)
+    return jax.lax.fori_loop(0, -(-layout.tokens // rows), chunk, result)
 
 
 def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:

@@ -1,0 +1,46 @@
+"""Attention over a paged KV cache: one folder per operation, several implementations of each.
+
+Nothing here knows of the engine. Letters: T packed tokens, B rows, P pages, S page size, W page
+table width, N query heads, K KV heads, G = N/K, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.device import Device, current_device
+from pallas_kernels.kv_write.api import OPERATION as _KV_WRITE
+from pallas_kernels.kv_write.api import kv_write
+from pallas_kernels.paged_decode.api import OPERATION as _PAGED_DECODE
+from pallas_kernels.paged_decode.api import paged_decode
+from pallas_kernels.paged_prefill.api import OPERATION as _PAGED_PREFILL
+from pallas_kernels.paged_prefill.api import paged_prefill
+from pallas_kernels.registry import Operation
+
+__all__ = [
+    "Device",
+    "available_implementations",
+    "current_device",
+    "kv_write",
+    "operations",
+    "paged_decode",
+    "paged_prefill",
+]
+
+
+def operations() -> dict[str, Operation]:
+    """Every operation, by name."""
+    return {entry.name: entry for entry in (_PAGED_DECODE, _PAGED_PREFILL, _KV_WRITE)}
+
+
+def available_implementations(
+    operation: str, dtype: Any = np.float32, device: Device | None = None
+) -> tuple[str, ...]:
+    """Names that `operation` tries by default, in order, for arrays of `dtype` on `device` (None:
+    JAX's default device). Raises ValueError for an unknown operation."""
+    known = operations()
+    if operation not in known:
+        raise ValueError(f"operation={operation!r}: known are {', '.join(known)}")
+    return known[operation].order(device or current_device(), np.dtype(dtype))

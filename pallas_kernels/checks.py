@@ -1,0 +1,48 @@
+"""Argument checks shared by the operations: a caller's mistake names the argument and its shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def check_dtype(name: str, array: Any, like: Any = None) -> None:
+    if np.dtype(array.dtype).name not in DTYPES:
+        raise ValueError(f"{name} has dtype {array.dtype}: expected one of {', '.join(DTYPES)}")
+    if like is not None and array.dtype != like.dtype:
+        raise ValueError(f"{name} has dtype {array.dtype}: expected {like.dtype}, as the others")
+
+
+def check_int32(name: str, array: Any, shape: tuple[int, ...]) -> None:
+    if array.dtype != np.int32 or array.shape != shape:
+        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}: expected int32{list(shape)}")
+
+
+def check_pages(k_pages: Any, v_pages: Any) -> None:
+    """K and V pages must both be [P, S, K, H] of one dtype."""
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
+        raise ValueError(
+            f"k_pages {list(k_pages.shape)} and v_pages {list(v_pages.shape)}: expected both to be "
+            "[pages, page size, KV heads, head dim]"
+        )
+    check_dtype("k_pages", k_pages)
+    check_dtype("v_pages", v_pages, k_pages)
+
+
+def check_queries(q: Any, k_pages: Any) -> None:
+    """q must be [rows, N, H], with N a multiple of the pages' K and H as theirs."""
+    heads, head_dim = k_pages.shape[2:]
+    if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % heads:
+        raise ValueError(
+            f"q {list(q.shape)}: expected [rows, a multiple of {heads} heads, {head_dim}] to fit "
+            f"k_pages {list(k_pages.shape)}"
+        )
+    check_dtype("q", q, k_pages)
+
+
+def check_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected None or at least 1")

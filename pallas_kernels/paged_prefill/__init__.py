@@ -1,0 +1,1 @@
+"""Causal attention of packed new tokens over their sequences' paged keys and values."""

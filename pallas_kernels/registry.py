@@ -1,0 +1,98 @@
+"""An operation is an ordered choice of implementations.
+
+A call tries the implementations in order: one that cannot do the case raises NotImplementedError
+with its reason, and the next is tried. When none is left the reasons are raised together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.device import Device, current_device
+
+Order = Callable[[Device, np.dtype], tuple[str, ...]]
+
+
+def everywhere(device: Device) -> str | None:
+    del device
+    return None
+
+
+def cuda_only(device: Device) -> str | None:
+    return None if device.is_cuda else f"needs a CUDA device, this is {device.kind!r}"
+
+
+def sm90_only(device: Device) -> str | None:
+    if device.is_cuda and device.capability[0] == 9:
+        return None
+    return f"needs compute capability 9.x, this is {device.kind!r} with {device.capability}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """name: what callers say. module: where a function with the operation's name lives; imported on
+    first use, so that a backend that a JAX version lacks costs nothing. refusal: why a device
+    cannot run it, or None."""
+
+    name: str
+    module: str
+    refusal: Callable[[Device], str | None] = everywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """name: the function's name. order: names to try by default for a device and a dtype."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+    order: Order
+
+    def find(self, name: str) -> Implementation:
+        for entry in self.implementations:
+            if entry.name == name:
+                return entry
+        known = ", ".join(entry.name for entry in self.implementations)
+        raise ValueError(f"implementation={name!r}: {self.name} has {known}")
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The implementation's own function, with its tuning keywords. Raises ValueError for an
+        unknown name, NotImplementedError where this JAX lacks the backend."""
+        return getattr(importlib.import_module(self.find(name).module), self.name)
+
+    def candidates(
+        self, implementation: str | Sequence[str] | None, dtype: np.dtype, device: Device
+    ) -> tuple[str, ...]:
+        if implementation is None:
+            return self.order(device, dtype)
+        names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+        if not names:
+            raise ValueError(f"implementation={implementation!r}: name at least one")
+        return names
+
+    def __call__(
+        self,
+        *args: Any,
+        implementation: str | Sequence[str] | None,
+        dtype: Any,
+        **options: Any,
+    ) -> Any:
+        args = tuple(jnp.asarray(arg) for arg in args)
+        device = current_device()
+        names = self.candidates(implementation, np.dtype(dtype), device)
+        entries = [self.find(name) for name in names]
+        reasons: list[str] = []
+        for entry in entries:
+            refusal = entry.refusal(device)
+            if refusal is None:
+                try:
+                    return self.function(entry.name)(*args, **options)
+                except NotImplementedError as error:
+                    refusal = str(error)
+            reasons.append(f"{entry.name}: {refusal}")
+        raise NotImplementedError(f"no implementation of {self.name} fits; " + "; ".join(reasons))
