@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu [--rounds 3] [--out result.json]
 
-A single stream of 64 tokens, and 16 prompts x 64 tokens (transformers pads them into one batch), each
-timed in turn with the other engine, after a warm-up of both. Needs the test extra (torch).
+A single stream of 64 tokens, and 16 prompts x 64 tokens (transformers pads them into one batch),
+each timed in turn with the other engine, after a warm-up of both. Needs the test extra (torch).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from converters import load
 from converters.save import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from demo_model import fetch  # noqa: E402 - examples/ is no package
+from demo_model import fetch
 
 NEW = 64
 PROMPTS = [

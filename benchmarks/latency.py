@@ -3,8 +3,8 @@
     python -m benchmarks.latency --model llama-3.1-8b --rows 1 --out result.json
 
 Time to first token: median wall time of runs with one new token. Time per token: (median with 256
-new tokens - that) / 255. A decode step reads every weight once, and each row's keys and values; those
-bytes over the time per token are the bandwidth reached.
+new tokens - that) / 255. A decode step reads every weight once, and each row's keys and values;
+those bytes over the time per token are the bandwidth reached.
 """
 
 from __future__ import annotations

@@ -28,8 +28,12 @@ def main() -> None:
             print(f"{prompt} ->{output['text']!r}")
 
         print("\n== Synchronous, streaming ==")
+        print(PROMPTS[0], end="")
+        shown = ""
         for chunk in engine.generate(PROMPTS[0], GREEDY, stream=True):
-            print(f"\r{PROMPTS[0]}{chunk['text']}".replace("\n", " "), end="", flush=True)
+            # A chunk has the whole text so far (with Engine(stream_output=True), what is new).
+            print(chunk["text"][len(shown) :].replace("\n", " "), end="", flush=True)
+            shown = chunk["text"]
         print("\nmerged:", repr(stream_and_merge(engine, PROMPTS[1], GREEDY)))
 
         print("\n== Asynchronous ==")

@@ -28,10 +28,10 @@ def on_backend_compile(callback: Callable[[float], None]) -> Callable[[], None]:
     """
     target: list[Callable[[float], None]] = [callback]
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             for call in target:
-                call(duration)
+                call(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return target.clear
@@ -40,7 +40,7 @@ def on_backend_compile(callback: Callable[[float], None]) -> Callable[[], None]:
 def enable_compilation_cache(folder: str) -> None:
     """Keep every compiled program on disk, small ones and GPU autotuning results included. A
     directory that the user configured stays."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -63,6 +63,9 @@ class EngineConfig:
         rows = args.max_running_requests or (min(largest, GPU_ROWS) if gpu else CPU_ROWS)
         if args.max_total_tokens is not None:
             rows = min(rows, max(args.max_total_tokens // page_size, 1))
+        attention = args.attention_implementation or (None if gpu else "xla")
+        if not gpu and attention != "xla":
+            raise InvalidRequestError(f"attention_backend={attention!r} needs a CUDA device")
         tokens = args.chunked_prefill_size or (GPU_TOKENS if gpu else CPU_TOKENS)
         if tokens == -1:
             tokens = args.max_prefill_tokens
@@ -78,7 +81,7 @@ class EngineConfig:
             max_queued=args.max_queued_requests,
             overlap=not args.disable_overlap_schedule,
             precompile=gpu if args.precompile is None else args.precompile,
-            attention=args.attention_implementation,
+            attention=attention,
             bias_capacity=args.logit_bias_capacity,
             max_logprob_ids=args.max_logprob_ids,
             max_top_logprobs=args.max_top_logprobs,

@@ -54,6 +54,8 @@ class Update:
 
     new_ids: tokens since the previous update. output_logprobs: of those tokens.
     input_logprobs: complete, with the first update that has them.
+    unemitted_id: the token a prefill-only request (max_new_tokens 0) would have gone on with; its
+    logprobs are the single entry of output_logprobs.
     finish_reason: None while running, then the dict of engine-api.md 3.3.
     error: set instead of everything else when the engine died.
     """
@@ -62,6 +64,7 @@ class Update:
     new_ids: tuple[int, ...] = ()
     output_logprobs: Logprobs | None = None
     input_logprobs: Logprobs | None = None
+    unemitted_id: int | None = None
     finish_reason: dict[str, Any] | None = None
     error: BaseException | None = None
 
@@ -107,6 +110,8 @@ class Request:
     finish_reason: dict[str, Any] | None = None
     cached_tokens: int = 0
     num_retractions: int = 0
+    unemitted_id: int | None = None
+    admitted_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
 

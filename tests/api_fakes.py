@@ -207,6 +207,7 @@ class FakeLoop:
         if request.first_token_time is None:
             request.first_token_time = time.perf_counter()
         if request.max_new_tokens == 0:
+            request.unemitted_id = token
             self._finish(request, {"type": "length", "length": 0})
             return
         request.output_ids.append(token)
@@ -260,6 +261,7 @@ class FakeLoop:
                 new,
                 output_logprobs=logprobs,
                 input_logprobs=request.input_logprobs if first else None,
+                unemitted_id=request.unemitted_id,
                 finish_reason=request.finish_reason,
             )
         )

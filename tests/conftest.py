@@ -36,9 +36,7 @@ def tiny_models(tmp_path_factory):
     def make(family="llama", **overrides):
         key = f"{family}-{sorted(overrides.items())!r}"
         if key not in made:
-            made[key] = make_checkpoint(
-                str(tmp_path_factory.mktemp(family)), family, **overrides
-            )
+            made[key] = make_checkpoint(str(tmp_path_factory.mktemp(family)), family, **overrides)
         return made[key]
 
     return make

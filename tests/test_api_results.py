@@ -172,6 +172,7 @@ def test_logprobs_of_no_tokens(story):
     assert (result["text"], result["output_ids"], meta["completion_tokens"]) == ("", [], 0)
     assert meta["finish_reason"] == {"type": "length", "length": 0}
     assert len(meta["output_token_logprobs"]) == meta["output_token_logprobs_length"] == 1
+    assert meta["output_token_logprobs"][0][1] is not None
     assert meta["output_top_logprobs"] == [[(-0.5, 0, None)]]
 
 

@@ -73,9 +73,7 @@ def test_cancelling_a_task_or_closing_an_async_stream_aborts(engine):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        stream = await engine.async_generate(
-            input_ids=PROMPT, sampling_params=LONG, stream=True
-        )
+        stream = await engine.async_generate(input_ids=PROMPT, sampling_params=LONG, stream=True)
         async for _ in stream:
             break
         await stream.aclose()
@@ -105,9 +103,7 @@ def test_abort_by_id_returns_what_there_is(engine):
 def test_shutdown_fails_waiting_calls_and_later_ones(tiny_models):
     engine = jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS)
     many = [PROMPT] * 64
-    thread, outcome = in_thread(
-        lambda: engine.generate(input_ids=many, sampling_params=LONG)
-    )
+    thread, outcome = in_thread(lambda: engine.generate(input_ids=many, sampling_params=LONG))
     time.sleep(0.1)
     engine.shutdown()
     thread.join(timeout=60)
@@ -155,8 +151,7 @@ def test_one_failure_on_the_device_is_recomputed(engine, monkeypatch):
 def test_a_dead_engine_fails_every_waiting_call_with_its_cause(tiny_models, monkeypatch):
     engine = jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS)
     waiting = [
-        in_thread(lambda: engine.generate(input_ids=PROMPT, sampling_params=LONG))
-        for _ in range(8)
+        in_thread(lambda: engine.generate(input_ids=PROMPT, sampling_params=LONG)) for _ in range(8)
     ]
     while engine.get_server_info()["num_running"] < 8:
         time.sleep(0.005)

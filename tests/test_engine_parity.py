@@ -185,13 +185,11 @@ def test_retraction_does_not_change_tokens(tiny_models, plain_tokens, overlap):
 
 def test_an_end_token_stops_one_step_late_at_no_cost(llama):
     """The token after the end that overlap computes is dropped."""
-    engine, folder = llama
+    engine, _ = llama
     prompt = prompts(1, seed=5)[0]
     free = engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"]
     stop = free[9]
-    result = engine.generate(
-        input_ids=prompt, sampling_params={**GREEDY, "stop_token_ids": [stop]}
-    )
+    result = engine.generate(input_ids=prompt, sampling_params={**GREEDY, "stop_token_ids": [stop]})
     assert result["output_ids"] == free[: free.index(stop) + 1]
     assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
@@ -217,6 +215,9 @@ def test_zero_new_tokens_gives_the_next_token_distribution(llama):
     meta = result["meta_info"]
     assert meta["completion_tokens"] == 0
     expected = Reference(folder).logprobs(prompt)[-1]
+    [(logprob, token, _)] = meta["output_token_logprobs"]
+    assert token == int(expected.argmax())
+    assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
     [named] = meta["output_token_ids_logprobs"]
     assert [v for v, *_ in named] == pytest.approx(expected[[3, 4]].tolist(), abs=1e-4)
 
@@ -229,13 +230,9 @@ def test_input_logprobs_of_a_chunked_prompt_equal_those_of_a_whole_one(tiny_mode
         "return_logprob": True, "logprob_start_len": 5, "top_logprobs_num": 2,
     }  # fmt: skip
     whole = engine.generate(**ask)["meta_info"]
-    with jaxserve.Engine(
-        model_path=folder, **{**OPTIONS, "chunked_prefill_size": 40}
-    ) as small:
+    with jaxserve.Engine(model_path=folder, **{**OPTIONS, "chunked_prefill_size": 40}) as small:
         chunked = small.generate(**ask)["meta_info"]
     assert len(whole["input_token_logprobs"]) == min(len(prompt), 200) - 5
-    for a, b in zip(
-        whole["input_token_logprobs"], chunked["input_token_logprobs"], strict=True
-    ):
+    for a, b in zip(whole["input_token_logprobs"], chunked["input_token_logprobs"], strict=True):
         assert a[1] == b[1]
         assert a[0] == b[0] or a[0] == pytest.approx(b[0], abs=1e-4)

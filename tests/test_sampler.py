@@ -103,9 +103,7 @@ def test_greedy_rows_take_the_argmax_in_any_company():
     _, tokens, _ = run(logits, rows)
     assert [int(tokens[0]), int(tokens[2])] == list(logits[[0, 2]].argmax(-1))
     sampled, _, _ = build(rows)
-    carry, alone = sample_greedy(
-        jnp.asarray(logits), sampled, jnp.asarray([0, 4, 2, 4], jnp.int32)
-    )
+    carry, alone = sample_greedy(jnp.asarray(logits), sampled, jnp.asarray([0, 4, 2, 4], jnp.int32))
     assert [int(alone[0]), int(alone[2])] == [int(tokens[0]), int(tokens[2])]
     assert int(carry.last_tokens[2]) == int(tokens[2])
     assert int(carry.counts[0, int(tokens[0])]) == 1

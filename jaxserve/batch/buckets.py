@@ -26,9 +26,7 @@ class Buckets:
     extend: tuple[int, ...]
 
     @classmethod
-    def make(
-        cls, max_rows: int, max_tokens: int, decode: tuple[int, ...] | None = None
-    ) -> Buckets:
+    def make(cls, max_rows: int, max_tokens: int, decode: tuple[int, ...] | None = None) -> Buckets:
         """Buckets up to `max_rows` running requests and `max_tokens` packed tokens, the largest of
         each list being exactly that (tokens rounded up to the alignment)."""
         rows = [b for b in (decode or DECODE_ROWS) if b < max_rows] + [max_rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,10 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
 
 
 def count_pages(
-    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, device: jax.Device,
+    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, device: Any,
     weight_bytes: int, program_bytes: int,
 ) -> int:  # fmt: skip
-    """Pages of the pool.
+    """Pages of the pool on `device`, a jax.Device.
 
     GPU: mem_fraction_static of the device, less the weights, and never more than what the largest
     program's temporaries leave. CPU: see CPU_SHARE. max_total_tokens caps both, and a pool larger

@@ -66,6 +66,7 @@ def _accept(sequence: Sequence, token: int, scheduler: Scheduler) -> int:
     if request.first_token_time is None:
         request.first_token_time = time.perf_counter()
     if request.max_new_tokens == 0:
+        request.unemitted_id = token
         finish(request, {"type": "length", "length": 0}, scheduler)
         return 0
     request.output_ids.append(token)
@@ -112,6 +113,7 @@ def report(request: Request) -> None:
             new_ids,
             output_logprobs=logprobs,
             input_logprobs=request.input_logprobs if first else None,
+            unemitted_id=request.unemitted_id,
             finish_reason=request.finish_reason,
         )
     )
@@ -148,9 +150,7 @@ def _complete_input_logprobs(batch: ExtendBatch) -> None:
         whole = Logprobs()
         if 0 <= spec.start < len(request.prompt_ids):
             none: list[TopLogprobs] = [None]
-            whole.extend(
-                Logprobs([None], none if spec.top else [], list(none) if spec.ids else [])
-            )
+            whole.extend(Logprobs([None], none if spec.top else [], list(none) if spec.ids else []))
             whole.extend(request.pending_input_logprobs)
         request.input_logprobs = whole
         request.pending_input_logprobs = Logprobs()

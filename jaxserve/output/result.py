@@ -41,6 +41,7 @@ class Output:
         self._ids: list[int] = []
         self._logprobs = Logprobs()
         self._input_logprobs: Logprobs | None = None
+        self._unemitted: int | None = None
         # What earlier delta chunks have shown, in characters, tokens and logprob entries.
         self._shown_text = self._shown_ids = self._shown_logprobs = 0
 
@@ -51,6 +52,7 @@ class Output:
     def add(self, update: Update) -> None:
         """Takes the request's next update."""
         self._ids += update.new_ids
+        self._unemitted = update.unemitted_id
         if update.output_logprobs is not None:
             self._logprobs.extend(update.output_logprobs)
         if update.input_logprobs is not None:
@@ -121,7 +123,7 @@ class Output:
         given = self._input_logprobs or Logprobs()
         prompt = self.request.prompt_ids[len(self.request.prompt_ids) - len(given.token) :]
         # Prefill-only requests have one more logprob than tokens: that of a token not emitted.
-        ids = [*self._ids, *[None] * (len(out.token) - len(self._ids))]
+        ids = self._ids if self._unemitted is None else [*self._ids, self._unemitted]
         lists: dict[str, Any] = {
             "input_token_logprobs": self._tuples(zip(given.token, prompt, strict=True)),
             "output_token_logprobs": self._tuples(
@@ -154,11 +156,13 @@ class Output:
         """Moments in seconds since the epoch, and tokens per second after the first token."""
         request = self.request
         epoch = time.time() - time.perf_counter()
-        first = request.first_token_time
+        first, admitted = request.first_token_time, request.admitted_time
         decoding = end - first if first is not None else 0.0
         rate = (len(self._ids) - 1) / decoding if decoding > 0 and len(self._ids) > 1 else None
         return {
             "request_received_ts": epoch + request.created,
+            "forward_entry_time": None if admitted is None else epoch + admitted,
+            "queue_time": None if admitted is None else admitted - request.created,
             "prefill_finished_time": None if first is None else epoch + first,
             "request_finished_ts": epoch + end,
             "decode_throughput": rate,

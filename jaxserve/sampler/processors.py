@@ -24,7 +24,7 @@ def apply_penalties(
 def apply_bias(
     logits: jax.Array, ids: jax.Array, values: jax.Array, until: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Add sparse biases: logit_bias, and -inf on the end tokens while min_new_tokens is not reached.
+    """Add sparse biases: logit_bias, and -inf on end tokens until min_new_tokens is reached.
 
     ids, until [B, C] int32, values [B, C] float32. An entry works while positions [B] < until;
     unused entries have until = 0.

@@ -110,6 +110,4 @@ def sample(
 
 def _remember(sampled: Sampled, rows: jax.Array, tokens: jax.Array) -> Sampled:
     """Carry the tokens to the next step, and count them for penalties."""
-    return Sampled(
-        sampled.last_tokens.at[rows].set(tokens), sampled.counts.at[rows, tokens].add(1)
-    )
+    return Sampled(sampled.last_tokens.at[rows].set(tokens), sampled.counts.at[rows, tokens].add(1))

@@ -9,6 +9,7 @@ sequence; `schedule` then asks for a drain instead of retracting it.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ from jaxserve.scheduler.prefill import ExtendPlanner
 from jaxserve.scheduler.sequence import Sequence
 
 
-class DrainNeeded(Exception):  # noqa: N818 - a signal to the loop, not an error
+class DrainNeeded(Exception):
     """Results in flight must be read before this step can be scheduled."""
 
 
@@ -167,9 +168,14 @@ class Scheduler:
         reserve = len(self.running) + len(self.prefilling)
         if not self._free_slots or need + reserve > self.pages.available:
             return False
-        sequence.slot = self._free_slots.pop()
+        self._take_slot(sequence)
         sequence.pages = self.pages.allocate(need)
         return True
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        sequence.slot = self._free_slots.pop()
+        if sequence.request.admitted_time is None:
+            sequence.request.admitted_time = time.perf_counter()
 
     def _begin_decode(self, sequence: Sequence) -> None:
         sequence.scheduled_outputs += 1
@@ -188,7 +194,7 @@ class Scheduler:
             if not (self._free_slots and enough and planner.has_row):
                 return
             self.waiting.remove(sibling)
-            sibling.slot = self._free_slots.pop()
+            self._take_slot(sibling)
             shared = leader.pages[:full]
             self.pages.share(shared)
             own = self.pages.allocate(1 if partial else 0)

@@ -29,8 +29,9 @@ class Programs:
     program: a shape that slipped through the buckets.
     """
 
-    def __init__(self, builder: Builder):
+    def __init__(self, builder: Builder, device: Any):
         self._builder = builder
+        self._device = device
         self._compiled: dict[ProgramKey, Any] = {}
         self._expected = threading.local()
         self._engine_thread: int | None = None
@@ -75,7 +76,8 @@ class Programs:
         function, abstract, donated = self._builder(key)
         self._expected.active = True
         try:
-            program = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
+            with jax.default_device(self._device):
+                program = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
         finally:
             self._expected.active = False
         seconds = time.perf_counter() - started

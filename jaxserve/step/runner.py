@@ -1,4 +1,4 @@
-"""Runs batches: host arrays in, device results out. Owns the parameters, the cache and the state."""
+"""Runs batches: host arrays in, device results out. Owns parameters, cache and state."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Runner:
         )
         self._options = sampler.SamplerOptions(config.max_top_logprobs, config.raw_logprobs)
         self.num_pages = self._count_pages(0)
-        self.programs = Programs(self._program)
+        self.programs = Programs(self._program, self._device)
         if config.platform != "cpu":
             self._fit_pool()
         self.reset()
@@ -88,14 +88,15 @@ class Runner:
         if pages < self.num_pages:
             self.num_pages = pages
             self.programs.close()
-            self.programs = Programs(self._program)
+            self.programs = Programs(self._program, self._device)
 
     def reset(self) -> None:
         """A fresh cache and state: at the start, and after a failure on the device."""
-        self.cache: step.Cache = make_cache(
-            self.model_config, self.num_pages, self.config.page_size, self.dtype
-        )
-        self.state: DeviceState = initial_state(self.config, self.model_config.vocab_size)
+        with jax.default_device(self._device):
+            self.cache: step.Cache = make_cache(
+                self.model_config, self.num_pages, self.config.page_size, self.dtype
+            )
+            self.state: DeviceState = initial_state(self.config, self.model_config.vocab_size)
         self._rows: tuple[np.ndarray, jax.Array] | None = None
         self._no_pages: dict[int, jax.Array] = {}
 
@@ -133,9 +134,7 @@ class Runner:
 
     @functools.cached_property
     def _state_spec(self) -> DeviceState:
-        return jax.eval_shape(
-            lambda: initial_state(self.config, self.model_config.vocab_size)
-        )
+        return jax.eval_shape(lambda: initial_state(self.config, self.model_config.vocab_size))
 
     def _program(self, key: ProgramKey) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
         """Function, abstract arguments and donated arguments of the program `key`."""
@@ -146,9 +145,7 @@ class Runner:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
 
         cache = jax.eval_shape(
-            lambda: make_cache(
-                self.model_config, self.num_pages, self.config.page_size, self.dtype
-            )
+            lambda: make_cache(self.model_config, self.num_pages, self.config.page_size, self.dtype)
         )
         params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self.params)
         progress, sampled, row_params, sparse = self._state_spec

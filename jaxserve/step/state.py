@@ -79,9 +79,7 @@ def initial_state(config: EngineConfig, vocab_size: int) -> DeviceState:
     floats = np.tile(np.array([1.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (rows, 1))
     ints = np.tile(np.array([1, 0, 0, 0, 0, 0, 0], np.int32), (rows, 1))
     return DeviceState(
-        Progress(
-            jnp.zeros(rows, jnp.int32), jnp.zeros((rows, config.table_width), jnp.int32)
-        ),
+        Progress(jnp.zeros(rows, jnp.int32), jnp.zeros((rows, config.table_width), jnp.int32)),
         Sampled(jnp.zeros(rows, jnp.int32), jnp.zeros((rows, vocab_size), jnp.int32)),
         RowParams(jnp.asarray(floats), jnp.asarray(ints)),
         SparseRows(

@@ -45,7 +45,7 @@ class ExtendOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Each packed token's owner (row number), offset in its row, and whether it is no padding: [T]."""
+    """Each packed token's owner (row number), offset in its row, whether it is no padding: [T]."""
 
     owner: jax.Array
     offset: jax.Array
@@ -66,7 +66,7 @@ def cache_slots(
     page_size: int, num_slots: int,
 ) -> jax.Array:  # fmt: skip
     """Flat cache position of each token, [T] int32: page * S + offset, and for tokens of padding
-    distinct positions past the cache's end (a scatter drops those, and stays free of duplicates)."""
+    distinct positions past the cache's end (the scatter drops those, and has no duplicates)."""
     pages = page_table[rows, positions // page_size]
     live = pages * page_size + positions % page_size
     return jnp.where(valid, live, num_slots + jnp.arange(rows.shape[0], dtype=jnp.int32))
@@ -85,9 +85,7 @@ def decode_step(
     live = rows < num_rows - 1
     positions = progress.lengths[rows]
     begins = jnp.where(new_pages >= 0, rows, num_rows)
-    table = progress.page_table.at[begins, positions // model.page_size].set(
-        new_pages, mode="drop"
-    )
+    table = progress.page_table.at[begins, positions // model.page_size].set(new_pages, mode="drop")
     page_table = table[rows]
     slots = cache_slots(
         page_table, jnp.arange(rows.shape[0]), positions, live, model.page_size,
@@ -113,9 +111,7 @@ def extend_step(
     num_rows = progress.lengths.shape[0]
     slots = batch.slots
     table = progress.page_table.at[slots].set(batch.page_table)
-    lengths = progress.lengths.at[slots].set(
-        jnp.where(slots < num_rows - 1, batch.new_lengths, 0)
-    )
+    lengths = progress.lengths.at[slots].set(jnp.where(slots < num_rows - 1, batch.new_lengths, 0))
     row_params = RowParams(
         row_params.floats.at[slots].set(batch.floats), row_params.ints.at[slots].set(batch.ints)
     )
@@ -210,4 +206,3 @@ def install_sparse(
         sparse.bias_until.at[slot].set(bias_until),
         sparse.logprob_ids.at[slot].set(logprob_ids),
     )
-

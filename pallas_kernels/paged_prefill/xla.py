@@ -1,4 +1,15 @@
-"""Paged prefill attention in plain XLA: the CPU engine's path, and the fallback everywhere."""
+"""Paged prefill attention in plain XLA: the CPU engine's path, and the fallback everywhere.
+
+One program for all lengths. The outer loop walks the live query tiles (a tile is `tile` rows of one
+sequence), the inner loop walks that tile's blocks of keys up to its causal end:
+
+    for tile in live tiles:   q [tile, N, H] -> [K, G*tile, H]
+        for block of pages:   K, V [block, K, H] -> online softmax
+        out[tile rows] = ...
+
+A tile may reach past its sequence's end: its rows there are unspecified, and the tiles of the next
+sequence, which come later, write over them.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +17,79 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-NEG = -1e30
+from pallas_kernels.softmax import NEG, TINY
+from pallas_kernels.xla_blocks import dot, pad_table, pages_per_block, read_block
 
 
 def paged_prefill(
-    q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens,
-    *, scale, window=None, tile=64, block=128,
-):  # fmt: skip
-    T, N, H = q.shape
-    _, S, K, _ = k_pages.shape
-    G = N // K
-    c = max(1, block // S)
-    bs = c * S
-    W = -(-page_table.shape[1] // c) * c
-    page_table = jnp.pad(page_table, ((0, 0), (0, W - page_table.shape[1])))
-    tiles = (q_lens + tile - 1) // tile
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    q_starts: jax.Array,
+    q_lens: jax.Array,
+    prefix_lens: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    tile: int = 64,
+    block: int = 64,
+) -> jax.Array:
+    """See pallas_kernels.paged_prefill. tile: query rows, block: tokens an inner step, rounded to
+    whole pages."""
+    tokens, heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    group = heads // kv_heads
+    pages = pages_per_block(page_size, block)
+    block = pages * page_size
+    page_table = pad_table(page_table, pages)
+    tiles = (q_lens + (tile - 1)) // tile
     ends = jnp.cumsum(tiles)
-    qp = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
+    # a slice at the last rows would be clamped, that is moved: room for one tile more
+    padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
 
-    def one(t, out):
-        b = jnp.searchsorted(ends, t, side="right")
-        start = (t - (ends[b] - tiles[b])) * tile
-        row = q_starts[b] + start
-        first_pos = prefix_lens[b] + start
-        end = prefix_lens[b] + jnp.minimum(start + tile, q_lens[b])
-        qt = lax.dynamic_slice_in_dim(qp, row, tile, 0).astype(jnp.float32) * scale
-        qt = qt.reshape(tile, K, G, H).transpose(1, 2, 0, 3).reshape(K, G * tile, H)
-        pos = jnp.tile(first_pos + jnp.arange(tile), G)[:, None]
+    def one_tile(number: jax.Array, out: jax.Array) -> jax.Array:
+        row = jnp.searchsorted(ends, number, side="right", method="compare_all")
+        row = row.astype(jnp.int32)
+        offset = (number - (ends[row] - tiles[row])) * tile
+        begin = q_starts[row] + offset
+        position = prefix_lens[row] + offset  # of the tile's first query
+        end = prefix_lens[row] + jnp.minimum(offset + tile, q_lens[row])
+        queries = lax.dynamic_slice_in_dim(padded, begin, tile).astype(jnp.float32) * scale
+        queries = queries.reshape(tile, kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+        queries = queries.reshape(kv_heads, group * tile, head_dim)
+        at_query = jnp.tile(position + jnp.arange(tile, dtype=jnp.int32), group)[:, None]
 
-        def body(i, carry):
-            m, d, acc = carry
-            pages = lax.dynamic_slice(page_table, (b, i * c), (1, c))[0]
-            at = i * bs + jnp.arange(bs)
-            k = k_pages[pages].reshape(bs, K, H).astype(jnp.float32)
-            v = v_pages[pages].reshape(bs, K, H).astype(jnp.float32)
-            v = jnp.where((at < end)[:, None, None], v, 0)
-            s = jnp.einsum("kmh,tkh->kmt", qt, k, precision="highest")
-            ok = (at <= pos) & (at < end)
+        def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            top, total, acc = carry
+            table = lax.dynamic_slice(page_table, (row, i * pages), (1, pages))[0]
+            at = i * block + jnp.arange(block, dtype=jnp.int32)
+            live = (at <= at_query) & (at < end)  # [G*tile, block]
             if window:
-                ok &= at > pos - window
-            s = jnp.where(ok, s, NEG)
-            mn = jnp.maximum(m, s.max(-1, keepdims=True))
-            p = jnp.where(ok, jnp.exp(s - mn), 0)
-            a = jnp.exp(m - mn)
-            d = d * a + p.sum(-1, keepdims=True)
-            acc = acc * a + jnp.einsum("kmt,tkh->kmh", p, v, precision="highest")
-            return mn, d, acc
+                live &= at > at_query - window
+            k = read_block(k_pages, table)
+            # slots that were never written may hold NaN, and 0 * NaN is NaN
+            v = jnp.where((at < end)[:, None, None], read_block(v_pages, table), 0.0)
+            scores = jnp.where(live, dot("kmh,tkh->kmt", queries, k), NEG)
+            new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+            # a query without a live key so far has new_top = NEG, where exp(0) = 1 must not count
+            weights = jnp.where(live, jnp.exp(scores - new_top), 0.0)
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + weights.sum(-1, keepdims=True)
+            acc = acc * shrink + dot("kmt,tkh->kmh", weights, v)
+            return new_top, total, acc
 
-        init = (
-            jnp.full((K, G * tile, 1), NEG, jnp.float32),
-            jnp.zeros((K, G * tile, 1), jnp.float32),
-            jnp.zeros((K, G * tile, H), jnp.float32),
+        like = (kv_heads, group * tile, 1)
+        start = (
+            jnp.full(like, NEG, jnp.float32),
+            jnp.zeros(like, jnp.float32),
+            jnp.zeros(queries.shape, jnp.float32),
         )
-        lo = jnp.maximum(first_pos - window + 1, 0) // bs if window else 0
-        _, d, acc = lax.fori_loop(lo, (end + bs - 1) // bs, body, init)
-        o = (acc / jnp.maximum(d, 1e-30)).reshape(K, G, tile, H).transpose(2, 0, 1, 3)
-        return lax.dynamic_update_slice_in_dim(out, o.reshape(tile, N, H).astype(q.dtype), row, 0)
+        first = jnp.maximum(position - window + 1, 0) // block if window else 0
+        last = (end + (block - 1)) // block
+        _, total, acc = lax.fori_loop(first, last, step, start)
+        result = (acc / jnp.maximum(total, TINY)).reshape(kv_heads, group, tile, head_dim)
+        result = result.transpose(2, 0, 1, 3).reshape(tile, heads, head_dim)
+        return lax.dynamic_update_slice_in_dim(out, result.astype(q.dtype), begin, 0)
 
-    out = lax.fori_loop(0, ends[-1], one, jnp.zeros_like(qp))
-    return out[:T]
+    return lax.fori_loop(0, ends[-1], one_tile, jnp.zeros_like(padded))[:tokens]
