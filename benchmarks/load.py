@@ -34,7 +34,7 @@ def anonymous_bytes() -> int:
 
 
 class PeakMemory:
-    """Samples RssAnon every millisecond while it is entered; `bytes` is the growth to the peak."""
+    """Samples RssAnon every 5 ms while it is entered; `bytes` is the growth to the peak."""
 
     def __enter__(self) -> PeakMemory:
         self._before = self._peak = anonymous_bytes()
@@ -44,7 +44,7 @@ class PeakMemory:
         return self
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.001):
+        while not self._stop.wait(0.005):
             self._peak = max(self._peak, anonymous_bytes())
 
     def __exit__(self, *_: object) -> None:

@@ -40,7 +40,8 @@ def on_backend_compile(callback: Callable[[float], None]) -> Callable[[], None]:
 def enable_compilation_cache(folder: str) -> None:
     """Keep every compiled program on disk, small ones and GPU autotuning results included. A
     directory that the user configured stays."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if configured is None:
         jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

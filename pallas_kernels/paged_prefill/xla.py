@@ -64,12 +64,14 @@ def paged_prefill(
             top, total, acc = carry
             table = lax.dynamic_slice(page_table, (row, i * pages), (1, pages))[0]
             at = i * block + jnp.arange(block, dtype=jnp.int32)
-            live = (at <= at_query) & (at < end)  # [G*tile, block]
+            written = at < end
+            live = (at <= at_query) & written  # [G*tile, block]
             if window:
                 live &= at > at_query - window
+                written &= at > position - window
             k = read_block(k_pages, table)
             # slots that were never written may hold NaN, and 0 * NaN is NaN
-            v = jnp.where((at < end)[:, None, None], read_block(v_pages, table), 0.0)
+            v = jnp.where(written[:, None, None], read_block(v_pages, table), 0.0)
             scores = jnp.where(live, dot("kmh,tkh->kmt", queries, k), NEG)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             # a query without a live key so far has new_top = NEG, where exp(0) = 1 must not count

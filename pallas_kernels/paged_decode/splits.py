@@ -1,0 +1,20 @@
+"""How many programs share one row's tokens in decode."""
+
+from __future__ import annotations
+
+# streaming multiprocessors of an H100 or H200, assumed where the device does not say
+HOPPER_CORES = 132
+MAX_SPLITS = 64
+
+
+def choose_splits(programs: int, tiles: int, cores: int) -> int:
+    """Splits (a power of two) for `programs` = B*K programs without, of at most `tiles` tiles each.
+
+    About two programs a core keep the memory busy; more only add partial results to merge. A row
+    shorter than the page table allows leaves splits without work, which exit at once.
+    """
+    wanted = 2 * (cores or HOPPER_CORES)
+    splits = 1
+    while programs * splits < wanted and splits * 2 <= min(tiles, MAX_SPLITS):
+        splits *= 2
+    return splits

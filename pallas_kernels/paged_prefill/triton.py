@@ -1,0 +1,176 @@
+"""Paged prefill attention, Pallas on the Triton backend.
+
+Grid (K, tiles). A tile is `rows` rows of (query tokens x group) of one KV head and one sequence, so
+a block of K and V is read once for the G query heads that share it:
+
+    row r of a tile   ->  token r // G of the tile, query head r % G     (rows % G rows stay empty)
+
+    keys of the sequence   0 ............ first query ........ last query of the tile
+                           |--block--|--block--|--block--|--block--|
+    all rows see all of it |<-- no mask ------>|
+    causal (or window) edge                    |<---- masked ----->|
+
+    per block: page_table -> page ids -> K [block, H] -> scores [rows, block] -> softmax, online
+               page ids -> V [block, H]  -> acc [rows, H] float32 (registers)
+
+q is loaded once a tile, the output stored once; scores never leave the registers. plan.py says
+which sequence and offset a tile has; unused tiles exit at once. With a window, masked blocks come
+on both sides, and blocks below it are skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.compat import triton_call
+from pallas_kernels.device import Device, current_device
+from pallas_kernels.paged_prefill.plan import plan_tiles
+from pallas_kernels.softmax import LOG2E, NEG, TINY
+from pallas_kernels.triton_ops import ceil_div, column, dot, load_tokens, plt, row
+from pallas_kernels.tuning import tuned
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """rows: of a tile, tokens x group; block: keys a step; both powers of two. 128 x 64 is at the
+    register limit: it spills with 4 warps in some compilers, measured fastest on an H100."""
+
+    rows: int = 128
+    block: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
+    """Measured sizes for the device where there are any."""
+    if features["itemsize"] == 4:  # true float32 products do without tensor cores
+        base = Sizes(rows=64, block=32, num_warps=4, num_stages=2)
+    elif features["head_dim"] > 128:
+        base = Sizes(rows=64, block=32)
+    else:
+        base = Sizes()
+    return dataclasses.replace(base, **tuned(device, "paged_prefill", "triton", features))
+
+
+def _kernel(
+    q_ref, k_ref, v_ref, table_ref, start_ref, len_ref, prefix_ref, sequence_ref, offset_ref,
+    out_ref, *, group, rows, width, block, scale, window,
+):  # fmt: skip
+    head, number = pl.program_id(0), pl.program_id(1)
+    head_dim = q_ref.shape[-1]
+    tokens_a_tile = rows // group
+    sequence = sequence_ref[number]
+
+    @pl.when(sequence >= 0)
+    def _():
+        offset = offset_ref[number]
+        start, count, prefix = start_ref[sequence], len_ref[sequence], prefix_ref[sequence]
+        r = jnp.arange(rows, dtype=jnp.int32)
+        token = lax.div(r, jnp.full_like(r, group))
+        local = offset + token
+        mine = (token < tokens_a_tile) & (local < count)
+        columns = row(jnp.arange(width, dtype=jnp.int32), rows)
+        mask = column(mine, width) & (columns < head_dim)
+        at = (
+            column(start + local, width),
+            column(head * group + r - token * group, width),
+            columns,
+        )
+        q = plt.load(q_ref.at[at], mask=mask, other=0.0)
+        at_query = prefix + local
+
+        first_query = prefix + offset
+        end = prefix + jnp.minimum(offset + tokens_a_tile, count)  # one past the last query
+        last_block = ceil_div(end, block)
+        free_end = lax.div(first_query + 1, jnp.int32(block))  # blocks below: seen by all rows
+        if window:
+            first_block = lax.div(jnp.maximum(first_query - window + 1, 0), jnp.int32(block))
+            free_begin = ceil_div(jnp.maximum(end - window, 0), block)
+            free_begin = jnp.clip(free_begin, first_block, free_end)
+        else:
+            first_block = free_begin = jnp.int32(0)
+
+        def step(i, carry, *, masked):
+            top, total, acc = carry
+            tokens = i * block + jnp.arange(block, dtype=jnp.int32)
+            live = tokens < end if masked else None
+            if masked and window:
+                live &= tokens > first_query - window
+            k = load_tokens(k_ref, table_ref, sequence, head, tokens, live, width)
+            scores = dot(q, k, 1) * (scale * LOG2E)
+            if masked:
+                key, query = row(tokens, rows), column(at_query, block)
+                seen = key <= query
+                if window:
+                    seen &= key > query - window
+                scores = jnp.where(seen, scores, NEG)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            # a row that saw nothing yet counts 1 a key here; its first real score shrinks that to 0
+            weights = jnp.exp2(scores - new_top[:, None])
+            shrink = jnp.exp2(top - new_top)
+            v = load_tokens(v_ref, table_ref, sequence, head, tokens, live, width)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v, 0)
+            return new_top, total, acc
+
+        carry = (
+            jnp.full((rows,), NEG, jnp.float32),
+            jnp.zeros((rows,), jnp.float32),
+            jnp.zeros((rows, width), jnp.float32),
+        )
+        masked, free = functools.partial(step, masked=True), functools.partial(step, masked=False)
+        if window:
+            carry = lax.fori_loop(first_block, free_begin, masked, carry)
+        carry = lax.fori_loop(free_begin, free_end, free, carry)
+        _, total, acc = lax.fori_loop(free_end, last_block, masked, carry)
+        out = acc / jnp.maximum(total, TINY)[:, None]
+        plt.store(out_ref.at[at], out.astype(out_ref.dtype), mask=mask)
+
+
+def paged_prefill(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    q_starts: jax.Array,
+    q_lens: jax.Array,
+    prefix_lens: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    sizes: Sizes | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See pallas_kernels.paged_prefill. interpret: run on any backend, slowly."""
+    tokens, heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    group = heads // kv_heads
+    if head_dim > 256:
+        raise NotImplementedError(f"head dim {head_dim} is above 256")
+    if sizes is None:
+        features = {
+            "tokens": tokens, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
+            "page_size": page_size, "itemsize": q.dtype.itemsize,
+        }  # fmt: skip
+        sizes = default_sizes(current_device(), features)
+    if group > sizes.rows:
+        raise NotImplementedError(f"{group} query heads a KV head do not fit {sizes.rows} rows")
+    sequence, offset = plan_tiles(q_lens, tokens, sizes.rows // group)
+    return triton_call(
+        functools.partial(
+            _kernel, group=group, rows=sizes.rows, width=pl.next_power_of_2(head_dim),
+            block=sizes.block, scale=scale, window=window,
+        ),
+        name="paged_prefill",
+        grid=(kv_heads, sequence.shape[0]),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+        interpret=interpret,
+    )(q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens, sequence, offset)  # fmt: skip

@@ -1,0 +1,86 @@
+"""Pieces of the Triton kernels: index arrays, masks and gathers from the paged cache.
+
+Two rules hold throughout. A gather indexes every dimension with an integer array (interpret mode
+cannot mix slices and arrays in one index). Sizes of loads and stores are powers of two, so a head
+dim such as 80 is padded to 128 columns that are masked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+
+plt = compat.triton_backend()
+
+
+def column(x: jax.Array, width: int) -> jax.Array:
+    """[n] -> [n, width], the same value along a row."""
+    return lax.broadcast_in_dim(x, (x.shape[0], width), (0,))
+
+
+def row(x: jax.Array, height: int) -> jax.Array:
+    """[n] -> [height, n], the same value along a column."""
+    return lax.broadcast_in_dim(x, (height, x.shape[0]), (1,))
+
+
+def ceil_div(x: jax.Array, n: int) -> jax.Array:
+    return lax.div(x + (n - 1), jnp.int32(n))
+
+
+def divmod_by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of a non-negative int32 array by a static n."""
+    if n & (n - 1) == 0:
+        shift, mask = jnp.full_like(x, n.bit_length() - 1), jnp.full_like(x, n - 1)
+        return lax.shift_right_logical(x, shift), lax.bitwise_and(x, mask)
+    return lax.div(x, jnp.full_like(x, n)), lax.rem(x, jnp.full_like(x, n))
+
+
+def dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
+    """[m, k] x b -> [m, n] in float32, contracting b's dimension `contract`. float32 operands are
+    multiplied in true float32, not TF32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (contract,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def load_tokens(
+    pages_ref: Any,
+    table_ref: Any,
+    sequence: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    live: jax.Array | None,
+    width: int,
+) -> jax.Array:
+    """Rows `tokens` [n] of one KV head of `sequence` -> [n, width], zeros where not live.
+
+    pages_ref [P, S, K, H], table_ref [B, W]. live [n]: None when every token is. Token -> (page,
+    slot) happens here, so the block of a kernel need not fit the page size.
+    """
+    page_size, head_dim = pages_ref.shape[1], pages_ref.shape[3]
+    count = tokens.shape[0]
+    index, slot = divmod_by(tokens, page_size)
+    page = plt.load(table_ref.at[jnp.full_like(index, sequence), index], mask=live, other=_zero(live))
+    columns = row(jnp.arange(width, dtype=jnp.int32), count)
+    mask = None if live is None else column(live, width)
+    if width != head_dim:
+        inside = columns < head_dim
+        mask = inside if mask is None else mask & inside
+    view = pages_ref.at[
+        column(page, width), column(slot, width), jnp.full((count, width), head, jnp.int32), columns
+    ]
+    return plt.load(view, mask=mask, other=None if mask is None else 0.0)
+
+
+def _zero(mask: jax.Array | None) -> int | None:
+    return None if mask is None else 0

@@ -1,0 +1,166 @@
+"""Compiled programs: late compiles are seen, the cache is updated in place, memory is sized."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import jax.numpy as jnp
+import pytest
+
+import jaxserve
+from jaxserve.cache.pool import count_pages, page_bytes
+from jaxserve.config import EngineConfig
+from jaxserve.errors import InvalidRequestError
+from jaxserve.models.config import ModelConfig
+from jaxserve.server_args import ServerArgs
+
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "context_length": 256,
+    "max_running_requests": 8,
+    "chunked_prefill_size": 128,
+    "max_total_tokens": 1024,
+    "log_level": "warning",
+}
+SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def precompiled(tiny_models):
+    with jaxserve.Engine(model_path=tiny_models("llama"), precompile=True, **OPTIONS) as engine:
+        yield engine
+
+
+def test_a_random_workload_compiles_nothing_after_precompilation(precompiled):
+    random_ = random.Random(0)
+    before = precompiled.get_server_info()
+    for round_ in range(6):
+        count = random_.randint(1, 14)
+        prompts = [[random_.randrange(4, 500)] * random_.randint(1, 150) for _ in range(count)]
+        params = [
+            {
+                "max_new_tokens": random_.randint(1, 30),
+                "temperature": random_.choice([0, 0.7]),
+                "top_p": random_.choice([1.0, 0.8]),
+                "presence_penalty": random_.choice([0, 1.0]),
+                "logit_bias": random_.choice([None, {"5": 1.0}]),
+                "n": 1 + round_ % 2,
+            }
+            for _ in prompts
+        ]
+        precompiled.generate(
+            input_ids=prompts,
+            sampling_params=params,
+            return_logprob=bool(round_ % 3),
+            logprob_start_len=random_.choice([-1, 0]),
+            top_logprobs_num=round_,
+        )
+    after = precompiled.get_server_info()
+    assert after["late_compiles"] == before["late_compiles"] == 0
+    assert after["programs"] == before["programs"]
+
+
+def test_a_compilation_that_slips_through_is_counted(tiny_models, caplog):
+    with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
+        engine.generate(input_ids=[5, 6], sampling_params=SHORT)
+        assert engine.get_server_info()["late_compiles"] == 0
+        engine._loop.call(lambda: jnp.sin(jnp.ones(1237)).block_until_ready())
+        assert engine.get_server_info()["late_compiles"] >= 1
+        assert "unplanned compile" in caplog.text
+
+
+def test_a_program_first_used_after_precompilation_is_counted(tiny_models, caplog):
+    with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
+        engine._loop._runner.programs.precompile([], threads=1)
+        engine.generate(input_ids=[5, 6], sampling_params=SHORT)
+        assert engine.get_server_info()["late_compiles"] >= 2
+        assert "late compile of extend[64]" in caplog.text
+
+
+@pytest.mark.parametrize("key", [("decode", 8), ("extend", 128), ("copy_pages", 16)])
+def test_the_cache_is_updated_in_place(precompiled, key):
+    """No copy of a whole layer's pages in the compiled program, and temporaries far below it."""
+    runner = precompiled._loop._runner
+    compiled = runner.programs._compiled[key]
+    pages = runner.cache[0][0]
+    shapes = {pages.shape, (pages.shape[0] * pages.shape[1], *pages.shape[2:])}
+    names = ["f32[" + ",".join(map(str, shape)) + "]" for shape in shapes]
+    copies = [
+        line
+        for line in compiled.as_text().splitlines()
+        if " copy(" in line and any(name in line.split(" copy(")[0] for name in names)
+    ]
+    assert not copies
+    memory = compiled.memory_analysis()
+    cache_bytes = sum(k.nbytes + v.nbytes for k, v in runner.cache)
+    assert memory.alias_size_in_bytes >= cache_bytes
+
+
+# -- sizing -----------------------------------------------------------------------------------------
+
+MODEL = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5, "max_position_embeddings": 8192, "hidden_act": "silu",
+        "tie_word_embeddings": False, "eos_token_id": 2, "bos_token_id": 1,
+    }
+)  # fmt: skip
+GIB = 1 << 30
+
+
+@dataclasses.dataclass
+class Device:
+    """A device that reports `limit` bytes."""
+
+    limit: int
+
+    def memory_stats(self):
+        return {"bytes_limit": self.limit}
+
+
+def resolve(platform="gpu", **options):
+    return EngineConfig.resolve(ServerArgs("x", **options), MODEL, platform)
+
+
+def test_gpu_pool_takes_its_fraction_less_the_weights():
+    config = resolve(mem_fraction_static=0.8)
+    dtype = jnp.dtype(jnp.bfloat16)
+    each = page_bytes(MODEL, 64, dtype)
+    assert each == 32 * 2 * 64 * 8 * 128 * 2
+    device = Device(int(80 * GIB * 0.95))
+    pages = count_pages(config, MODEL, dtype, device, 15 * GIB, GIB)
+    assert pages * each == pytest.approx(80 * GIB * 0.8 - 15 * GIB, abs=each * 2)
+    tight = count_pages(config, MODEL, dtype, device, 15 * GIB, 20 * GIB)
+    assert tight * each == pytest.approx(80 * GIB * 0.95 - 35 * GIB, abs=each * 2)
+
+
+def test_pool_never_exceeds_what_requests_can_use_or_the_user_allows():
+    dtype = jnp.dtype(jnp.bfloat16)
+    device = Device(1000 * GIB)
+    config = resolve(max_running_requests=4)
+    assert count_pages(config, MODEL, dtype, device, 0, 0) == 4 * 8192 // 64
+    config = resolve(max_total_tokens=20480)
+    assert count_pages(config, MODEL, dtype, device, 0, 0) == 20480 // 64
+
+
+def test_a_pool_that_cannot_hold_a_page_is_an_error():
+    with pytest.raises(InvalidRequestError, match="mem_fraction_static"):
+        count_pages(resolve(), MODEL, jnp.dtype(jnp.bfloat16), Device(16 * GIB), 16 * GIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"page_size": 12}, "page_size"), ({"attention_backend": "triton"}, "attention_backend")],
+)
+def test_options_that_do_not_fit_the_machine_are_errors(options, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        resolve("cpu", **options)
+
+
+def test_decode_buckets_follow_cuda_graph_options():
+    assert resolve(cuda_graph_max_bs=48).buckets.decode[-1] == 48
+    assert resolve(cuda_graph_bs=[1, 7, 30]).buckets.decode == (1, 7, 30)
+    assert resolve(max_running_requests=10).buckets.decode == (1, 2, 4, 8, 10)
