@@ -66,9 +66,7 @@ def triton_call(
         out_shape=out_shape,
         interpret=interpret,
         input_output_aliases=aliases or {},
-        compiler_params=triton_backend().CompilerParams(
-            num_warps=num_warps, num_stages=num_stages
-        ),
+        compiler_params=triton_backend().CompilerParams(num_warps=num_warps, num_stages=num_stages),
         name=name,
     )
 

@@ -24,10 +24,9 @@ class Device:
 
 def current_device() -> Device:
     """The device that the surrounding program will be compiled for: JAX's default one."""
-    chosen = jax.config.jax_default_device
-    if isinstance(chosen, str):
-        chosen = jax.devices(chosen)[0]
-    found = jax.devices()[0] if chosen is None else chosen
+    found = getattr(jax.config, "jax_default_device", None)
+    if found is None or isinstance(found, str):
+        found = jax.local_devices(backend=found)[0]
     version = str(getattr(found, "compute_capability", "0.0"))
     major, _, minor = version.partition(".")
     capability = (int(major), int(minor or 0)) if major.isdigit() else (0, 0)

@@ -70,7 +70,9 @@ def load_tokens(
     page_size, head_dim = pages_ref.shape[1], pages_ref.shape[3]
     count = tokens.shape[0]
     index, slot = divmod_by(tokens, page_size)
-    page = plt.load(table_ref.at[jnp.full_like(index, sequence), index], mask=live, other=_zero(live))
+    page = plt.load(
+        table_ref.at[jnp.full_like(index, sequence), index], mask=live, other=_zero(live)
+    )
     columns = row(jnp.arange(width, dtype=jnp.int32), count)
     mask = None if live is None else column(live, width)
     if width != head_dim:

@@ -32,6 +32,14 @@ def precompiled(tiny_models):
         yield engine
 
 
+@pytest.fixture(scope="module")
+def large_cache(tiny_models):
+    """A cache next to which a program's other temporaries are small."""
+    options = {**OPTIONS, "context_length": 8192, "max_total_tokens": 65536}
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+        yield engine
+
+
 def test_a_random_workload_compiles_nothing_after_precompilation(precompiled):
     random_ = random.Random(0)
     before = precompiled.get_server_info()
@@ -78,10 +86,13 @@ def test_a_program_first_used_after_precompilation_is_counted(tiny_models, caplo
         assert "late compile of extend[64]" in caplog.text
 
 
-@pytest.mark.parametrize("key", [("decode", 8), ("extend", 128), ("copy_pages", 16)])
-def test_the_cache_is_updated_in_place(precompiled, key):
+@pytest.mark.parametrize(
+    "key", [("decode", 1), ("decode", 2), ("decode", 8), ("extend", 64), ("copy_pages", 16)]
+)
+def test_the_cache_is_updated_in_place(large_cache, key):
     """No copy of a whole layer's pages in the compiled program, and temporaries far below it."""
-    runner = precompiled._loop._runner
+    runner = large_cache._loop._runner
+    runner.programs.memory(key)  # compiles it
     compiled = runner.programs._compiled[key]
     pages = runner.cache[0][0]
     shapes = {pages.shape, (pages.shape[0] * pages.shape[1], *pages.shape[2:])}
@@ -95,6 +106,7 @@ def test_the_cache_is_updated_in_place(precompiled, key):
     memory = compiled.memory_analysis()
     cache_bytes = sum(k.nbytes + v.nbytes for k, v in runner.cache)
     assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < pages.nbytes / 2
 
 
 # -- sizing -----------------------------------------------------------------------------------------

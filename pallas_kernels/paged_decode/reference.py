@@ -7,6 +7,19 @@ from typing import Any
 import numpy as np
 
 
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: Any, scale: float) -> np.ndarray:
+    """q [t, N, H] over k, v [c, K, H], where seen [t, c] -> [t, N, H], all float32."""
+    tokens, _, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(tokens, kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # [K, G, t, H]
+    scores = grouped @ k.transpose(1, 2, 0)[:, None] * np.float32(scale)  # [K, G, t, c]
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = weights @ v.transpose(1, 0, 2)[:, None]
+    return out.transpose(2, 0, 1, 3).reshape(q.shape)
+
+
 def paged_decode(
     q: Any,
     k_pages: Any,
@@ -18,21 +31,16 @@ def paged_decode(
     window: int | None = None,
 ) -> np.ndarray:
     """See pallas_kernels.paged_decode. Returns float32 [B, N, H]."""
-    q, k_pages, v_pages = (np.asarray(x).astype(np.float32) for x in (q, k_pages, v_pages))
+    q, k_pages, v_pages = (np.asarray(x) for x in (q, k_pages, v_pages))
     page_table, lengths = np.asarray(page_table), np.asarray(lengths)
-    page_size, heads, head_dim = k_pages.shape[1:]
-    scale = head_dim**-0.5 if scale is None else scale
+    page_size, _, head_dim = k_pages.shape[1:]
     out = np.zeros(q.shape, np.float32)
     for row, length in enumerate(lengths):
-        first = max(0, length - window) if window else 0
-        at = np.arange(first, length)
+        at = np.arange(max(0, length - window) if window else 0, length)
         if not at.size:
             continue
         where = page_table[row, at // page_size], at % page_size
-        k, v = k_pages[where], v_pages[where]  # [tokens, K, H]
-        grouped = q[row].reshape(heads, -1, head_dim)
-        scores = np.einsum("kgh,tkh->kgt", grouped, k) * scale
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-        out[row] = np.einsum("kgt,tkh->kgh", scores, v).reshape(-1, head_dim)
+        k, v = k_pages[where].astype(np.float32), v_pages[where].astype(np.float32)
+        query = q[row][None].astype(np.float32)
+        out[row] = attend(query, k, v, True, head_dim**-0.5 if scale is None else scale)[0]
     return out

@@ -58,7 +58,7 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
 
 
 def _share(length: Any, *, window: int | None, block: int, splits: int) -> tuple[Any, Any, Any]:
-    """(first tile, last tile, tiles a split) of a row. Splits 0 .. ceil(tiles / share) have work."""
+    """(first tile, last tile, tiles a split) of a row. Only the first splits may have work."""
     lowest = jnp.maximum(length - window, 0) if window else jnp.int32(0)
     first = lax.div(lowest, jnp.int32(block))
     last = ceil_div(length, block)

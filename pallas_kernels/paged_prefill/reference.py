@@ -1,4 +1,4 @@
-"""The plain meaning of paged_prefill, for tests: each new token is a row of paged_decode."""
+"""The plain meaning of paged_prefill, for tests: NumPy float32, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.paged_decode import reference
+from pallas_kernels.paged_decode.reference import attend
 
 
 def paged_prefill(
@@ -22,18 +22,23 @@ def paged_prefill(
     window: int | None = None,
 ) -> np.ndarray:
     """See pallas_kernels.paged_prefill. Returns float32 [T, N, H], zeros in rows of no sequence."""
+    q, k_pages, v_pages = (np.asarray(x) for x in (q, k_pages, v_pages))
+    page_table = np.asarray(page_table)
+    page_size, _, head_dim = k_pages.shape[1:]
     out = np.zeros(q.shape, np.float32)
-    for row, (start, count, prefix) in enumerate(
-        zip(np.asarray(q_starts), np.asarray(q_lens), np.asarray(prefix_lens), strict=True)
-    ):
-        if count:
-            out[start : start + count] = reference.paged_decode(
-                np.asarray(q)[start : start + count],
-                k_pages,
-                v_pages,
-                np.broadcast_to(np.asarray(page_table)[row], (count, page_table.shape[1])),
-                prefix + 1 + np.arange(count),
-                scale=scale,
-                window=window,
-            )
+    lens = (np.asarray(x) for x in (q_starts, q_lens, prefix_lens))
+    for row, (start, count, prefix) in enumerate(zip(*lens, strict=True)):
+        if not count:
+            continue
+        at = np.arange(prefix + count)
+        where = page_table[row, at // page_size], at % page_size
+        k, v = k_pages[where].astype(np.float32), v_pages[where].astype(np.float32)
+        query_at = (prefix + np.arange(count))[:, None]
+        seen = at <= query_at
+        if window:
+            seen &= at > query_at - window
+        rows = slice(start, start + count)
+        out[rows] = attend(
+            q[rows].astype(np.float32), k, v, seen, head_dim**-0.5 if scale is None else scale
+        )
     return out

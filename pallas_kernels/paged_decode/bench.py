@@ -1,0 +1,91 @@
+"""What to time of paged_decode, and the sizes to try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
+
+MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
+# (model, rows, context)
+SHAPES = (
+    ("llama-8b", 1, 1024), ("llama-8b", 8, 1024), ("llama-8b", 64, 1024), ("llama-8b", 256, 1024),
+    ("llama-8b", 1, 4096), ("llama-8b", 64, 4096), ("qwen-0.5b", 1, 1024), ("qwen-0.5b", 64, 1024),
+    ("qwen-0.5b", 256, 1024),
+)  # fmt: skip
+PAGE_SIZE, WIDTH = 64, 128
+
+
+def problem(
+    heads: int, kv_heads: int, head_dim: int, rows: int, context: int, *,
+    name: str, page_size: int, width: int, pool_tokens: int, calls: int, dtype: Any,
+) -> Problem:  # fmt: skip
+    pages = pool_tokens // page_size
+
+    def build(key):
+        keys = jax.random.split(key, 3)
+        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), dtype)
+        tables = rotating_tables(
+            keys[1], calls=calls, rows=rows, live=-(-context // page_size), width=width, pages=pages
+        )
+        q = jax.random.normal(keys[2], (rows, heads, head_dim), dtype)
+        return q, (*pools, jnp.full((rows,), context, jnp.int32)), tables
+
+    def step(run, q, fixed, table):
+        k_pages, v_pages, lengths = fixed
+        return run(q, k_pages, v_pages, table, lengths, scale=head_dim**-0.5)
+
+    itemsize = jnp.dtype(dtype).itemsize
+    return Problem(
+        name=name,
+        features={
+            "batch": rows, "kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim,
+            "page_size": page_size, "itemsize": itemsize,
+        },
+        bytes=2.0 * rows * context * kv_heads * head_dim * itemsize,
+        flops=4.0 * rows * context * heads * head_dim,
+        calls=calls,
+        build=build,
+        step=step,
+    )  # fmt: skip
+
+
+def problems() -> list[Problem]:
+    """Real shapes, bfloat16; the pool of 2^19 tokens is far larger than an L2."""
+    return [
+        problem(
+            *MODELS[model], rows, context, name=f"{model} B={rows} ctx {context}",
+            page_size=PAGE_SIZE, width=WIDTH, pool_tokens=1 << 19, calls=16, dtype=jnp.bfloat16,
+        )
+        for model, rows, context in SHAPES
+    ]  # fmt: skip
+
+
+def smoke() -> list[Problem]:
+    return [
+        problem(
+            4, 2, 64, 2, 40, name="tiny", page_size=16, width=4, pool_tokens=512, calls=2,
+            dtype=jnp.bfloat16,
+        )
+    ]  # fmt: skip
+
+
+def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]:
+    """Sizes to try."""
+    rows = features["batch"] * features["kv_heads"]
+    splits = [n for n in (1, 2, 4, 8, 16, 32, 64) if 64 <= rows * n <= 2048] or [1]
+    if implementation == "triton":
+        shapes = [(32, 4, 5), (64, 2, 3), (64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 8, 3),
+                  (128, 4, 3), (128, 4, 5), (128, 8, 3)]  # fmt: skip
+        tried = [
+            {"block": block, "num_warps": warps, "num_stages": stages}
+            for block, warps, stages in shapes
+        ]
+        return tried + [{**tried[2], "splits": n} for n in splits]
+    if implementation == "mosaic_sm90":
+        tried = [{"block": 64, "stages": n} for n in (2, 3, 4)] + [{"block": 128, "stages": 2}]
+        return tried + [{**tried[0], "splits": n} for n in splits]
+    return []

@@ -1,0 +1,216 @@
+"""Paged decode attention, Pallas on the Mosaic GPU backend, for Hopper (TMA, mbarriers, wgmma).
+
+Grid (K, splits, B): one program holds one KV head and one share of one row's tiles (as the Triton
+kernel does). Two warpgroups:
+
+    loader   page_table -> one TMA a page --> ring of `stages` tiles: K [block, H], V [block, H]
+                                                      | full barriers        ^ free barriers
+    compute  q [64, H] shared ----- wgmma with K ---> scores [64, block] registers
+             softmax, online  ----- wgmma with V ---> acc [64, H] float32 registers
+             acc, log-sum-exp --> shared --> TMA --> partial [B, splits, K, 8*ceil(G/8), H] float32
+
+wgmma takes 64 rows; only the first ceil(G/8)*8 travel, the others compute on what shared memory
+held and are dropped. XLA merges the splits. A split without tiles exits at once and writes nothing:
+the merge knows from the lengths which splits have work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.device import Device, current_device
+from pallas_kernels.mosaic_ops import (
+    TRANSFORMS,
+    TRANSFORMS_F32,
+    WGMMA,
+    add_values,
+    ceil_div,
+    check_case,
+    i32,
+    issue_pages,
+    load_ring,
+    plgpu,
+    ring,
+    scores_of,
+    spread,
+    start_softmax,
+    zero_outside,
+)
+from pallas_kernels.paged_decode.splits import choose_splits
+from pallas_kernels.softmax import LOG2E, NEG, TINY
+from pallas_kernels.tuning import tuned
+
+ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """block: tokens a tile, a multiple of the page size. stages: tiles in flight. splits: programs
+    that share a row, a power of two; 0 chooses."""
+
+    block: int = 64
+    stages: int = 2
+    splits: int = 0
+
+
+def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
+    """Measured sizes for the device where there are any; a tile holds at least one page."""
+    sizes = dataclasses.replace(Sizes(), **tuned(device, "paged_decode", "mosaic_sm90", features))
+    return dataclasses.replace(sizes, block=max(sizes.block, min(features["page_size"], 128)))
+
+
+def paged_decode(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    sizes: Sizes | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """See pallas_kernels.paged_decode. interpret: compat.mosaic_interpreter() to run on a CPU."""
+    batch, heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    group = heads // kv_heads
+    dtype = q.dtype
+    device = current_device()
+    if sizes is None:
+        features = {
+            "batch": batch, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
+            "page_size": page_size, "itemsize": dtype.itemsize,
+        }  # fmt: skip
+        sizes = default_sizes(device, features)
+    block, stages = sizes.block, sizes.stages
+    check_case(dtype, page_size, head_dim, block)
+    sent = -(-group // 8) * 8  # rows that travel by TMA
+    if sent > ROWS:
+        raise NotImplementedError(f"{group} query heads a KV head are more than {ROWS}")
+    pages = block // page_size
+    tiles_at_most = pl.cdiv(page_table.shape[1] * page_size, block)
+    splits = sizes.splits or choose_splits(batch * kv_heads, tiles_at_most, device.cores)
+
+    def shares(length: jax.Array) -> tuple[jax.Array, ...]:
+        """(lowest token, first tile, last tile, tiles a split) of a row."""
+        lowest = jnp.maximum(length - window, 0) if window else jnp.zeros_like(length)
+        first, last = lax.div(lowest, jnp.full_like(lowest, block)), (length + (block - 1)) // block
+        return lowest, first, last, (last - first + (splits - 1)) // splits
+
+    def body(
+        q_ref, k_ref, v_ref, table_ref, length_ref, out_ref, lse_ref,
+        q_tile, k_tiles, v_tiles, k_full, v_full, k_free, v_free, out_tile, lse_tile, q_full,
+        staging=None,
+    ):  # fmt: skip
+        head, split, b = (lax.axis_index(name) for name in ("head", "split", "row"))
+        warpgroup = lax.axis_index("warpgroup")
+        length = length_ref[b]
+        lowest = jnp.maximum(length - window, 0) if window else i32(0)
+        first = lax.div(lowest, i32(block))
+        last = ceil_div(length, block)
+        share = ceil_div(last - first, splits)
+        begin = first + split * share
+        tiles = jnp.maximum(jnp.minimum(begin + share, last) - begin, 0)
+        last_page = jnp.maximum(ceil_div(length, page_size) - 1, 0)
+
+        @pl.when((warpgroup == 0) & (tiles > 0))
+        def _compute():
+            plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_tile.at[pl.ds(0, sent)], q_full.at[0])
+            plgpu.barrier_wait(q_full.at[0])
+
+            def step(i, carry):
+                top, total, acc = carry
+                slot = lax.rem(i, i32(stages))
+                first_token = (begin + i) * block
+                plgpu.barrier_wait(k_full.at[slot])
+                scores = scores_of(q_tile, k_tiles.at[slot], ROWS, block) * (scale * LOG2E)
+                plgpu.barrier_arrive(k_free.at[slot])
+                token = first_token + plgpu.broadcasted_iota(
+                    jnp.int32, (ROWS, block), 1, layout=WGMMA
+                )
+                live = token < length
+                if window:
+                    live &= token >= lowest
+                scores = jnp.where(live, scores, NEG)
+                new_top = jnp.maximum(top, scores.max(axis=1))
+                shrink = jnp.exp2(top - new_top)
+                weights = jnp.exp2(scores - spread(new_top, scores.shape))
+                total = total * shrink + weights.sum(axis=1)
+                acc = acc * spread(shrink, acc.shape)
+                plgpu.barrier_wait(v_full.at[slot])
+                zero_outside(v_tiles.at[slot], first_token, lowest, length)
+                acc = add_values(acc, weights.astype(dtype), v_tiles.at[slot], staging)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return new_top, total, acc
+
+            top, total, acc = lax.fori_loop(0, tiles, step, start_softmax(ROWS, head_dim))
+            safe = jnp.maximum(total, TINY)
+            out_tile[...] = acc / spread(safe, acc.shape)
+            lse_tile[...] = top + jnp.log(safe) * LOG2E
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, sent)], out_ref.at[b, split, head])
+            plgpu.copy_smem_to_gmem(lse_tile.at[pl.ds(0, sent)], lse_ref.at[b, split, head])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when((warpgroup == 1) & (tiles > 0))
+        def _load():
+            def issue(i, slot):
+                at = (begin + i) * pages
+                ids = [table_ref[b, jnp.minimum(at + j, last_page)] for j in range(pages)]
+                issue_pages(
+                    ids, head, slot, page_size,
+                    (k_ref, v_ref), (k_tiles, v_tiles), (k_full, v_full),
+                )  # fmt: skip
+
+            load_ring(issue, tiles, stages, k_free, v_free)
+
+    grouped = q.reshape(batch, kv_heads, group, head_dim)
+    if sent != group:
+        grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, sent - group), (0, 0)))
+    scratch: list[Any] = [
+        plgpu.SMEM((ROWS, head_dim), dtype, transforms=TRANSFORMS),
+        *ring(stages, block, head_dim, dtype, pages, readers=1),
+        plgpu.SMEM((ROWS, head_dim), jnp.float32, transforms=TRANSFORMS_F32),
+        plgpu.SMEM((ROWS,), jnp.float32),
+        plgpu.Barrier(num_barriers=1),
+    ]
+    options: dict[str, Any] = {}
+    if interpret is not None:
+        scratch.append(plgpu.SMEM((ROWS, block), dtype, transforms=TRANSFORMS))
+        options["interpret"] = interpret
+    partial, lse = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((batch, splits, kv_heads, sent, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, splits, kv_heads, sent), jnp.float32),
+        ],
+        scratch_types=scratch,
+        grid=(kv_heads, splits, batch),
+        grid_names=("head", "split", "row"),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **options,
+    )(grouped, k_pages, v_pages, page_table, lengths)
+    out = _merge(partial[:, :, :, :group], lse[:, :, :, :group], *shares(lengths)[1:])
+    return out.reshape(q.shape).astype(dtype)
+
+
+def _merge(
+    partial: jax.Array, lse: jax.Array, first: jax.Array, last: jax.Array, share: jax.Array
+) -> jax.Array:
+    """partial [B, splits, K, G, H], lse [B, splits, K, G] -> [B, K, G, H], of the splits with work;
+    what the others hold was never written."""
+    ids = jnp.arange(lse.shape[1], dtype=jnp.int32)
+    live = (first[:, None] + ids * share[:, None] < last[:, None])[:, :, None, None]
+    lse = jnp.where(live, lse, NEG)
+    weights = jnp.where(live, jnp.exp2(lse - lse.max(axis=1, keepdims=True)), 0.0)
+    partial = jnp.where(live[..., None], partial, 0.0)
+    return (partial * weights[..., None]).sum(1) / jnp.maximum(weights.sum(1), TINY)[..., None]

@@ -1,0 +1,98 @@
+"""What to time of paged_prefill, and the sizes to try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
+
+MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
+# (model, sequences, new tokens each, prefix of each)
+SHAPES = (
+    ("llama-8b", 1, 512, 0), ("llama-8b", 8, 512, 0), ("llama-8b", 4, 2048, 0),
+    ("llama-8b", 8, 512, 1536), ("qwen-0.5b", 8, 1024, 0),
+)  # fmt: skip
+PAGE_SIZE, WIDTH = 64, 128
+
+
+def problem(
+    heads: int, kv_heads: int, head_dim: int, rows: int, new: int, prefix: int, *,
+    name: str, page_size: int, width: int, pool_tokens: int, calls: int, dtype: Any,
+) -> Problem:  # fmt: skip
+    pages = pool_tokens // page_size
+    tokens = rows * new
+
+    def build(key):
+        keys = jax.random.split(key, 3)
+        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), dtype)
+        live = -(-(new + prefix) // page_size)
+        tables = rotating_tables(
+            keys[1], calls=calls, rows=rows, live=live, width=width, pages=pages
+        )
+        q = jax.random.normal(keys[2], (tokens, heads, head_dim), dtype)
+        lens = (
+            jnp.arange(rows, dtype=jnp.int32) * new,
+            jnp.full((rows,), new, jnp.int32),
+            jnp.full((rows,), prefix, jnp.int32),
+        )
+        return q, (*pools, *lens), tables
+
+    def step(run, q, fixed, table):
+        k_pages, v_pages, starts, lens, prefixes = fixed
+        scale = head_dim**-0.5
+        return run(q, k_pages, v_pages, table, starts, lens, prefixes, scale=scale)
+
+    itemsize = jnp.dtype(dtype).itemsize
+    pairs = new * prefix + new * (new + 1) / 2  # (query, key) pairs of a sequence
+    kv_bytes = 2.0 * rows * (new + prefix) * kv_heads * head_dim * itemsize
+    return Problem(
+        name=name,
+        features={
+            "tokens": tokens, "kv_heads": kv_heads, "group": heads // kv_heads,
+            "head_dim": head_dim, "page_size": page_size, "itemsize": itemsize,
+        },
+        bytes=kv_bytes + 2.0 * tokens * heads * head_dim * itemsize,
+        flops=4.0 * rows * heads * head_dim * pairs,
+        calls=calls,
+        build=build,
+        step=step,
+    )  # fmt: skip
+
+
+def problems() -> list[Problem]:
+    """Real shapes, bfloat16."""
+    return [
+        problem(
+            *MODELS[model], rows, new, prefix, name=f"{model} {rows} x {new} + {prefix}",
+            page_size=PAGE_SIZE, width=WIDTH, pool_tokens=1 << 18, calls=4, dtype=jnp.bfloat16,
+        )
+        for model, rows, new, prefix in SHAPES
+    ]  # fmt: skip
+
+
+def smoke() -> list[Problem]:
+    return [
+        problem(
+            2, 1, 64, 2, 24, 8, name="tiny", page_size=16, width=4, pool_tokens=512, calls=2,
+            dtype=jnp.bfloat16,
+        )
+    ]  # fmt: skip
+
+
+def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]:
+    """Sizes to try."""
+    del features
+    if implementation == "triton":
+        shapes = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 5), (64, 64, 4, 3), (64, 32, 4, 5),
+                  (128, 32, 4, 5), (128, 128, 8, 3), (64, 128, 4, 3)]  # fmt: skip
+        return [
+            {"rows": rows, "block": block, "num_warps": warps, "num_stages": stages}
+            for rows, block, warps, stages in shapes
+        ]
+    if implementation == "mosaic_sm90":
+        shapes = [(64, 2), (64, 3), (64, 4), (64, 5), (128, 2)]
+        return [{"block": block, "stages": stages} for block, stages in shapes]
+    return []

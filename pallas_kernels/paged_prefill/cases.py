@@ -1,0 +1,81 @@
+"""Named shapes for paged_prefill: real models, and the edges where kernels break."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.random_cache import random_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """heads N, kv_heads K, head_dim H, page_size S; q_lens, prefix_lens [B]; tail: rows of padding
+    after the last sequence, a multiple of 8; width: page-table columns, None for just enough."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    q_lens: tuple[int, ...]
+    prefix_lens: tuple[int, ...]
+    window: int | None = None
+    tail: int = 0
+    width: int | None = None
+
+    def starts(self) -> np.ndarray:
+        """[B + 1]: each sequence's first packed row, a multiple of 8; then the tail."""
+        padded = [-(-count // 8) * 8 for count in self.q_lens]
+        return np.cumsum([0, *padded], dtype=np.int32)
+
+    def inputs(self, seed: int, dtype: Any) -> tuple[np.ndarray, ...]:
+        """(q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens), random; unwritten slots
+        and rows of q between the sequences are NaN."""
+        rng = np.random.default_rng(seed)
+        lengths = [a + b for a, b in zip(self.q_lens, self.prefix_lens, strict=True)]
+        cache = random_cache(
+            rng, lengths, page_size=self.page_size, kv_heads=self.kv_heads,
+            head_dim=self.head_dim, dtype=dtype, width=self.width,
+        )  # fmt: skip
+        starts = self.starts()
+        q = np.full((int(starts[-1]) + self.tail, self.heads, self.head_dim), np.nan, np.float32)
+        live = self.live()
+        q[live] = rng.standard_normal((live.size, self.heads, self.head_dim), dtype=np.float32)
+        lens = (np.asarray(x, np.int32) for x in (self.q_lens, self.prefix_lens))
+        return (q.astype(dtype), *cache, starts[:-1], *lens)
+
+    def live(self) -> np.ndarray:
+        """Packed rows that belong to a sequence."""
+        pairs = zip(self.starts()[:-1], self.q_lens, strict=True)
+        return np.concatenate([np.arange(start, start + count) for start, count in pairs])
+
+
+EDGES = (
+    Case("llama-8b", 32, 8, 128, 64, (20,), (50,)),
+    Case("qwen-0.5b", 14, 2, 64, 64, (9, 24), (0, 70)),
+    Case("smollm mixed", 9, 3, 64, 16, (5, 0, 40, 1), (0, 30, 17, 64), tail=16),
+    Case("one head a group", 4, 4, 64, 16, (33,), (0,)),
+    Case("group of 8", 8, 1, 128, 16, (17,), (16,)),
+    Case("head dim 80", 8, 2, 80, 16, (12, 8), (0, 33)),
+    Case("page boundaries", 4, 1, 64, 64, (63, 64, 65), (1, 0, 63)),
+    Case("two warpgroups", 2, 1, 64, 16, (130, 70), (0, 5), tail=8),
+    Case("window", 6, 2, 64, 16, (40, 3, 70), (50, 0, 0), window=21),
+    Case("window of one", 4, 2, 64, 16, (30,), (9,), window=1),
+    Case("nothing to do", 4, 2, 64, 16, (0, 0), (5, 0), tail=16),
+)
+
+LARGE = (
+    Case("llama-8b 4 x 512 + prefixes", 32, 8, 128, 64, (512,) * 4, (0, 512, 100, 1500), width=128),
+    Case("llama-8b 1 x 2048", 32, 8, 128, 64, (2048,), (0,), width=128),
+    Case(
+        "llama-8b ragged", 32, 8, 128, 64, (300, 1, 129, 64, 0, 517), (0, 333, 64, 1000, 9, 0),
+        tail=64, width=128,
+    ),
+    Case("llama-8b window", 32, 8, 128, 64, (700, 33), (900, 2000), window=512, width=128),
+    Case("qwen-0.5b", 14, 2, 64, 64, (513, 64, 1000), (77, 0, 1), width=128),
+    Case("smollm page 16", 9, 3, 64, 16, (100, 250), (40, 0), width=128),
+)  # fmt: skip
+"""Only on a device: interpreting them would take minutes."""

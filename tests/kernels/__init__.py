@@ -1,0 +1,1 @@
+"""What the kernel tests share. Needs jax, numpy and pytest only."""

@@ -1,0 +1,85 @@
+"""Running one implementation of an operation, and what it is expected to refuse."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import compat
+
+ON_GPU = jax.default_backend() == "gpu"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+CAN_INTERPRET_MOSAIC = hasattr(compat.mosaic_backend(), "InterpretGPUParams")
+interprets_mosaic = pytest.mark.skipif(
+    not CAN_INTERPRET_MOSAIC, reason="interpreting Mosaic kernels needs jax >= 0.11"
+)
+# keys of slots never written are NaN and masked after the product, of which the interpreter's NumPy
+# may warn
+nan_keys_are_meant = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+# largest error of an output row (one query, one head), relative to the norm of that row
+TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}
+
+# JAX 0.11 says at each lowering that its Triton backend is deprecated; compat.py filters it where
+# the kernel is traced, which a cached trace skips
+quiet = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+
+def module(operation: str, name: str) -> Any:
+    """The module of an implementation."""
+    entry = pallas_kernels.operations()[operation].find(name)
+    return importlib.import_module(entry.module)
+
+
+def reference(operation: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"pallas_kernels.{operation}.reference"), operation)
+
+
+def implementation(
+    operation: str, name: str, *, interpret: bool, **sizes: int
+) -> Callable[..., Any]:
+    """The implementation's own function, without the checks of the registry. interpret: run the
+    Pallas kernels on the CPU."""
+    home = module(operation, name)
+    options: dict[str, Any] = {}
+    if name != "xla":
+        if sizes:
+            options["sizes"] = home.Sizes(**sizes)
+        if interpret:
+            mosaic = name.startswith("mosaic")
+            options["interpret"] = compat.mosaic_interpreter() if mosaic else True
+    return functools.partial(getattr(home, operation), **options)
+
+
+def refuses(name: str, case: Any, dtype: str) -> bool:
+    """What this suite says an attention implementation cannot do."""
+    if not name.startswith("mosaic"):
+        return False
+    return dtype == "float32" or case.head_dim not in (64, 128) or case.page_size % 8 != 0
+
+
+def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:
+    """Row by row: a wrong row does not hide behind many right ones."""
+    got = np.asarray(got).astype(np.float32)
+    assert got.shape == want.shape
+    assert np.isfinite(got).all(), f"{(~np.isfinite(got)).any(-1).sum()} rows are not finite"
+    error = np.linalg.norm(got - want, axis=-1)
+    norm = np.linalg.norm(want, axis=-1)
+    worst = (error / np.maximum(norm, 1e-3)).max(initial=0.0)
+    assert worst < TOLERANCE[dtype], f"relative error {worst:.2e} of a row"
+
+
+def poison(shape: tuple[int, ...], dtype: Any) -> None:
+    """Fill device memory with NaN and free it: the next output is likely to be given it."""
+    jax.block_until_ready([jax.numpy.full(shape, np.nan, dtype) for _ in range(2)])
+
+
+def fresh_seed() -> int:
+    """A seed that no other run had."""
+    return int.from_bytes(np.random.default_rng().bytes(4), "little")

@@ -1,0 +1,259 @@
+"""The examples as a user runs them: as scripts, on the demo model, with warnings as errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from examples.demo_model import fetch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def command(name, *arguments):
+    return [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
+
+
+def run(name, *arguments):
+    """What the script prints; it must succeed and say nothing on stderr."""
+    fetch()
+    done = subprocess.run(
+        command(name, *arguments), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_demo():
+    printed = run("demo.py")
+    assert "What is the capital of France?\nThe capital of France is Paris." in printed
+    assert printed.count("== ") == 5 and "\r" not in printed
+    # greedy: the three texts that are printed twice or more are the same each time
+    [plain] = re.findall(r"== Synchronous ==\nHello, my name is ->(.+)", printed)
+    [streamed] = re.findall(r"streaming ==\nHello, my name is(.+)", printed)
+    assert streamed == eval(plain).replace("\n", " ")
+    assert printed.count(plain) == 2
+    assert re.search(r"\d\.\d tokens/s for a single request\n$", printed)
+
+
+FIRST = [
+    "Hello, my name is",
+    "The president of the United States is",
+    "The capital of France is",
+    "The future of AI is",
+]
+LATER = [
+    "Write a short, neutral self-introduction for a fictional character. Hello, my name is",
+    "Provide a concise factual statement about France\N{RIGHT SINGLE QUOTATION MARK}s capital "
+    "city. The capital of France is",
+    "Explain possible future trends in artificial intelligence. The future of AI is",
+]
+
+
+@pytest.mark.slow
+def test_offline_engine_api_prints_what_the_document_shows():
+    layout = [f"{'=' * 31}\nPrompt: {prompt}\nGenerated text: \0\n" for prompt in FIRST]
+    layout.append("\n=== Testing synchronous streaming generation with overlap removal ===\n\n")
+    layout += [f"Prompt: {prompt}\nGenerated text: \0\n\n" for prompt in LATER]
+    layout.append("\n=== Testing asynchronous batch generation ===\n")
+    layout += [f"\nPrompt: {prompt}\nGenerated text: \0\n" for prompt in LATER]
+    layout.append("\n=== Testing asynchronous streaming generation (no repeats) ===\n")
+    layout += [f"\nPrompt: {prompt}\nGenerated text: \0\n" for prompt in LATER]
+    pattern = re.escape("".join(layout)).replace(re.escape("\0"), "(.*)")
+    found = re.fullmatch(pattern, run("offline_engine_api.py"), re.DOTALL)
+    assert found is not None
+    texts = found.groups()
+    assert len(texts) == 13
+    # Sampled and not seeded: a text may be short, once in a while empty.
+    assert sum(len(text) > 3 for text in texts) >= 9
+    assert len(set(texts)) >= 9
+
+
+@pytest.mark.slow
+def test_many_tasks():
+    printed = run("many_tasks.py", "--tokens", "4")
+    numbers = re.search(
+        r"^400 tasks, (\d+\.\d) output tokens/s, (\d+\.\d) requests/s, up to (\d+) at a time$",
+        printed,
+        re.MULTILINE,
+    )
+    assert numbers is not None
+    assert float(numbers[1]) == pytest.approx(4 * float(numbers[2]), abs=0.3)
+    assert printed.startswith("'Fact number 0 about cats:")
+
+
+@pytest.mark.slow
+def test_notebook():
+    printed = run("notebook.py")
+    values = dict(
+        re.findall(
+            r"^(await async_generate|generate|stream_and_merge|asyncio.run|generate inside it|"
+            r"async_stream_and_merge): (.+)$",
+            printed,
+            re.MULTILINE,
+        )
+    )
+    text = eval(values.pop("generate"))
+    assert text.startswith(" Paris")
+    pieces = eval(values.pop("async_stream_and_merge"))
+    assert len(pieces) > 1 and "".join(pieces) == text
+    assert eval(values.pop("asyncio.run")) == [text, text]
+    assert [eval(value) for value in values.values()] == [text] * 3
+
+
+class Server:
+    """examples/custom_server.py as a process of its own, on a free port of this machine."""
+
+    def __init__(self):
+        fetch()
+        self.process = subprocess.Popen(
+            command("custom_server.py", "--port", "0"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self.client = httpx.Client(base_url=self._address(), timeout=120)
+
+    def _read(self):
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    @property
+    def log(self):
+        return "".join(self.lines)
+
+    def _address(self):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := re.search(r"running on (http://[\d.:]+)", self.log):
+                return found[1]
+            time.sleep(0.05)
+        self.process.kill()
+        raise AssertionError(f"the server did not start:\n{self.log}")
+
+    def stop(self):
+        """Ctrl-C; the exit status."""
+        self.client.close()
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
+            self._reader.join(timeout=10)
+
+    def busy(self):
+        """Running and waiting requests, and tokens' worth of pages in use."""
+        info = self.client.get("/get_server_info").raise_for_status().json()
+        used = info["max_total_num_tokens"] - info["available_tokens"]
+        return info["num_running"] + info["num_waiting"], used
+
+    def wait_until(self, condition, seconds):
+        deadline = time.monotonic() + seconds
+        while not condition(self.busy()):
+            assert time.monotonic() < deadline, self.busy()
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    status = server.stop()
+    # uvicorn sends itself the signal again once it has shut down in good order
+    assert status in (0, -signal.SIGINT), server.log
+    assert "Application shutdown complete" in server.log
+    assert "Traceback" not in server.log.partition("Application shutdown complete")[0]
+
+
+ASK = {
+    "prompt": "The capital of France is",
+    "sampling_params": {"temperature": 0, "max_new_tokens": 6},
+}
+ENDLESS = {
+    "prompt": "Once upon a time",
+    "sampling_params": {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True},
+}
+
+
+def events(response):
+    for line in response.iter_lines():
+        if line:
+            assert line.startswith("data: ")
+            yield line.removeprefix("data: ")
+
+
+@pytest.mark.slow
+def test_server_answers_and_streams(server):
+    answer = server.client.post("/generate", json=ASK).raise_for_status().json()
+    assert answer["text"].startswith(" Paris")
+    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 6}
+    with server.client.stream("POST", "/generate_stream", json=ASK) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *chunks, done = events(response)
+    assert done == "[DONE]"
+    texts = [json.loads(chunk)["text"] for chunk in chunks]
+    assert len(texts) > 1 and texts[-1] == answer["text"]
+    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    batch = {**ASK, "prompt": [ASK["prompt"]] * 2}
+    answers = server.client.post("/generate", json=batch).raise_for_status().json()
+    assert [a["text"] for a in answers] == [answer["text"]] * 2
+
+
+BAD_BODIES = [
+    ({"prompt": "x", "sampling_params": {"top_p": 1.5}}, "top_p must be finite and in (0, 1]"),
+    ({"prompt": "x", "sampling_params": {"max_tokens": 5}}, "parameter 'max_tokens'"),
+    ({"prompt": "x", "sampling_params": {"regex": "a"}}, "'regex' is not yet supported"),
+    ({"prompt": ["x", ""]}, "prompt 1 of the batch is empty"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": "x", "stream": True}, "stream: Extra inputs are not permitted"),
+    ("{", "JSON decode error"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("endpoint", ["/generate", "/generate_stream"])
+def test_server_answers_mistakes_with_400(server, endpoint):
+    for body, message in BAD_BODIES:
+        content = body if isinstance(body, str) else json.dumps(body)
+        response = server.client.post(
+            endpoint, content=content, headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 400, body
+        assert message in response.json()["error"]
+    assert server.busy() == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_client_that_leaves_a_stream_ends_its_request(server):
+    with server.client.stream("POST", "/generate_stream", json=ENDLESS) as response:
+        chunks = events(response)
+        for _ in range(3):
+            next(chunks)
+        running, used = server.busy()
+        assert running == 1 and used > 0
+    # 1,500 tokens take a minute; the pages are back long before
+    server.wait_until(lambda busy: busy == (0, 0), seconds=5)
+    assert server.client.post("/generate", json=ASK).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_wait_for_its_answer_ends_its_request(server):
+    with httpx.Client(base_url=server.client.base_url, timeout=1.5) as impatient:
+        with pytest.raises(httpx.ReadTimeout):
+            impatient.post("/generate", json={**ENDLESS, "prompt": ["Once upon a time"] * 3})
+    server.wait_until(lambda busy: busy == (0, 0), seconds=5)
+    assert server.client.post("/generate", json=ASK).status_code == 200

@@ -1,0 +1,193 @@
+"""paged_decode: every implementation against the float32 reference."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, paged_decode
+from pallas_kernels.paged_decode import cases
+from pallas_kernels.paged_decode.splits import choose_splits
+from tests.kernels.support import (
+    ON_GPU,
+    assert_close,
+    fresh_seed,
+    implementation,
+    interprets_mosaic,
+    nan_keys_are_meant,
+    needs_gpu,
+    poison,
+    quiet,
+    reference,
+    refuses,
+)
+
+pytestmark = quiet
+EDGES = {case.name: case for case in cases.EDGES}
+by_name = {"ids": lambda case: case.name}
+want = reference("paged_decode")
+
+
+def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
+    arrays = case.inputs(seed, jnp.dtype(dtype))
+    run = implementation("paged_decode", name, interpret=interpret, **sizes)
+    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, window=case.window))
+    if refuses(name, case, dtype):
+        with pytest.raises(NotImplementedError):
+            call(*arrays)
+        return
+    poison(arrays[0].shape, arrays[0].dtype)
+    assert_close(call(*arrays), want(*arrays, window=case.window), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+def test_xla(case, dtype):
+    check(case, "xla", dtype)
+
+
+@pytest.mark.parametrize("block", [16, 64, 512])
+def test_xla_block_sizes(block):
+    case = EDGES["smollm"]
+    arrays = case.inputs(1, jnp.float32)
+    run = implementation("paged_decode", "xla", interpret=False)
+    got = run(*map(jnp.asarray, arrays), scale=0.125, block=block)
+    assert_close(got, want(*arrays), "float32")
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize(
+    ("case", "dtype", "splits"),
+    [
+        ("llama-8b", "bfloat16", 2),
+        ("qwen-0.5b", "bfloat16", 4),
+        ("smollm", "float32", 4),
+        ("smollm", "bfloat16", 1),
+        ("group of 8", "float16", 2),
+        ("head dim 80", "float32", 2),
+        ("page boundaries", "bfloat16", 4),
+        ("window", "float32", 4),
+        ("window of one", "bfloat16", 1),
+        ("wide table", "float32", 16),
+        ("all empty", "float32", 2),
+        ("all empty", "bfloat16", 1),
+    ],
+)
+def test_triton_interpreted(case, dtype, splits):
+    check(EDGES[case], "triton", dtype, interpret=True, block=32, splits=splits)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@interprets_mosaic
+@nan_keys_are_meant
+@pytest.mark.parametrize(
+    ("case", "dtype", "splits", "block"),
+    [
+        ("one head a group", "bfloat16", 1, 64),
+        ("smollm", "bfloat16", 2, 64),
+        ("group of 8", "float16", 1, 64),
+        ("page boundaries", "bfloat16", 2, 64),
+        ("window", "bfloat16", 2, 64),
+        ("all empty", "bfloat16", 2, 64),
+        ("head dim 80", "bfloat16", 1, 64),
+        ("smollm", "float32", 1, 64),
+    ],
+)
+def test_mosaic_interpreted(case, dtype, splits, block):
+    check(EDGES[case], "mosaic_sm90", dtype, interpret=True, splits=splits, block=block)
+
+
+MODELS = {
+    "llama-3.1-8b": (32, 8, 128, 64),
+    "qwen2.5-0.5b": (14, 2, 64, 64),
+    "smollm": (9, 3, 64, 16),
+}
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
+def test_lowers_for_cuda(name, model, batch, window):
+    heads, kv_heads, head_dim, page_size = MODELS[model]
+    pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
+    shapes = compat.shape_list(
+        [((batch, heads, head_dim), jnp.bfloat16), pages, pages,
+         ((batch, 128), jnp.int32), ((batch,), jnp.int32)]
+    )  # fmt: skip
+    run = implementation("paged_decode", name, interpret=False)
+    text = compat.lower_for_cuda(functools.partial(run, scale=0.1, window=window), *shapes)
+    assert (name == "xla") != ("custom_call" in text)
+
+
+def test_float32_lowers_for_cuda_in_triton_only():
+    pages = ((64, 16, 3, 64), jnp.float32)
+    shapes = compat.shape_list(
+        [((4, 9, 64), jnp.float32), pages, pages, ((4, 8), jnp.int32), ((4,), jnp.int32)]
+    )
+    triton = implementation("paged_decode", "triton", interpret=False)
+    assert "custom_call" in compat.lower_for_cuda(functools.partial(triton, scale=0.1), *shapes)
+    mosaic = implementation("paged_decode", "mosaic_sm90", interpret=False)
+    with pytest.raises(NotImplementedError, match="float32"):
+        compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
+
+
+def test_splits_fill_the_device_and_respect_the_table():
+    assert choose_splits(programs=8, tiles=128, cores=132) == 64
+    assert choose_splits(programs=512, tiles=128, cores=132) == 1
+    assert choose_splits(programs=8, tiles=3, cores=132) == 2
+    assert choose_splits(programs=1, tiles=1, cores=0) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": np.zeros((2, 5, 64), np.float32)}, "q "),
+        ({"q": np.zeros((2, 4, 64), np.float16)}, "q has dtype float16"),
+        ({"lengths": np.zeros(3, np.int32)}, "lengths"),
+        ({"page_table": np.zeros((2, 4), np.int16)}, "page_table"),
+        ({"v_pages": np.zeros((3, 8, 2, 64), np.float32)}, "v_pages"),
+        ({"window": 0}, "window=0"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    arguments = {
+        "q": np.zeros((2, 4, 64), np.float32),
+        "k_pages": np.zeros((3, 16, 2, 64), np.float32),
+        "v_pages": np.zeros((3, 16, 2, 64), np.float32),
+        "page_table": np.zeros((2, 4), np.int32),
+        "lengths": np.zeros(2, np.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        paged_decode(**{**arguments, **change})
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", [*cases.EDGES, *cases.LARGE], **by_name)
+@pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
+def test_on_device(name, case):
+    # fresh inputs every run: a result left in memory by another run cannot pass for this one's
+    check(case, name, "bfloat16", seed=fresh_seed())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("case", ["smollm", "window", "head dim 80"])
+@pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
+def test_other_dtypes_on_device(name, case, dtype):
+    check(EDGES[case], name, dtype, seed=fresh_seed())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", cases.LARGE, **by_name)
+def test_default_order_on_device(case):
+    arrays = case.inputs(7, jnp.bfloat16)
+    got = jax.jit(functools.partial(paged_decode, window=case.window))(*arrays)
+    assert_close(got, want(*arrays, window=case.window), "bfloat16")

@@ -1,0 +1,197 @@
+"""paged_prefill: every implementation against the float32 reference."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, paged_prefill
+from pallas_kernels.paged_prefill import cases
+from pallas_kernels.paged_prefill.plan import plan_tiles
+from tests.kernels.support import (
+    ON_GPU,
+    assert_close,
+    fresh_seed,
+    implementation,
+    interprets_mosaic,
+    nan_keys_are_meant,
+    needs_gpu,
+    poison,
+    quiet,
+    reference,
+    refuses,
+)
+
+pytestmark = quiet
+EDGES = {case.name: case for case in cases.EDGES}
+by_name = {"ids": lambda case: case.name}
+want = reference("paged_prefill")
+
+
+def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
+    arrays = case.inputs(seed, jnp.dtype(dtype))
+    run = implementation("paged_prefill", name, interpret=interpret, **sizes)
+    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, window=case.window))
+    if refuses(name, case, dtype):
+        with pytest.raises(NotImplementedError):
+            call(*arrays)
+        return
+    poison(arrays[0].shape, arrays[0].dtype)
+    live = case.live()
+    got = np.asarray(call(*arrays))[live]
+    assert_close(got, want(*arrays, window=case.window)[live], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+def test_xla(case, dtype):
+    check(case, "xla", dtype)
+
+
+@pytest.mark.parametrize(("tile", "block"), [(8, 16), (16, 64), (256, 256)])
+def test_xla_block_sizes(tile, block):
+    case = EDGES["smollm mixed"]
+    arrays = case.inputs(1, jnp.float32)
+    run = implementation("paged_prefill", "xla", interpret=False)
+    got = run(*map(jnp.asarray, arrays), scale=0.125, tile=tile, block=block)
+    live = case.live()
+    assert_close(np.asarray(got)[live], want(*arrays)[live], "float32")
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("llama-8b", "bfloat16"),
+        ("qwen-0.5b", "bfloat16"),
+        ("smollm mixed", "float32"),
+        ("smollm mixed", "bfloat16"),
+        ("group of 8", "float16"),
+        ("head dim 80", "float32"),
+        ("page boundaries", "bfloat16"),
+        ("window", "float32"),
+        ("window of one", "bfloat16"),
+        ("nothing to do", "bfloat16"),
+    ],
+)
+def test_triton_interpreted(case, dtype):
+    check(EDGES[case], "triton", dtype, interpret=True, rows=32, block=32)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@interprets_mosaic
+@nan_keys_are_meant
+@pytest.mark.parametrize(
+    ("case", "dtype", "stages"),
+    [
+        ("two warpgroups", "bfloat16", 2),
+        ("smollm mixed", "bfloat16", 4),
+        ("group of 8", "float16", 2),
+        ("page boundaries", "bfloat16", 2),
+        ("window", "bfloat16", 2),
+        ("nothing to do", "bfloat16", 2),
+        ("head dim 80", "bfloat16", 2),
+        ("smollm mixed", "float32", 2),
+    ],
+)
+def test_mosaic_interpreted(case, dtype, stages):
+    check(EDGES[case], "mosaic_sm90", dtype, interpret=True, block=64, stages=stages)
+
+
+def test_plan_covers_every_token_once():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lens = rng.integers(0, 50, 5).astype(np.int32)
+        sequence, offset = map(np.asarray, plan_tiles(jnp.asarray(lens), int(lens.sum()), 16))
+        used = [(s, o) for s, o in zip(sequence, offset, strict=True) if s >= 0]
+        assert used == [(s, o) for s in range(5) for o in range(0, lens[s], 16)]
+        assert (sequence[len(used) :] == -1).all()
+
+
+MODELS = {
+    "llama-3.1-8b": (32, 8, 128, 64),
+    "qwen2.5-0.5b": (14, 2, 64, 64),
+    "smollm": (9, 3, 64, 16),
+}
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+@pytest.mark.parametrize("tokens", [64, 2048])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
+def test_lowers_for_cuda(name, model, tokens, window):
+    heads, kv_heads, head_dim, page_size = MODELS[model]
+    pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
+    row = ((16,), jnp.int32)
+    shapes = compat.shape_list(
+        [((tokens, heads, head_dim), jnp.bfloat16), pages, pages,
+         ((16, 128), jnp.int32), row, row, row]
+    )  # fmt: skip
+    run = implementation("paged_prefill", name, interpret=False)
+    text = compat.lower_for_cuda(functools.partial(run, scale=0.1, window=window), *shapes)
+    assert (name == "xla") != ("custom_call" in text)
+
+
+def test_float32_lowers_for_cuda_in_triton_only():
+    pages, row = ((64, 16, 3, 64), jnp.float32), ((4,), jnp.int32)
+    shapes = compat.shape_list(
+        [((64, 9, 64), jnp.float32), pages, pages, ((4, 8), jnp.int32), row, row, row]
+    )
+    triton = implementation("paged_prefill", "triton", interpret=False)
+    assert "custom_call" in compat.lower_for_cuda(functools.partial(triton, scale=0.1), *shapes)
+    mosaic = implementation("paged_prefill", "mosaic_sm90", interpret=False)
+    with pytest.raises(NotImplementedError, match="float32"):
+        compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": np.zeros((17, 4, 64), np.float32)}, "multiple of 8"),
+        ({"q_lens": np.zeros(3, np.int32)}, "q_lens"),
+        ({"prefix_lens": np.zeros(2, np.float32)}, "prefix_lens"),
+        ({"window": -1}, "window=-1"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    arguments = {
+        "q": np.zeros((16, 4, 64), np.float32),
+        "k_pages": np.zeros((3, 16, 2, 64), np.float32),
+        "v_pages": np.zeros((3, 16, 2, 64), np.float32),
+        "page_table": np.zeros((2, 4), np.int32),
+        **{name: np.zeros(2, np.int32) for name in ("q_starts", "q_lens", "prefix_lens")},
+    }
+    with pytest.raises(ValueError, match=message):
+        paged_prefill(**{**arguments, **change})
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", [*cases.EDGES, *cases.LARGE], **by_name)
+@pytest.mark.parametrize("name", ["mosaic_sm90", "triton", "xla"])
+def test_on_device(name, case):
+    # fresh inputs every run: a result left in memory by another run cannot pass for this one's
+    check(case, name, "bfloat16", seed=fresh_seed())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("case", ["smollm mixed", "window", "head dim 80"])
+@pytest.mark.parametrize("name", ["mosaic_sm90", "triton", "xla"])
+def test_other_dtypes_on_device(name, case, dtype):
+    check(EDGES[case], name, dtype, seed=fresh_seed())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", cases.LARGE, **by_name)
+def test_default_order_on_device(case):
+    arrays = case.inputs(7, jnp.bfloat16)
+    got = jax.jit(functools.partial(paged_prefill, window=case.window))(*arrays)
+    live = case.live()
+    assert_close(np.asarray(got)[live], want(*arrays, window=case.window)[live], "bfloat16")

@@ -1,0 +1,132 @@
+"""SmolLM2-135M-Instruct from its quantized GGUF file, against Hugging Face on the same weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import converters
+import jaxserve
+from converters.save import save
+from examples.demo_model import fetch
+from tests.oracles.huggingface import Reference
+
+pytestmark = pytest.mark.slow  # a real model: 0.5 GB in float32
+
+GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+PROMPTS = [
+    "The capital of France is",
+    "Hello, my name is",
+    "def fibonacci(n):\n    ",
+    "Q: What is 17 + 25?\nA:",
+    "Once upon a time, in a village between two rivers, there lived an old clockmaker who",
+    "Der schnelle braune Fuchs springt",
+    "<|im_start|>user\nName three fruits.<|im_end|>\n<|im_start|>assistant\n",
+    "1, 2, 4, 8, 16,",
+    "Emoji for happy: \N{SLIGHTLY SMILING FACE}, for sad:",
+    "T",
+]
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with jaxserve.Engine(model_path=str(fetch()), max_total_tokens=8192) as engine:
+        yield engine
+        info = engine.get_server_info()
+        assert info["late_compiles"] == 0
+        assert info["available_tokens"] == info["max_total_num_tokens"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The torch model on the dequantized weights."""
+    folder = tmp_path_factory.mktemp("smollm2") / "dequantized"
+    save(converters.load(str(fetch()), dtype="float32"), folder, "safetensors")
+    return Reference(str(folder))
+
+
+def test_chat_knows_the_capital_of_france(engine):
+    answer = engine.chat(QUESTION, {"temperature": 0, "max_new_tokens": 32})
+    assert answer["text"] == "The capital of France is Paris."
+    assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+
+
+def test_chat_is_the_template_and_generate(engine):
+    params = {"temperature": 0, "max_new_tokens": 16}
+    chat = engine.chat(QUESTION, params, return_prompt_token_ids=True)
+    prompt = engine.tokenizer.apply_chat_template(
+        QUESTION, tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.endswith("<|im_start|>assistant\n")
+    plain = engine.generate(prompt, params, return_prompt_token_ids=True)
+    for key in ("prompt_token_ids", "output_ids", "text"):
+        assert chat[key] == plain[key]
+
+
+def test_greedy_tokens_and_text_equal_hugging_face(engine, reference):
+    results = engine.generate(PROMPTS, GREEDY)
+    exact = 0
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        prompt_ids = engine.tokenizer(prompt).input_ids
+        assert result["meta_info"]["prompt_tokens"] == len(prompt_ids)
+        output = result["output_ids"]
+        assert len(output) == 64
+        if output == reference.greedy(prompt_ids, 64):
+            exact += 1
+        else:  # only a tie may have gone the other way
+            reference.assert_greedy(prompt_ids, output)
+        assert result["text"] == engine.tokenizer.decode(output, skip_special_tokens=True)
+    assert exact >= 9
+
+
+def test_a_stop_string_ends_the_text_before_it(engine):
+    free = engine.generate(PROMPTS[7], GREEDY)
+    params = {"temperature": 0, "max_new_tokens": 64, "stop": ["zzzz", " 64,"]}
+    result = engine.generate(PROMPTS[7], params)
+    assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": " 64,"}
+    assert result["text"] == free["text"].partition(" 64,")[0] == " 32,"
+    assert result["output_ids"] == free["output_ids"][: len(result["output_ids"])]
+    chunks = list(engine.generate(PROMPTS[7], params, stream=True))
+    assert chunks[-1]["text"] == result["text"]
+    assert all(result["text"].startswith(chunk["text"]) for chunk in chunks)
+
+
+def test_streamed_emoji_arrive_whole(engine):
+    """Each of these emoji takes several tokens; no chunk may show a part of one."""
+    party = "\N{PARTY POPPER}\N{ROCKET}\N{SPARKLES}"
+    prompt = f"Repeat: {party} {party} {party} {party} {party}"
+    whole = engine.generate(prompt, {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True})
+    assert len(set(party) & set(whole["text"])) >= 2
+    shown, deltas = "", []
+    for chunk in engine.generate(
+        prompt, {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}, stream=True
+    ):
+        assert chunk["text"].startswith(shown)
+        deltas.append(chunk["text"][len(shown) :])
+        shown = chunk["text"]
+    assert "".join(deltas) == whole["text"]
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(deltas[:-1])
+    assert deltas.count("") >= 2, "tokens that complete no character show nothing"
+
+
+def test_logprobs_with_their_texts(engine, reference):
+    result = engine.generate(
+        PROMPTS[0], {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
+        return_logprob=True, logprob_start_len=0, top_logprobs_num=2, return_text_in_logprobs=True,
+    )  # fmt: skip
+    meta = result["meta_info"]
+    prompt = [token for _, token, _ in meta["input_token_logprobs"]]
+    assert "".join(text for *_, text in meta["input_token_logprobs"]) == PROMPTS[0]
+    assert "".join(text for *_, text in meta["output_token_logprobs"]) == result["text"]
+    expected = reference.logprobs(prompt + result["output_ids"])
+    for i, ((logprob, token, text), top) in enumerate(
+        zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True)
+    ):
+        row = expected[len(prompt) - 1 + i]
+        assert logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert top[0] == (logprob, token, text)
+        assert top[1][0] <= logprob
+        assert math.isclose(top[1][0], float(row.topk(2).values[1]), abs_tol=1e-3)
+        assert top[1][2] == engine.tokenizer.decode([top[1][1]])
