@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import jax
 import pytest
 
 import jaxserve
@@ -12,9 +13,18 @@ from tests.oracles.huggingface import Reference
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 16,
-    "chunked_prefill_size": 256, "max_total_tokens": 4096,
+    "chunked_prefill_size": 256, "max_total_tokens": 4096, "dtype": "float32",
+    "precompile": False,
 }  # fmt: skip
 GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 def prompts(count, seed=0, longest=100):
