@@ -32,7 +32,10 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, marked if the tree has changes; "unknown" outside a checkout."""
+    """The checkout's commit, marked if the tree has changes. Where the code runs outside a checkout
+    the variable JAXSERVE_COMMIT says it; otherwise "unknown"."""
+    if "JAXSERVE_COMMIT" in os.environ:
+        return os.environ["JAXSERVE_COMMIT"]
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -14,7 +14,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 16,
     "chunked_prefill_size": 256, "max_total_tokens": 4096, "dtype": "float32",
-    "precompile": False,
+    "precompile": False, "page_size": 16,
 }  # fmt: skip
 GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
 

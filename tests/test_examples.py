@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -142,8 +143,14 @@ class Server:
             if found := re.search(r"running on (http://[\d.:]+)", self.log):
                 return found[1]
             time.sleep(0.05)
-        self.process.kill()
+        self._end()
         raise AssertionError(f"the server did not start:\n{self.log}")
+
+    def _end(self):
+        self.process.kill()
+        self._reader.join(timeout=10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def stop(self):
         """Ctrl-C; the exit status."""
@@ -152,8 +159,7 @@ class Server:
         try:
             return self.process.wait(timeout=60)
         finally:
-            self.process.kill()
-            self._reader.join(timeout=10)
+            self._end()
 
     def busy(self):
         """Running and waiting requests, and tokens' worth of pages in use."""
@@ -207,7 +213,7 @@ def test_server_answers_and_streams(server):
     assert done == "[DONE]"
     texts = [json.loads(chunk)["text"] for chunk in chunks]
     assert len(texts) > 1 and texts[-1] == answer["text"]
-    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
     batch = {**ASK, "prompt": [ASK["prompt"]] * 2}
     answers = server.client.post("/generate", json=batch).raise_for_status().json()
     assert [a["text"] for a in answers] == [answer["text"]] * 2
@@ -252,8 +258,8 @@ def test_a_client_that_leaves_a_stream_ends_its_request(server):
 
 @pytest.mark.slow
 def test_a_client_that_does_not_wait_for_its_answer_ends_its_request(server):
-    with httpx.Client(base_url=server.client.base_url, timeout=1.5) as impatient:
-        with pytest.raises(httpx.ReadTimeout):
-            impatient.post("/generate", json={**ENDLESS, "prompt": ["Once upon a time"] * 3})
+    body = {**ENDLESS, "prompt": ["Once upon a time"] * 3}
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/generate", json=body, timeout=1.5)
     server.wait_until(lambda busy: busy == (0, 0), seconds=5)
     assert server.client.post("/generate", json=ASK).status_code == 200

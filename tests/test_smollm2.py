@@ -66,19 +66,25 @@ def test_chat_is_the_template_and_generate(engine):
 
 
 def test_greedy_tokens_and_text_equal_hugging_face(engine, reference):
+    """Each token must be the argmax of the logits that Hugging Face gives behind the same tokens:
+    by induction the output of a plain argmax loop, at the price of one forward pass a prompt."""
     results = engine.generate(PROMPTS, GREEDY)
-    exact = 0
+    ties = 0
     for prompt, result in zip(PROMPTS, results, strict=True):
         prompt_ids = engine.tokenizer(prompt).input_ids
         assert result["meta_info"]["prompt_tokens"] == len(prompt_ids)
         output = result["output_ids"]
         assert len(output) == 64
-        if output == reference.greedy(prompt_ids, 64):
-            exact += 1
-        else:  # only a tie may have gone the other way
-            reference.assert_greedy(prompt_ids, output)
+        logits = reference.logits(prompt_ids + output)[len(prompt_ids) - 1 : -1]
+        ties += sum(a != b for a, b in zip(logits.argmax(-1).tolist(), output, strict=True))
+        reference.assert_greedy(prompt_ids, output)
         assert result["text"] == engine.tokenizer.decode(output, skip_special_tokens=True)
-    assert exact >= 9
+    assert ties <= 1
+    # and the loop itself, for one prompt: several seconds
+    assert (
+        reference.greedy(engine.tokenizer(PROMPTS[0]).input_ids, 16)
+        == (results[0]["output_ids"][:16])
+    )
 
 
 def test_a_stop_string_ends_the_text_before_it(engine):
@@ -94,21 +100,19 @@ def test_a_stop_string_ends_the_text_before_it(engine):
 
 
 def test_streamed_emoji_arrive_whole(engine):
-    """Each of these emoji takes several tokens; no chunk may show a part of one."""
-    party = "\N{PARTY POPPER}\N{ROCKET}\N{SPARKLES}"
-    prompt = f"Repeat: {party} {party} {party} {party} {party}"
-    whole = engine.generate(prompt, {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True})
-    assert len(set(party) & set(whole["text"])) >= 2
+    """An emoji takes two or three tokens here; no chunk may show a part of one."""
+    smile, rocket = "\N{SLIGHTLY SMILING FACE}", "\N{ROCKET}"
+    prompt = f"smile {smile}\nrocket {rocket}\n" * 3 + "smile"
+    params = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
+    whole = engine.generate(prompt, params)["text"]
+    assert whole.count(smile) >= 2 and whole.count(rocket) >= 2
     shown, deltas = "", []
-    for chunk in engine.generate(
-        prompt, {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}, stream=True
-    ):
+    for chunk in engine.generate(prompt, params, stream=True):
         assert chunk["text"].startswith(shown)
         deltas.append(chunk["text"][len(shown) :])
         shown = chunk["text"]
-    assert "".join(deltas) == whole["text"]
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(deltas[:-1])
-    assert deltas.count("") >= 2, "tokens that complete no character show nothing"
+    assert "".join(deltas) == whole
+    assert not any("\N{REPLACEMENT CHARACTER}" in delta for delta in deltas)
 
 
 def test_logprobs_with_their_texts(engine, reference):

@@ -17,8 +17,9 @@ def kv_write(
 ) -> tuple[jax.Array, jax.Array]:
     """See pallas_kernels.kv_write."""
     if slots.shape[0] == 1 and current_device().platform == "cpu":
-        # XLA turns a scatter of one row into a dynamic-update-slice, and its CPU fusion repeats that
-        # for each reader, which copies the cache (jax 0.10.2). A second, dropped row prevents it.
+        # XLA turns a scatter of one row into a dynamic-update-slice, and its CPU fusion repeats
+        # that for each reader, which copies the cache (jax 0.10.2). A second, dropped row prevents
+        # it.
         outside = k_pages.shape[0] * k_pages.shape[1]
         slots = jnp.concatenate([slots, jnp.full(1, outside, slots.dtype)])
         k, v = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (k, v))

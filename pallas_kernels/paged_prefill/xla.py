@@ -74,8 +74,9 @@ def paged_prefill(
             v = jnp.where(written[:, None, None], read_block(v_pages, table), 0.0)
             scores = jnp.where(live, dot("kmh,tkh->kmt", queries, k), NEG)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-            # a query without a live key so far has new_top = NEG, where exp(0) = 1 must not count
-            weights = jnp.where(live, jnp.exp(scores - new_top), 0.0)
+            # a query without a live key so far weighs 1 a key here; its first live key, at the
+            # latest itself, shrinks that to 0
+            weights = jnp.exp(scores - new_top)
             shrink = jnp.exp(top - new_top)
             total = total * shrink + weights.sum(-1, keepdims=True)
             acc = acc * shrink + dot("kmt,tkh->kmh", weights, v)
