@@ -15,12 +15,10 @@ from demo_model import fetch
 
 import jaxserve
 
-THINGS = ["cats", "rivers", "chess", "the moon", "bread", "winter", "trains", "old maps"]
-
 
 async def ask(engine: jaxserve.Engine, number: int, tokens: int) -> str:
     """One task: knows nothing of the others."""
-    prompt = f"Fact number {number} about {THINGS[number % len(THINGS)]}:"
+    prompt = f"The number {number} is"
     params = {"temperature": 0.8, "max_new_tokens": tokens, "ignore_eos": True}
     result = await engine.async_generate(prompt, params)
     return prompt + result["text"]

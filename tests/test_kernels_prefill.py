@@ -75,6 +75,8 @@ def test_xla_block_sizes(tile, block):
         ("page boundaries", "bfloat16"),
         ("window", "float32"),
         ("window of one", "bfloat16"),
+        ("causal edges", "bfloat16"),
+        ("window edges", "float32"),
         ("nothing to do", "bfloat16"),
     ],
 )
@@ -93,6 +95,8 @@ def test_triton_interpreted(case, dtype):
         ("group of 8", "float16", 2),
         ("page boundaries", "bfloat16", 2),
         ("window", "bfloat16", 2),
+        ("causal edges", "bfloat16", 2),
+        ("window edges", "bfloat16", 2),
         ("nothing to do", "bfloat16", 2),
         ("head dim 80", "bfloat16", 2),
         ("smollm mixed", "float32", 2),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 import converters
 import jaxserve
 from converters.save import save
 from examples.demo_model import fetch
-from tests.oracles.huggingface import Reference
+from tests.oracles.huggingface import TIE, Reference
 
 pytestmark = pytest.mark.slow  # a real model: 0.5 GB in float32
 
@@ -67,24 +68,26 @@ def test_chat_is_the_template_and_generate(engine):
 
 def test_greedy_tokens_and_text_equal_hugging_face(engine, reference):
     """Each token must be the argmax of the logits that Hugging Face gives behind the same tokens:
-    by induction the output of a plain argmax loop, at the price of one forward pass a prompt."""
+    by induction the output of a plain argmax loop, at the price of one forward pass."""
     results = engine.generate(PROMPTS, GREEDY)
+    prompts = engine.tokenizer(PROMPTS).input_ids
+    outputs = [result["output_ids"] for result in results]
+    assert [len(output) for output in outputs] == [64] * len(PROMPTS)
+    # padding at the right is invisible to a causal model: no mask, no other positions
+    rows = [torch.tensor(a + b) for a, b in zip(prompts, outputs, strict=True)]
+    with torch.no_grad():
+        logits = reference.model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)).logits
     ties = 0
-    for prompt, result in zip(PROMPTS, results, strict=True):
-        prompt_ids = engine.tokenizer(prompt).input_ids
-        assert result["meta_info"]["prompt_tokens"] == len(prompt_ids)
-        output = result["output_ids"]
-        assert len(output) == 64
-        logits = reference.logits(prompt_ids + output)[len(prompt_ids) - 1 : -1]
-        ties += sum(a != b for a, b in zip(logits.argmax(-1).tolist(), output, strict=True))
-        reference.assert_greedy(prompt_ids, output)
-        assert result["text"] == engine.tokenizer.decode(output, skip_special_tokens=True)
+    for prompt, output, row in zip(prompts, outputs, logits, strict=True):
+        best = row[len(prompt) - 1 : len(prompt) + len(output) - 1]
+        chosen = best.gather(1, torch.tensor(output)[:, None])[:, 0]
+        assert (best.amax(1) - chosen).max() <= TIE
+        ties += sum(a != b for a, b in zip(best.argmax(1).tolist(), output, strict=True))
     assert ties <= 1
-    # and the loop itself, for one prompt: several seconds
-    assert (
-        reference.greedy(engine.tokenizer(PROMPTS[0]).input_ids, 16)
-        == (results[0]["output_ids"][:16])
-    )
+    assert reference.greedy(prompts[0], 8) == outputs[0][:8]  # the loop itself, which is slow
+    for result, prompt, output in zip(results, prompts, outputs, strict=True):
+        assert result["meta_info"]["prompt_tokens"] == len(prompt)
+        assert result["text"] == engine.tokenizer.decode(output, skip_special_tokens=True)
 
 
 def test_a_stop_string_ends_the_text_before_it(engine):

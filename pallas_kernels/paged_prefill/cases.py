@@ -64,6 +64,8 @@ EDGES = (
     Case("two warpgroups", 2, 1, 64, 16, (130, 70), (0, 5), tail=8),
     Case("window", 6, 2, 64, 16, (40, 3, 70), (50, 0, 0), window=21),
     Case("window of one", 4, 2, 64, 16, (30,), (9,), window=1),
+    Case("causal edges", 2, 1, 64, 16, (9, 3, 4, 1, 5), (30, 31, 62, 63, 61)),
+    Case("window edges", 2, 1, 64, 16, (33, 5, 40, 3, 3), (31, 64, 15, 62, 94), window=32),
     Case("nothing to do", 4, 2, 64, 16, (0, 0), (5, 0), tail=16),
 )
 
