@@ -109,7 +109,7 @@ def test_the_cache_is_updated_in_place(large_cache, key):
     assert memory.temp_size_in_bytes < pages.nbytes / 2
 
 
-# -- sizing -----------------------------------------------------------------------------------------
+# -- sizing ---------------------------------------------------------------------------------------
 
 MODEL = ModelConfig.from_hf(
     {
