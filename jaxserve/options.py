@@ -144,7 +144,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "max_running_requests": Option("integer", "cap on the running batch", 1, optional=True),
         "max_queued_requests": Option("integer", "cap on the waiting queue", 1, optional=True),
         "chunked_prefill_size": Option(
-            "integer", "largest prefill bucket in tokens; -1: no chunks", -1, optional=True
+            "integer", "largest prefill bucket, tokens; -1: max_prefill_tokens", -1, optional=True
         ),
         "max_prefill_tokens": Option("integer", "most tokens in one prefill batch", 1),
         "prefill_max_requests": Option(

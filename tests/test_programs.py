@@ -128,9 +128,10 @@ class Device:
     """A device that reports `limit` bytes."""
 
     limit: int
+    in_use: int = 0
 
     def memory_stats(self):
-        return {"bytes_limit": self.limit}
+        return {"bytes_limit": self.limit, "bytes_in_use": self.in_use}
 
 
 def resolve(platform="gpu", **options):
@@ -147,6 +148,16 @@ def test_gpu_pool_takes_its_fraction_less_the_weights():
     assert pages * each == pytest.approx(80 * GIB * 0.8 - 15 * GIB, abs=each * 2)
     tight = count_pages(config, MODEL, dtype, device, 15 * GIB, 20 * GIB)
     assert tight * each == pytest.approx(80 * GIB * 0.95 - 35 * GIB, abs=each * 2)
+
+
+def test_a_second_engine_leaves_the_first_ones_memory_alone():
+    dtype = jnp.dtype(jnp.bfloat16)
+    weights = 15 * GIB
+    device = Device(int(80 * GIB * 0.95), in_use=weights + 50 * GIB)
+    pages = count_pages(resolve(), MODEL, dtype, device, weights, GIB)
+    left = 80 * GIB * 0.95 - 50 * GIB - GIB - weights
+    each = page_bytes(MODEL, 64, dtype)
+    assert pages * each == pytest.approx(left, abs=each * 2)
 
 
 def test_pool_never_exceeds_what_requests_can_use_or_the_user_allows():

@@ -34,8 +34,9 @@ def count_pages(
     """Pages of the pool on `device`, a jax.Device.
 
     GPU: mem_fraction_static of the device, less the weights, and never more than what the largest
-    program's temporaries leave. CPU: see CPU_SHARE. max_total_tokens caps both, and a pool larger
-    than max_rows whole contexts is not needed. InvalidRequestError when nothing fits.
+    program's temporaries and other users of this process (a second engine, say) leave. CPU: see
+    CPU_SHARE. max_total_tokens caps both, and a pool larger than max_rows whole contexts is not
+    needed. InvalidRequestError when nothing fits.
     """
     each = page_bytes(model, config.page_size, dtype)
     most = config.max_rows * config.table_width
@@ -49,7 +50,8 @@ def count_pages(
         limit = stats["bytes_limit"]
         total = limit / ALLOCATOR_FRACTION
         fraction = config.mem_fraction or GPU_FRACTION
-        room = min(total * fraction, limit - program_bytes) - weight_bytes
+        others = max(stats.get("bytes_in_use", 0) - weight_bytes, 0)
+        room = min(total * fraction, limit - program_bytes - others) - weight_bytes
     fits = int(room // each)
     if fits < 1:
         raise InvalidRequestError(

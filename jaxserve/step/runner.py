@@ -65,6 +65,8 @@ class Runner:
             page_size=config.page_size,
         )
         self._options = sampler.SamplerOptions(config.max_top_logprobs, config.raw_logprobs)
+        self.cache: step.Cache = []
+        self.state: DeviceState
         self.num_pages = self._count_pages(0)
         self.programs = Programs(self._program, self._device)
         if config.platform != "cpu":
@@ -92,11 +94,12 @@ class Runner:
 
     def reset(self) -> None:
         """A fresh cache and state: at the start, and after a failure on the device."""
+        self._free()
         with jax.default_device(self._device):
-            self.cache: step.Cache = make_cache(
+            self.cache = make_cache(
                 self.model_config, self.num_pages, self.config.page_size, self.dtype
             )
-            self.state: DeviceState = initial_state(self.config, self.model_config.vocab_size)
+            self.state = initial_state(self.config, self.model_config.vocab_size)
         self._rows: tuple[np.ndarray, jax.Array] | None = None
         self._no_pages: dict[int, jax.Array] = {}
 
@@ -282,6 +285,10 @@ class Runner:
     def close(self) -> None:
         """Free the device arrays."""
         self.programs.close()
-        for array in jax.tree.leaves((self.cache, self.state)):
-            array.delete()
+        self._free()
         self.params = ()
+
+    def _free(self) -> None:
+        """Give the cache back before a new one is made: the device may not hold two."""
+        for array in jax.tree.leaves((self.cache, getattr(self, "state", None))):
+            array.delete()
