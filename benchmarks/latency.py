@@ -64,6 +64,7 @@ def main() -> None:
         **machine.describe(),
         "benchmark": "latency",
         "model": options.model,
+        "engine": options.engine,
         "rows": options.rows,
         "sampled": options.sampled,
         "ttft_ms": round(ttft * 1e3, 2),

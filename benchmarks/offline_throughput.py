@@ -84,6 +84,7 @@ def main() -> None:
         "benchmark": "offline_throughput",
         "model": options.model,
         "case": options.case + ("_s" if options.sampled else ""),
+        "engine": options.engine,
         "requests": len(timed),
         "input_tokens": sum(len(ids) for ids, _ in timed),
         "output_tokens": outputs,
