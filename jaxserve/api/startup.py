@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from jaxserve.loop import EngineLoop
 
-DEVICE_MEMORY = 0.95
-"""Share of a GPU's memory that JAX may take: weights, KV pages and the programs' temporaries."""
 DTYPE_NAMES = {"half": "float16", "float": "float32"}
 EXTRA_STOP_TOKENS = ("<|eom_id|>",)
 """Tokens that end a model's turn though no config says so (Llama 3's tool calls)."""
@@ -97,8 +95,9 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
     import jax
 
     from jaxserve import compat
+    from jaxserve.cache.pool import ALLOCATOR_FRACTION
 
-    compat.reserve_device_memory(max(DEVICE_MEMORY, args.mem_fraction_static or 0.0))
+    compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
     folder = cache_folder(args.compilation_cache_dir)
     if folder:
         compat.enable_compilation_cache(folder)

@@ -19,6 +19,7 @@ CPU_MOST = 2 << 30
 zeros are really written, and a laptop has other things to do."""
 GPU_FRACTION = 0.88
 ALLOCATOR_FRACTION = 0.95
+"""Share of a GPU's memory that JAX may take: weights, KV pages and the programs' temporaries."""
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
