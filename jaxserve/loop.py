@@ -25,7 +25,7 @@ from jaxserve.output import commit as output
 from jaxserve.output.stats import Stats
 from jaxserve.request import Request, Update
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
-from jaxserve.step.runner import Runner, StepResult
+from jaxserve.step.runner import Runner, StepResult, phase
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -169,7 +169,8 @@ class EngineLoop:
         self._runner.programs.watch_this_thread()
         try:
             while self._admit():
-                batch = self._schedule()
+                with phase("schedule"):
+                    batch = self._schedule()
                 if batch is not None:
                     self._dispatch(batch)
                 if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
@@ -202,14 +203,16 @@ class EngineLoop:
     def _dispatch(self, batch: Batch) -> None:
         started, compiled = time.perf_counter(), self._runner.programs.compile_seconds
         try:
-            prepared = self._runner.prepare(batch)
+            with phase("prepare"):
+                prepared = self._runner.prepare(batch)
         except Exception as error:
             logger.exception("a batch could not be prepared; its requests fail")
             for sequence in batch.sequences:
                 self._fail(sequence.request, error)
             return
         try:
-            self._in_flight.append(self._runner.dispatch(prepared))
+            with phase("dispatch"):
+                self._in_flight.append(self._runner.dispatch(prepared))
         except Exception as error:
             self._recover(error)
         compiling = self._runner.programs.compile_seconds - compiled
@@ -218,12 +221,14 @@ class EngineLoop:
     def _commit(self) -> None:
         result = self._in_flight.popleft()
         try:
-            result.tokens.block_until_ready()
+            with phase("wait"):
+                result.tokens.block_until_ready()
         except Exception as error:
             self._recover(error)
             return
         started = time.perf_counter()
-        kept = output.commit(result, self._scheduler)
+        with phase("commit"):
+            kept = output.commit(result, self._scheduler)
         self._failures = 0
         self._stats.committed(kept, time.perf_counter() - started)
 

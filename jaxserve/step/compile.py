@@ -77,7 +77,8 @@ class Programs:
         self._expected.active = True
         try:
             with jax.default_device(self._device):
-                program = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
+                program = jax.jit(_named(function, key), donate_argnums=donated)
+                program = program.lower(*abstract).compile()
         finally:
             self._expected.active = False
         seconds = time.perf_counter() - started
@@ -95,3 +96,13 @@ class Programs:
         if on_engine and not getattr(self._expected, "active", False):
             self.late_compiles += 1
             logger.warning("unplanned compile on the engine thread: %.2f s", seconds)
+
+
+def _named(function: Callable[..., Any], key: ProgramKey) -> Callable[..., Any]:
+    """The function under its program's name, which traces and dumps show."""
+
+    def program(*args: Any) -> Any:
+        return function(*args)
+
+    program.__name__ = f"{key[0]}_{key[1]}"
+    return program

@@ -1,0 +1,163 @@
+"""What a step is made of: every kernel launch of a decode (and extend) step, from a device trace.
+
+    python -m benchmarks.profile --model llama-3.1-8b --rows 1 --context 512 --out profile.json
+
+Traces one `generate` of `--rows` requests after a warm-up with other token ids, and prints for each
+program: how often it ran, launches and busy time a run, the idle time of the device between and
+inside the runs, and the kernels in order of their time. Needs a CUDA device to show kernels; on a
+CPU only the host's phases are in the trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import glob
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import machine, workloads
+from benchmarks.offline_throughput import generate
+
+HOST_PHASES = ("schedule", "prepare", "dispatch", "wait", "commit")
+
+
+@dataclasses.dataclass
+class Program:
+    """Kernels of all runs of one compiled program, in nanoseconds."""
+
+    launches: int = 0
+    busy: float = 0.0
+    kernels: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(list)
+    )
+    runs: set[Any] = dataclasses.field(default_factory=set)
+    first: float = float("inf")
+    last: float = 0.0
+
+
+def read(folder: str) -> tuple[dict[str, Program], dict[str, list[float]]]:
+    """(device programs by name, host phases by name) of the trace under `folder`."""
+    programs: dict[str, Program] = collections.defaultdict(Program)
+    phases: dict[str, list[float]] = collections.defaultdict(list)
+    for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            on_device = plane.name.startswith("/device:GPU")
+            for line in plane.lines:
+                if on_device and not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    if not on_device:
+                        if event.name in HOST_PHASES:
+                            phases[event.name].append(event.duration_ns)
+                        continue
+                    stats = dict(event.stats)
+                    program = programs[str(stats.get("hlo_module", "(copies and others)"))]
+                    program.launches += 1
+                    program.busy += event.duration_ns
+                    program.kernels[event.name].append(event.duration_ns)
+                    program.runs.add(stats.get("run_id", stats.get("group_id")))
+                    program.first = min(program.first, event.start_ns)
+                    program.last = max(program.last, event.start_ns + event.duration_ns)
+    return programs, phases
+
+
+def summary(program: Program, runs: int) -> dict[str, Any]:
+    """Per run: launches, busy and elapsed microseconds, kernels with (count, us a run, us each)."""
+    kernels = [
+        {
+            "kernel": name,
+            "launches": len(times) / runs,
+            "us": sum(times) / runs / 1e3,
+            "median_us": sorted(times)[len(times) // 2] / 1e3,
+        }
+        for name, times in program.kernels.items()
+    ]
+    return {
+        "runs": runs,
+        "launches": program.launches / runs,
+        "busy_us": program.busy / runs / 1e3,
+        "elapsed_us": (program.last - program.first) / runs / 1e3,
+        "kernels": sorted(kernels, key=lambda k: -k["us"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(workloads.SHAPES))
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of each request")
+    parser.add_argument("--steps", type=int, default=32, help="new tokens of each request")
+    parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95")
+    parser.add_argument("--top", type=int, default=24, help="kernels shown of each program")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON of Engine options")
+    options = parser.parse_args()
+    sampling = {"temperature": 0.8, "top_p": 0.95} if options.sampled else {"temperature": 0}
+
+    import random
+
+    import jaxserve
+
+    def requests(seed: int) -> list[tuple[list[int], int]]:
+        draw = random.Random(seed)
+        vocab = workloads.SHAPES[options.model]["vocab_size"]
+        prompt = [[draw.randrange(10, vocab - 300) for _ in range(options.context)]
+                  for _ in range(options.rows)]  # fmt: skip
+        return [(ids, options.steps) for ids in prompt]
+
+    with tempfile.TemporaryDirectory() as root:
+        model = workloads.write_model(options.model, Path(root))
+        engine = jaxserve.Engine(
+            model_path=str(model), load_format="dummy", skip_tokenizer_init=True, **options.engine
+        )
+        for seed in (1, 2):
+            untraced = generate(engine, requests(seed), sampling)
+        profile = jax.profiler.ProfileOptions()
+        profile.python_tracer_level = 0
+        with jax.profiler.trace(f"{root}/trace", profiler_options=profile):
+            traced = generate(engine, requests(3), sampling)
+        engine.shutdown()
+        programs, phases = read(f"{root}/trace")
+    result: dict[str, Any] = {
+        **machine.describe(),
+        "benchmark": "profile",
+        "model": options.model,
+        "rows": options.rows,
+        "context": options.context,
+        "steps": options.steps,
+        "sampled": options.sampled,
+        "seconds_untraced": untraced,
+        "seconds_traced": traced,
+        "programs": {},
+        "host_us": {
+            name: {"count": len(t), "median": sorted(t)[len(t) // 2] / 1e3, "sum": sum(t) / 1e3}
+            for name, t in phases.items()
+        },
+    }
+    print(f"{options.model} B={options.rows}: {untraced * 1e3:.1f} ms, traced {traced * 1e3:.1f}")
+    for name, program in sorted(programs.items(), key=lambda p: -p[1].busy):
+        facts = summary(program, max(len(program.runs), 1))
+        result["programs"][name] = facts
+        print(
+            f"\n{name}: {facts['runs']} runs, {facts['launches']:.1f} launches, "
+            f"busy {facts['busy_us']:.1f} us a run, elapsed {facts['elapsed_us']:.1f}"
+        )
+        for kernel in facts["kernels"][: options.top]:
+            print(
+                f"  {kernel['us']:9.1f} us {kernel['launches']:7.1f} x {kernel['median_us']:8.2f}  "
+                f"{kernel['kernel'][:90]}"
+            )
+    for name, facts in result["host_us"].items():
+        print(f"host {name:10s} {facts['count']:5d} x median {facts['median']:9.1f} us")
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
