@@ -7,7 +7,7 @@ PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint tests kernels-newest-jax clean
+.PHONY: demo test lint tests kernels-newest-jax report clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
@@ -29,12 +29,19 @@ else
 	.venv-newest/bin/python -m pytest tests/test_kernels_*.py
 endif
 
+report: .venv/bench.stamp
+	$(BIN)/python -m benchmarks.report
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	touch $@
+
+.venv/bench.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 .venv/test.stamp: pyproject.toml | .venv/bin/python

@@ -3,8 +3,8 @@
     python -m benchmarks.profile --model llama-3.1-8b --rows 1 --context 512 --out profile.json
 
 Traces one `generate` of `--rows` requests after a warm-up with other token ids, and prints for each
-program: how often it ran, launches and busy time a run, the idle time of the device between and
-inside the runs, and the kernels in order of their time. Needs a CUDA device to show kernels; on a
+program: launches, busy and elapsed time a decode step, and the kernels in order of their time; and
+what the host spent on a step when nothing was traced. Needs a CUDA device to show kernels; on a
 CPU only the host's phases are in the trace.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import glob
 import json
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import machine, workloads
+from benchmarks import machine, trace, workloads
 from benchmarks.offline_throughput import generate
 
 HOST_PHASES = ("schedule", "prepare", "dispatch", "wait", "commit")
@@ -36,35 +35,20 @@ class Program:
     kernels: dict[str, list[float]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(list)
     )
-    runs: set[Any] = dataclasses.field(default_factory=set)
     first: float = float("inf")
     last: float = 0.0
 
 
-def read(folder: str) -> tuple[dict[str, Program], dict[str, list[float]]]:
-    """(device programs by name, host phases by name) of the trace under `folder`."""
+def by_program(found: list[trace.Kernel]) -> dict[str, Program]:
     programs: dict[str, Program] = collections.defaultdict(Program)
-    phases: dict[str, list[float]] = collections.defaultdict(list)
-    for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            on_device = plane.name.startswith("/device:GPU")
-            for line in plane.lines:
-                if on_device and not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    if not on_device:
-                        if event.name in HOST_PHASES:
-                            phases[event.name].append(event.duration_ns)
-                        continue
-                    stats = dict(event.stats)
-                    program = programs[str(stats.get("hlo_module", "(copies and others)"))]
-                    program.launches += 1
-                    program.busy += event.duration_ns
-                    program.kernels[event.name].append(event.duration_ns)
-                    program.runs.add(stats.get("run_id", stats.get("group_id")))
-                    program.first = min(program.first, event.start_ns)
-                    program.last = max(program.last, event.start_ns + event.duration_ns)
-    return programs, phases
+    for kernel in found:
+        program = programs[kernel.program or "(copies)"]
+        program.launches += 1
+        program.busy += kernel.end - kernel.start
+        program.kernels[kernel.name].append(kernel.end - kernel.start)
+        program.first = min(program.first, kernel.start)
+        program.last = max(program.last, kernel.end)
+    return programs
 
 
 def summary(program: Program, runs: int) -> dict[str, Any]:
@@ -116,14 +100,17 @@ def main() -> None:
         engine = jaxserve.Engine(
             model_path=str(model), load_format="dummy", skip_tokenizer_init=True, **options.engine
         )
-        for seed in (1, 2):
-            untraced = generate(engine, requests(seed), sampling)
+        generate(engine, requests(1), sampling)
+        before = engine.get_server_info()
+        untraced = generate(engine, requests(2), sampling)
+        after = engine.get_server_info()
         profile = jax.profiler.ProfileOptions()
         profile.python_tracer_level = 0
         with jax.profiler.trace(f"{root}/trace", profiler_options=profile):
             traced = generate(engine, requests(3), sampling)
         engine.shutdown()
-        programs, phases = read(f"{root}/trace")
+        programs = by_program(trace.kernels(f"{root}/trace"))
+        phases = trace.host_phases(f"{root}/trace", HOST_PHASES)
     result: dict[str, Any] = {
         **machine.describe(),
         "benchmark": "profile",
@@ -134,6 +121,10 @@ def main() -> None:
         "sampled": options.sampled,
         "seconds_untraced": untraced,
         "seconds_traced": traced,
+        "host_us_per_step": {
+            name: round(1e6 * (after["host_seconds"][name] - spent) / options.steps, 1)
+            for name, spent in before["host_seconds"].items()
+        },
         "programs": {},
         "host_us": {
             name: {"count": len(t), "median": sorted(t)[len(t) // 2] / 1e3, "sum": sum(t) / 1e3}
@@ -142,7 +133,7 @@ def main() -> None:
     }
     print(f"{options.model} B={options.rows}: {untraced * 1e3:.1f} ms, traced {traced * 1e3:.1f}")
     for name, program in sorted(programs.items(), key=lambda p: -p[1].busy):
-        facts = summary(program, max(len(program.runs), 1))
+        facts = summary(program, options.steps - 1 if "decode" in name else 1)
         result["programs"][name] = facts
         print(
             f"\n{name}: {facts['runs']} runs, {facts['launches']:.1f} launches, "
@@ -153,8 +144,9 @@ def main() -> None:
                 f"  {kernel['us']:9.1f} us {kernel['launches']:7.1f} x {kernel['median_us']:8.2f}  "
                 f"{kernel['kernel'][:90]}"
             )
+    print("host, untraced:", result["host_us_per_step"])
     for name, facts in result["host_us"].items():
-        print(f"host {name:10s} {facts['count']:5d} x median {facts['median']:9.1f} us")
+        print(f"host, traced, {name:10s} {facts['count']:5d} x median {facts['median']:9.1f} us")
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from converters import locate
 from converters.load import load, read_config
-from converters.save import FORMATS, check_empty, save
+from converters.save import FORMATS, check_empty, check_save_format, save
 from jaxserve.errors import JaxserveError
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.quantization import SCHEMES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="float32, bfloat16 or float16; auto (default) keeps the checkpoint's",
     )
+    parser.add_argument(
+        "--quantization", choices=tuple(SCHEMES), help="of the layers' weights (orbax only)"
+    )
     parser.add_argument("--format", default="orbax", choices=FORMATS, help="default: orbax")
     parser.add_argument(
         "--load-format", default="auto", help=f"of IN: {', '.join(locate.FORMATS)} (default: auto)"
@@ -48,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     check_empty(args.out)
+    check_save_format(args.format, args.quantization)
     locate.check_format(args.load_format)
     local = locate.find_local(
         args.source, revision=args.revision, download_dir=args.download_dir, weights=True
@@ -64,6 +69,7 @@ def _convert(args: argparse.Namespace) -> int:
             str(path),
             load_format=kind,
             dtype=config.dtype if args.dtype == "auto" else args.dtype,
+            quantization=args.quantization,
             progress=progress,
         )
     save(loaded, args.out, args.format)

@@ -1,7 +1,8 @@
 """Hugging Face tensors -> our parameters, one at a time, and back.
 
 Host memory: on CPU the parameters themselves plus one source tensor, where the source is not a
-mapped file; elsewhere one source tensor (fusing and transposing happen on the device).
+mapped file; elsewhere one source tensor (fusing, transposing and quantizing happen on the device,
+which holds one source tensor beside the parameters).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from converters import quantize
 from converters.placement import Placement, on_cpu
 from converters.sources import TensorSource
 from converters.tables import Table, table_for
@@ -62,27 +64,38 @@ def convert(
     placement: Placement,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, jax.Array]:
-    """Reads every parameter of `declaration` from `source` and places it.
+    """Reads every parameter of `declaration` from `source`, quantizes it where declared, and
+    places it.
 
     placement: where each parameter goes. progress: called with the numbers of parameters done and
-    in all after each.
+    in all after each; a kernel and its scale are one.
     Raises ModelLoadError that lists all missing, unexpected and wrongly shaped tensors, before
     any is read.
     """
-    config = declaration.config
+    config, specs = declaration.config, declaration.specs
     table = table_for(config)
+    scales = declaration.scales
     plan = {
-        path: parts_of(path, spec.shape, config, table) for path, spec in declaration.specs.items()
+        path: parts_of(path, spec.shape, config, table)
+        for path, spec in specs.items()
+        if path not in scales.values()
     }
     _check(source, [part for parts in plan.values() for part in parts], table)
     params = {}
-    for done, (path, spec) in enumerate(declaration.specs.items(), start=1):
-        sharding = placement(path)
-        fuse = _fuse_on_host if on_cpu(sharding) else _fuse_on_device
-        params[path] = fuse(source, plan[path], spec, sharding)
+    for done, (path, parts) in enumerate(plan.items(), start=1):
+        spec, sharding = specs[path], placement(path)
+        if path in scales:
+            make = _quantize_on_host if on_cpu(sharding) else _quantize_on_device
+            kernel, scale = make(source, parts, spec, sharding)
+            quantize.check_finite(path, scale)
+            params[path] = kernel
+            params[scales[path]] = jax.device_put(scale, placement(scales[path]))
+        else:
+            fuse = _fuse_on_host if on_cpu(sharding) else _fuse_on_device
+            params[path] = fuse(source, parts, spec, sharding)
         if progress is not None:
             progress(done, len(plan))
-    return params
+    return {path: params[path] for path in specs}
 
 
 def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
@@ -132,6 +145,36 @@ def _fuse_on_device(
         pieces.append((piece.T if part.transpose else piece).astype(spec.dtype))
     out = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
     return jax.block_until_ready(jax.device_put(out, sharding))
+
+
+def _quantize_on_host(
+    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding
+) -> tuple[jax.Array, np.ndarray]:
+    kernel = aligned_empty(spec.shape, np.dtype(spec.dtype))
+    scale = aligned_empty(spec.shape[-1:], np.dtype(np.float32))
+    for part in parts:
+        columns = slice(part.start, part.start + part.width)
+        tensor = source.read(part.name)
+        quantize.on_host(tensor.T if part.transpose else tensor, kernel[:, columns], scale[columns])
+    return jax.device_put(kernel, sharding), scale
+
+
+def _quantize_on_device(
+    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding
+) -> tuple[jax.Array, jax.Array]:
+    device = min(sharding.device_set, key=lambda d: d.id)
+    kernels, scales = [], []
+    for part in parts:
+        weights = jax.block_until_ready(jax.device_put(source.read(part.name), device))
+        kernel, scale = jax.block_until_ready(
+            quantize.on_device(weights, dtype=np.dtype(spec.dtype), transpose=part.transpose)
+        )
+        del weights  # before the next one comes
+        kernels.append(kernel)
+        scales.append(scale)
+    if len(parts) > 1:
+        kernels, scales = [jnp.concatenate(kernels, axis=-1)], [jnp.concatenate(scales)]
+    return jax.block_until_ready(jax.device_put(kernels[0], sharding)), scales[0]
 
 
 def place_rows(array: np.ndarray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:

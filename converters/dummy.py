@@ -10,33 +10,47 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from converters.placement import Placement
+from jaxserve.models.quantization import quantize
 from jaxserve.models.registry import Declaration
 
 _STD = 0.02
 
 
 def dummy_params(declaration: Declaration, placement: Placement, seed: int) -> dict[str, jax.Array]:
-    """Normal(0, 0.02) weights, norm scales 1. Made on the device, one program per shape."""
+    """Normal(0, 0.02) weights, norm scales 1. Made on the device, one program per shape.
+
+    Quantized kernels are drawn as without quantization, and quantized by the same program.
+    """
     key = jax.random.key(seed)
-    programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
+    specs, scales = declaration.specs, declaration.scales
+    programs: dict[Any, Callable[[jax.Array], Any]] = {}
     params = {}
-    for index, (path, spec) in enumerate(declaration.specs.items()):
-        sharding = placement(path)
+    drawn = [path for path in specs if path not in scales.values()]
+    for index, path in enumerate(drawn):
+        spec, sharding = specs[path], placement(path)
         if path.endswith(".scale"):
             params[path] = jnp.ones(spec.shape, spec.dtype, device=sharding)
             continue
-        kind = (spec.shape, spec.dtype, sharding)
+        quantized = None
+        if path in scales:
+            quantized, sharding = spec.dtype, (sharding, placement(scales[path]))
+        kind = (spec.shape, declaration.dtype, quantized, sharding)
         if kind not in programs:
             programs[kind] = _program(*kind)
-        params[path] = programs[kind](jax.random.fold_in(key, index))
-    return params
+        made = programs[kind](jax.random.fold_in(key, index))
+        if quantized is None:
+            params[path] = made
+        else:
+            params[path], params[scales[path]] = made
+    return {path: params[path] for path in specs}
 
 
 def _program(
-    shape: tuple[int, ...], dtype: Any, sharding: Sharding
-) -> Callable[[jax.Array], jax.Array]:
-    def draw(key: jax.Array) -> jax.Array:
+    shape: tuple[int, ...], dtype: Any, quantized: Any, sharding: Sharding | tuple[Sharding, ...]
+) -> Callable[[jax.Array], Any]:
+    def draw(key: jax.Array) -> Any:
         # Drawn in float32: bfloat16 draws take 128 different values only.
-        return (_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        weights = (_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        return weights if quantized is None else quantize(weights, quantized)
 
     return jax.jit(draw, out_shardings=sharding)

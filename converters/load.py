@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from converters import locate
 from converters.convert import convert
 from converters.dummy import dummy_params
-from converters.orbax_format import restore
+from converters.orbax_format import restore, stored_quantization
 from converters.placement import Placement, placement_for, resolve_dtype
 from converters.sources import SafetensorsSource, TensorSource
 from jaxserve.errors import ModelLoadError, NotSupportedError
@@ -48,6 +48,7 @@ def load(
     *,
     load_format: str = "auto",
     dtype: str = "auto",
+    quantization: str | None = None,
     sharding: Sharding | Placement | None = None,
     config_overrides: dict[str, Any] | None = None,
     revision: str | None = None,
@@ -59,13 +60,16 @@ def load(
 
     model_path: local path or Hub id. load_format: auto, safetensors, gguf, orbax, or dummy (needs
     config.json only). dtype: of every parameter; "auto" is float32 on CPU, else bfloat16.
+    quantization: "fp8" or "w8a16_int8" quantizes the layers' linear kernels, from the checkpoint's
+    precision (see models.quantization); an Orbax folder saved quantized loads as it is.
     sharding: for every parameter, or a function from a parameter's path to its sharding; None is
     the default device. config_overrides: keys that replace config.json's. revision, download_dir:
     for Hub ids. seed: of dummy weights. progress: called with the numbers of
     parameters done and in all (safetensors and GGUF, which are converted one at a time).
 
     Raises ModelLoadError (missing, damaged or unfitting files), NotSupportedError (architecture,
-    load_format, quantized weights), InvalidRequestError (dtype).
+    load_format, quantization, quantized weights), InvalidRequestError (dtype, an Orbax folder
+    quantized in another way).
     """
     started = time.perf_counter()
     locate.check_format(load_format)
@@ -77,7 +81,10 @@ def load(
     hf_config = read_config(path) | (config_overrides or {})
     _refuse_quantized(hf_config)
     config = ModelConfig.from_hf(hf_config)
-    declaration = registry.declare(config, resolve_dtype(dtype, placement("embed.embedding")))
+    if kind == "orbax":
+        quantization = stored_quantization(path, quantization) or quantization
+    resolved = resolve_dtype(dtype, placement("embed.embedding"))
+    declaration = registry.declare(config, resolved, quantization)
     if kind == "dummy":
         params = dummy_params(declaration, placement, seed)
     elif kind == "orbax":

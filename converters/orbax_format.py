@@ -1,7 +1,8 @@
 """Our own folder format: parameters as we use them, in an uncompressed Orbax checkpoint.
 
     config.json, generation_config.json, tokenizer files    as in the Hugging Face folder
-    jaxserve.json                                           the marker: format version and dtype
+    jaxserve.json                                           the marker: format version, dtype and
+                                                            quantization
     params/                                                 the Orbax checkpoint
 
 Orbax writes each parameter as a zarr array of one uncompressed chunk, so a chunk file is the
@@ -21,15 +22,22 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Sharding
 
-from converters.convert import place_rows
-from converters.placement import Placement
-from jaxserve.errors import ModelLoadError
+from converters import quantize
+from converters.convert import aligned_empty, place_rows
+from converters.placement import Placement, on_cpu
+from jaxserve.errors import InvalidRequestError, ModelLoadError
 from jaxserve.models.registry import Declaration
 
 MARKER = "jaxserve.json"
 _PARAMS = "params"
 _VERSION = 1
+_EXTENSION_TYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+"""Zarr's names of the types that NumPy does not have."""
 
 
 def is_orbax_folder(folder: Path) -> bool:
@@ -37,46 +45,94 @@ def is_orbax_folder(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
-def save(folder: Path, params: Mapping[str, jax.Array], dtype: str) -> None:
+def stored_quantization(folder: Path, wanted: str | None) -> str | None:
+    """The scheme in which the folder's kernels are stored, None where they are not quantized.
+
+    Raises InvalidRequestError when they are quantized in another way than `wanted`, ModelLoadError
+    for a damaged marker.
+    """
+    stored = _read_marker(folder).get("quantization")
+    if stored is not None and wanted not in (None, stored):
+        raise InvalidRequestError(
+            f"{folder} holds weights quantized as {stored!r}, quantization={wanted!r} cannot be "
+            "made of them: leave the option out, or load the checkpoint they were made from"
+        )
+    return stored
+
+
+def save(
+    folder: Path, params: Mapping[str, jax.Array], dtype: str, quantization: str | None = None
+) -> None:
     """Writes `params` (dotted path -> array) into `folder`, and the marker last: a folder with a
-    marker is complete. Sharded parameters are gathered on the host."""
+    marker is complete. Sharded parameters are gathered on the host. quantization: their scheme."""
     # Imported late: orbax takes a second, and only saving needs it.
     import orbax.checkpoint as ocp
 
     host = {path: np.asarray(array) for path, array in params.items()}
     with ocp.PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
         checkpointer.save((folder / _PARAMS).absolute(), host)
-    marker = {"format": "orbax", "version": _VERSION, "dtype": dtype}
+    marker = {"format": "orbax", "version": _VERSION, "dtype": dtype, "quantization": quantization}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def restore(folder: Path, declaration: Declaration, placement: Placement) -> dict[str, jax.Array]:
-    """Reads the parameters of `declaration` onto their shardings, cast to its dtype.
+    """Reads the parameters of `declaration` onto their shardings, cast to its dtype. Kernels that
+    are declared quantized are read as stored, or quantized where the folder's are not.
 
     Raises ModelLoadError when the folder is damaged or was written for another config; all
     missing, unexpected and wrongly shaped parameters are in one message.
     """
-    _check_version(folder)
+    stored = stored_quantization(folder, declaration.quantization)
+    to_quantize = {} if stored else declaration.scales
     headers = {
         path.parent.name: _read_header(path) for path in (folder / _PARAMS).glob("*/.zarray")
     }
-    _check_shapes(folder, {path: shape for path, (shape, _) in headers.items()}, declaration)
+    _check_shapes(folder, headers, declaration, absent=set(to_quantize.values()))
     params = {}
     for path, spec in declaration.specs.items():
-        stored = _map_chunk(folder / _PARAMS / path, *headers[path])
-        params[path] = place_rows(stored, spec, placement(path))
-    return params
+        if path in to_quantize.values():
+            continue
+        array = _map_chunk(folder / _PARAMS / path, *headers[path])
+        if path in to_quantize:
+            scale = to_quantize[path]
+            params[path], params[scale] = _quantized(
+                array, spec, path, placement(path), placement(scale)
+            )
+        else:
+            params[path] = place_rows(array, spec, placement(path))
+    return {path: params[path] for path in declaration.specs}
 
 
-def _check_version(folder: Path) -> None:
+def _quantized(
+    stored: np.ndarray, spec: jax.ShapeDtypeStruct, path: str, sharding: Sharding,
+    scale_sharding: Sharding,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """kernel and scale of a stored, not quantized kernel [in, out]."""
+    dtype = np.dtype(spec.dtype)
+    if on_cpu(sharding):
+        kernel = aligned_empty(spec.shape, dtype)
+        scale = aligned_empty(spec.shape[-1:], np.dtype(np.float32))
+        quantize.on_host(stored, kernel, scale)
+    else:
+        weights = place_rows(stored, jax.ShapeDtypeStruct(stored.shape, stored.dtype), sharding)
+        kernel, scale = jax.block_until_ready(
+            quantize.on_device(weights, dtype=dtype, transpose=False)
+        )
+    quantize.check_finite(path, scale)
+    return jax.device_put(kernel, sharding), jax.device_put(scale, scale_sharding)
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
     try:
-        version = json.loads((folder / MARKER).read_text(encoding="utf-8"))["version"]
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        version = marker["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"{folder / MARKER}: missing or damaged: {error!r}") from error
     if version != _VERSION:
         raise ModelLoadError(
             f"{folder} has format version {version!r}, this jaxserve reads {_VERSION}: convert anew"
         )
+    return marker
 
 
 def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -85,7 +141,7 @@ def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
         header = json.loads(path.read_text(encoding="utf-8"))
         shape, chunks = tuple(header["shape"]), tuple(header["chunks"])
         code = header["dtype"]
-        dtype = np.dtype(ml_dtypes.bfloat16 if code == "bfloat16" else code)
+        dtype = _EXTENSION_TYPES[code] if code in _EXTENSION_TYPES else np.dtype(code)
         raw = header["compressor"] is None and not header["filters"] and header["order"] == "C"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"{path}: damaged: {error!r}") from error
@@ -107,16 +163,20 @@ def _map_chunk(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np
 
 
 def _check_shapes(
-    folder: Path, found: Mapping[str, tuple[int, ...]], declaration: Declaration
-) -> None:
-    specs = declaration.specs
+    folder: Path, found: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    declaration: Declaration, absent: set[str],
+) -> None:  # fmt: skip
+    """absent: declared parameters that are made, not read."""
+    specs = {path: spec for path, spec in declaration.specs.items() if path not in absent}
     problems = [f"missing {path}" for path in specs if path not in found]
     problems += [f"unexpected {path}" for path in found if path not in specs]
-    problems += [
-        f"{path} is {list(found[path])}, should be {list(spec.shape)}"
-        for path, spec in specs.items()
-        if found.get(path, spec.shape) != spec.shape
-    ]
+    for path, spec in specs.items():
+        shape, dtype = found.get(path, (spec.shape, spec.dtype))
+        if shape != spec.shape:
+            problems.append(f"{path} is {list(shape)}, should be {list(spec.shape)}")
+        quantized = dtype.itemsize == 1 or (path in declaration.scales and not absent)
+        if quantized and dtype != spec.dtype:
+            problems.append(f"{path} has dtype {dtype}, should be {spec.dtype}")
     if problems:
         raise ModelLoadError(
             f"{folder}: the parameters do not fit config.json:\n  " + "\n  ".join(problems)

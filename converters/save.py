@@ -17,7 +17,7 @@ from converters.convert import parts_of, to_hf
 from converters.load import LoadedModel
 from converters.tables import table_for
 from converters.tokenizer import load_tokenizer
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import InvalidRequestError, NotSupportedError
 
 FORMATS = ("orbax", "safetensors")
 
@@ -48,25 +48,35 @@ def check_empty(folder: Path) -> None:
         raise InvalidRequestError(f"{folder} exists and is not an empty folder; give another OUT")
 
 
+def check_save_format(save_format: str, quantization: str | None) -> None:
+    """Raises InvalidRequestError for a format that is not one of FORMATS, NotSupportedError where
+    it cannot hold weights quantized by `quantization`."""
+    if save_format not in FORMATS:
+        raise InvalidRequestError(
+            f"save_format must be one of {', '.join(FORMATS)}; got {save_format!r}"
+        )
+    if quantization is not None and save_format != "orbax":
+        raise NotSupportedError(
+            f"weights quantized as {quantization!r} cannot be saved as {save_format}; use orbax"
+        )
+
+
 def save(loaded: LoadedModel, folder: str | Path, save_format: str = "orbax") -> None:
     """Writes weights, config.json, generation_config.json and tokenizer files into `folder`.
 
     Any format that `load` reads can be the origin. save_format: one of FORMATS. A checkpoint
     without a tokenizer is saved without one. Raises InvalidRequestError when `folder` is not empty
-    or the format is unknown.
+    or the format is unknown, NotSupportedError for quantized weights as safetensors.
     """
     folder = Path(folder)
-    if save_format not in FORMATS:
-        raise InvalidRequestError(
-            f"save_format must be one of {', '.join(FORMATS)}; got {save_format!r}"
-        )
+    check_save_format(save_format, loaded.declaration.quantization)
     check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(np.dtype(next(iter(loaded.declaration.specs.values())).dtype))
+    dtype = str(loaded.declaration.dtype)
     _write_json(folder / "config.json", _config(loaded.hf_config, dtype))
     _write_companions(loaded, folder)
     if save_format == "orbax":
-        orbax_format.save(folder, loaded.params, dtype)
+        orbax_format.save(folder, loaded.params, dtype, loaded.declaration.quantization)
     else:
         _write_safetensors(folder / "model.safetensors", loaded)
 

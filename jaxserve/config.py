@@ -34,6 +34,7 @@ class EngineConfig:
     overlap: bool
     precompile: bool
     attention: str | None
+    kv_cache_dtype: str
     bias_capacity: int
     max_logprob_ids: int
     max_top_logprobs: int
@@ -82,6 +83,7 @@ class EngineConfig:
             overlap=not args.disable_overlap_schedule,
             precompile=gpu if args.precompile is None else args.precompile,
             attention=attention,
+            kv_cache_dtype=args.kv_cache_dtype,
             bias_capacity=args.logit_bias_capacity,
             max_logprob_ids=args.max_logprob_ids,
             max_top_logprobs=args.max_top_logprobs,

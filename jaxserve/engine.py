@@ -56,7 +56,7 @@ class Engine(UnsupportedMethods):
         # there then, because its own exit function was registered earlier.
         self._finalizer = weakref.finalize(self, self._loop.shutdown)
         atexit.register(self._finalizer)
-        self._load_format = started.load_format
+        self._load_format, self._quantization = started.load_format, started.quantization
         self.tokenizer = started.tokenizer
         """The transformers tokenizer; None with skip_tokenizer_init=True."""
         self.tokenizer_manager = TokenizerManager(args, started.tokenizer, self._loop.abort)
@@ -182,7 +182,7 @@ class Engine(UnsupportedMethods):
 
     def get_model_info(self) -> dict[str, Any]:
         """What is loaded."""
-        return info.model_info(self.server_args, self._load_format)
+        return info.model_info(self.server_args, self._load_format, self._quantization)
 
     def get_all_child_pids(self) -> list[int]:
         """Always empty: jaxserve has no child processes."""

@@ -31,6 +31,8 @@ class ServerArgs:
     skip_tokenizer_init: bool = False
     load_format: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     context_length: int | None = None
     revision: str | None = None
     download_dir: str | None = None

@@ -13,26 +13,39 @@ import numpy as np
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.kv_write.api import OPERATION as _KV_WRITE
 from pallas_kernels.kv_write.api import kv_write
+from pallas_kernels.linear.api import OPERATION as _LINEAR
+from pallas_kernels.linear.api import linear
 from pallas_kernels.paged_decode.api import OPERATION as _PAGED_DECODE
 from pallas_kernels.paged_decode.api import paged_decode
 from pallas_kernels.paged_prefill.api import OPERATION as _PAGED_PREFILL
 from pallas_kernels.paged_prefill.api import paged_prefill
 from pallas_kernels.registry import Operation
+from pallas_kernels.rope_kv_write.api import OPERATION as _ROPE_KV_WRITE
+from pallas_kernels.rope_kv_write.api import rope_kv_write
+from pallas_kernels.sample.api import OPERATION as _SAMPLE
+from pallas_kernels.sample.api import RowParams, Samples, SlotLists, sample
 
 __all__ = [
     "Device",
+    "RowParams",
+    "Samples",
+    "SlotLists",
     "available_implementations",
     "current_device",
     "kv_write",
+    "linear",
     "operations",
     "paged_decode",
     "paged_prefill",
+    "rope_kv_write",
+    "sample",
 ]
 
 
 def operations() -> dict[str, Operation]:
     """Every operation, by name."""
-    return {entry.name: entry for entry in (_PAGED_DECODE, _PAGED_PREFILL, _KV_WRITE)}
+    known = (_PAGED_DECODE, _PAGED_PREFILL, _KV_WRITE, _ROPE_KV_WRITE, _LINEAR, _SAMPLE)
+    return {entry.name: entry for entry in known}
 
 
 def available_implementations(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 DTYPES = ("bfloat16", "float16", "float32")
+FP8 = "float8_e4m3fn"
 
 
 def check_dtype(name: str, array: Any, like: Any = None) -> None:
@@ -22,14 +23,18 @@ def check_int32(name: str, array: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_pages(k_pages: Any, v_pages: Any) -> None:
-    """K and V pages must both be [P, S, K, H] of one dtype."""
+    """K and V pages must both be [P, S, K, H] of one dtype; float8_e4m3fn is allowed."""
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
         raise ValueError(
             f"k_pages {list(k_pages.shape)} and v_pages {list(v_pages.shape)}: expected both to be "
             "[pages, page size, KV heads, head dim]"
         )
-    check_dtype("k_pages", k_pages)
-    check_dtype("v_pages", v_pages, k_pages)
+    if np.dtype(k_pages.dtype).name != FP8:
+        check_dtype("k_pages", k_pages)
+    if v_pages.dtype != k_pages.dtype:
+        raise ValueError(
+            f"v_pages has dtype {v_pages.dtype}: expected {k_pages.dtype}, as k_pages have"
+        )
 
 
 def check_queries(q: Any, k_pages: Any) -> None:
@@ -40,9 +45,17 @@ def check_queries(q: Any, k_pages: Any) -> None:
             f"q {list(q.shape)}: expected [rows, a multiple of {heads} heads, {head_dim}] to fit "
             f"k_pages {list(k_pages.shape)}"
         )
-    check_dtype("q", q, k_pages)
+    if np.dtype(k_pages.dtype).name != FP8:
+        check_dtype("q", q, k_pages)
+    elif np.dtype(q.dtype).name not in ("bfloat16", "float16"):
+        raise ValueError(f"q has dtype {q.dtype}: expected bfloat16 or float16 over pages of {FP8}")
 
 
 def check_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected None or at least 1")
+
+
+def check_soft_cap(soft_cap: float | None) -> None:
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}: expected None or a positive number")

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.softmax import LOG2E, NEG
 
 plgpu = compat.mosaic_backend()
 
@@ -26,8 +27,13 @@ TRANSFORMS_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
 
 
-def check_case(dtype: Any, page_size: int, head_dim: int, block: int) -> None:
+def check_case(dtype: Any, pages_dtype: Any, page_size: int, head_dim: int, block: int) -> None:
     """What the kernels cannot do, as NotImplementedError."""
+    if pages_dtype != dtype:
+        raise NotImplementedError(
+            f"pages of {jnp.dtype(pages_dtype).name} with q of {jnp.dtype(dtype).name}: TMA brings "
+            "the tiles to wgmma as they are stored"
+        )
     if jnp.dtype(dtype).itemsize != 2:
         raise NotImplementedError(f"dtype {jnp.dtype(dtype).name}: wgmma takes 16-bit operands")
     if head_dim not in (64, 128):
@@ -53,8 +59,6 @@ def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def start_softmax(rows: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Running maximum, sum and output of no keys yet, in the layout of wgmma's results."""
-    from pallas_kernels.softmax import NEG
-
     cast = plgpu.layout_cast
     return (
         cast(jnp.full((rows,), NEG, jnp.float32), WGMMA.reduce(1)),
@@ -93,6 +97,78 @@ def add_values(acc: jax.Array, weights: jax.Array, v_tile: Any, staging: Any) ->
         return acc_ref[...]
 
     return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def weigh(
+    scores: jax.Array, top: jax.Array, total: jax.Array, *,
+    scale: float, soft_cap: float | None, seen: jax.Array | None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """One step of the online softmax: (weights, new top, new total, shrink of what was summed).
+
+    scores [m, n]: products of queries and keys. seen [m, n]: None when every key is. A row that saw
+    nothing yet weighs 1 a key; its first seen key shrinks that to 0.
+    """
+    factor = scale * LOG2E
+    if soft_cap is not None:
+        scores, factor = jnp.tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2E), 1.0
+    elif seen is not None or factor <= 0:  # a fused NEG * factor - top would be rounding errors
+        scores, factor = scores * factor, 1.0
+    if seen is not None:
+        scores = jnp.where(seen, scores, NEG)
+    highest = scores.max(axis=1)
+    if factor != 1.0:  # the factor is part of a fused multiply-add below
+        highest, scores = highest * factor, scores * factor
+    new_top = jnp.maximum(top, highest)
+    shrink = jnp.exp2(top - new_top)
+    weights = jnp.exp2(scores - spread(new_top, scores.shape))
+    return weights, new_top, total * shrink + weights.sum(axis=1), shrink
+
+
+def next_step(
+    acc: jax.Array, weights: jax.Array, v_tile: Any, q_tile: Any, k_tile: Any,
+    state: tuple[jax.Array, ...], *, soften: Callable[[jax.Array], tuple[jax.Array, ...]],
+    issued: Callable[[], None], k_read: Callable[[], None], v_read: Callable[[], None],
+    ahead: bool, staging: Any,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """(acc + weights x v_tile, *soften(q_tile x k_tile)): a tile's values, the next tile's scores.
+
+    ahead: both products run at once, and the softmax (`soften`, results as in `state`) beside the
+    values' product; otherwise the values are done first. issued is called when the tensor cores
+    have all their work, k_read and v_read when a tile may be overwritten. staging: see add_values.
+    """
+    rows, block = acc.shape[0], k_tile.shape[0]
+    if staging is not None:
+        acc = add_values(acc, weights, v_tile, staging)
+        v_read()
+        scores = scores_of(q_tile, k_tile, rows, block)
+        issued()
+        k_read()
+        return acc, *soften(scores)
+
+    def values(refs: Any) -> None:
+        acc_ref, *state_refs = refs
+
+        def product(scores_ref: Any) -> tuple[jax.Array, ...]:
+            plgpu.wgmma(scores_ref, q_tile, k_tile.transpose((1, 0)))
+            if ahead:
+                plgpu.wgmma(acc_ref, weights, v_tile)
+            issued()
+            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=int(ahead))
+            k_read()
+            return soften(scores)
+
+        if not ahead:
+            plgpu.wgmma(acc_ref, weights, v_tile)
+            plgpu.wgmma_wait(0)
+            v_read()
+        results = pl.run_scoped(product, plgpu.ACC((rows, block), jnp.float32))
+        for ref, result in zip(state_refs, results, strict=True):
+            ref[...] = result
+
+    out = pl.run_state(values)((plgpu.ACC.init(acc), *state))
+    if ahead:
+        v_read()
+    return tuple(out)
 
 
 def zero_outside(v_tile: Any, first_token: jax.Array, low: Any, high: Any) -> None:
@@ -151,10 +227,9 @@ def load_ring(
 
 def issue_pages(
     page_ids: list[jax.Array], head: jax.Array, slot: Any, page_size: int,
-    sources: tuple[Any, Any], tiles: tuple[Any, Any], barriers: tuple[Any, Any],
+    source: Any, tiles: Any, barriers: Any,
 ) -> None:  # fmt: skip
-    """One TMA a page, keys of all pages first: sources [P, S, K, H] -> tiles[slot]."""
-    for source, tile, barrier in zip(sources, tiles, barriers, strict=True):
-        for j, page in enumerate(page_ids):
-            target = tile.at[slot, pl.ds(j * page_size, page_size)]
-            plgpu.copy_gmem_to_smem(source.at[page, :, head], target, barrier.at[slot])
+    """One TMA a page: source [P, S, K, H] -> tiles[slot]."""
+    for j, page in enumerate(page_ids):
+        target = tiles.at[slot, pl.ds(j * page_size, page_size)]
+        plgpu.copy_gmem_to_smem(source.at[page, :, head], target, barriers.at[slot])

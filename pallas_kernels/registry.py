@@ -92,7 +92,7 @@ class Operation:
         dtype: Any,
         **options: Any,
     ) -> Any:
-        args = tuple(jnp.asarray(arg) for arg in args)
+        args = jax.tree.map(jnp.asarray, args)  # arguments may be tuples, or None
         device = current_device()
         names = self.candidates(implementation, np.dtype(dtype), device)
         entries = [self.find(name) for name in names]

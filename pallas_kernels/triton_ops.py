@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.softmax import LOG2E
 
 plt = compat.triton_backend()
 
@@ -53,19 +54,38 @@ def dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     )
 
 
+def base2_scores(products: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+    """Products of queries and keys -> scores times log2(e), capped where there is a cap."""
+    if soft_cap is None:
+        return products * (scale * LOG2E)
+    return jnp.tanh(products * (scale / soft_cap)) * (soft_cap * LOG2E)
+
+
+def check_pages(pages: jax.Array) -> None:
+    """Offsets into an array of up to 2**32 bytes are signed 32-bit counts of elements, which wrap
+    in pages of one byte an element (JAX 0.10 to 0.12)."""
+    if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
+        raise NotImplementedError(
+            f"{pages.dtype.name} pages of {pages.size} bytes: between 2 and 4 GiB the offsets wrap"
+        )
+
+
 def load_tokens(
     pages_ref: Any,
     table_ref: Any,
+    first_page: jax.Array,
     sequence: jax.Array,
     head: jax.Array,
     tokens: jax.Array,
     live: jax.Array | None,
     width: int,
+    dtype: Any,
 ) -> jax.Array:
-    """Rows `tokens` [n] of one KV head of `sequence` -> [n, width], zeros where not live.
+    """Rows `tokens` [n] of one KV head of `sequence` -> [n, width] in dtype, zeros where not live.
 
-    pages_ref [P, S, K, H], table_ref [B, W]. live [n]: None when every token is. Token -> (page,
-    slot) happens here, so the block of a kernel need not fit the page size.
+    pages_ref [P, S, K, H], table_ref [B, W], whose pages count from first_page. live [n]: None when
+    every token is. Token -> (page, slot) happens here, so the block of a kernel need not fit the
+    page size.
     """
     page_size, head_dim = pages_ref.shape[1], pages_ref.shape[3]
     count = tokens.shape[0]
@@ -73,6 +93,7 @@ def load_tokens(
     page = plt.load(
         table_ref.at[jnp.full_like(index, sequence), index], mask=live, other=_zero(live)
     )
+    page = page + first_page
     columns = row(jnp.arange(width, dtype=jnp.int32), count)
     mask = None if live is None else column(live, width)
     if width != head_dim:
@@ -81,7 +102,7 @@ def load_tokens(
     view = pages_ref.at[
         column(page, width), column(slot, width), jnp.full((count, width), head, jnp.int32), columns
     ]
-    return plt.load(view, mask=mask, other=None if mask is None else 0.0)
+    return plt.load(view, mask=mask, other=None if mask is None else 0.0).astype(dtype)
 
 
 def _zero(mask: jax.Array | None) -> int | None:

@@ -32,6 +32,11 @@ def read_block(all_pages: jax.Array, pages: jax.Array) -> jax.Array:
     return block.reshape(shape).astype(jnp.float32)
 
 
+def cap(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+    """soft_cap * tanh(scores / soft_cap), or the scores as they are."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
 def dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """einsum in true float32: a GPU would use TF32 otherwise."""
     return jnp.einsum(

@@ -46,6 +46,8 @@ def test_the_defaults_are_upstreams():
         "skip_tokenizer_init": False,
         "load_format": "auto",
         "dtype": "auto",
+        "quantization": None,
+        "kv_cache_dtype": "auto",
         "context_length": None,
         "json_model_override_args": "{}",
         "weight_version": "default",
@@ -87,6 +89,10 @@ def test_the_defaults_pass_their_own_checks(name):
         ("tokenizer_mode", "fast"),
         ("load_format", "pickle"),
         ("dtype", "int8"),
+        ("quantization", "int4"),
+        ("quantization", 8),
+        ("kv_cache_dtype", "float16"),
+        ("kv_cache_dtype", None),
         ("context_length", 1),
         ("context_length", "8k"),
         ("json_model_override_args", "{"),
@@ -144,7 +150,7 @@ def test_parallelism_is_not_supported_yet(name):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("quantization", "fp8"),
+        ("quantization", "w8a8_int8"),
         ("kv_cache_dtype", "fp8_e5m2"),
         ("speculative_algorithm", "EAGLE"),
         ("enable_lora", True),
@@ -225,6 +231,7 @@ def test_the_command_line():
     args = parse(
         "--model m --tp 1 --page-size 16 --cuda-graph-bs 1 2 --mem-fraction-static 0.5"
         " --incremental-streaming-output --no-precompile --skip-tokenizer-init"
+        " --quantization fp8 --kv-cache-dtype fp8_e4m3"
     )
     assert args == ServerArgs(
         "m",
@@ -234,11 +241,13 @@ def test_the_command_line():
         stream_output=True,
         precompile=False,
         skip_tokenizer_init=True,
+        quantization="fp8",
+        kv_cache_dtype="fp8_e4m3",
     )
     with pytest.warns(UserWarning, match="disable_cuda_graph"):
         assert parse("--model m --disable-cuda-graph") == ServerArgs("m")
     with pytest.raises(NotSupportedError, match="quantization"):
-        parse("--model m --quantization fp8")
+        parse("--model m --quantization awq")
 
 
 def test_a_namespace_with_other_flags_is_fine():

@@ -29,7 +29,8 @@ def calls(monkeypatch):
 
         return call
 
-    loaded = types.SimpleNamespace(eos_token_ids=(3, 4), format="dummy")
+    declaration = types.SimpleNamespace(quantization="fp8")
+    loaded = types.SimpleNamespace(eos_token_ids=(3, 4), format="dummy", declaration=declaration)
     monkeypatch.setattr(converters, "load", record("load", loaded))
     monkeypatch.setattr(converters, "load_tokenizer", record("tokenizer", TOKENIZER))
     monkeypatch.setattr(EngineLoop, "start", record("loop", "the loop"))
@@ -42,6 +43,7 @@ def test_options_reach_the_loader(calls):
         "model",
         tokenizer_path="tok",
         dtype="half",
+        quantization="fp8",
         load_format="dummy",
         json_model_override_args='{"num_hidden_layers": 1}',
         revision="r",
@@ -57,6 +59,7 @@ def test_options_reach_the_loader(calls):
     assert positional == ("model",) and options == {
         "load_format": "dummy",
         "dtype": "float16",
+        "quantization": "fp8",
         "config_overrides": {"num_hidden_layers": 1},
         "revision": "r",
         "download_dir": "d",
@@ -73,10 +76,11 @@ def test_options_reach_the_loader(calls):
         },
     )
     assert calls["loop"] == ((args, calls["loaded"]), {})
-    assert (started.loop, started.tokenizer, started.load_format) == (
+    assert (started.loop, started.tokenizer, started.load_format, started.quantization) == (
         "the loop",
         TOKENIZER,
         "dummy",
+        "fp8",
     )
     assert started.eos_ids == {3, 4, TOKENIZER.eos_token_id}
 

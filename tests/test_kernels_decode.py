@@ -18,12 +18,14 @@ from tests.kernels.support import (
     fresh_seed,
     implementation,
     interprets_mosaic,
+    module,
     nan_keys_are_meant,
     needs_gpu,
     poison,
     quiet,
     reference,
     refuses,
+    second_layer,
 )
 
 pytestmark = quiet
@@ -35,13 +37,30 @@ want = reference("paged_decode")
 def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
     arrays = case.inputs(seed, jnp.dtype(dtype))
     run = implementation("paged_decode", name, interpret=interpret, **sizes)
-    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, window=case.window))
+    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
     if refuses(name, case, dtype):
         with pytest.raises(NotImplementedError):
             call(*arrays)
         return
+    placed, first_page = second_layer(arrays)
     poison(arrays[0].shape, arrays[0].dtype)
-    assert_close(call(*arrays), want(*arrays, window=case.window), dtype)
+    assert_close(call(*placed, first_page=first_page), want(*arrays, **case.options), dtype)
+
+
+def check_locked(case, dtype, *, seed=0, calls=1, interpret=False, **sizes):
+    """Triton's single launch, `calls` times over with the same locks and other queries."""
+    arrays = case.inputs(seed, jnp.dtype(dtype))
+    run = implementation("paged_decode", "triton", interpret=interpret, **sizes)
+    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
+    q, *cache = map(jnp.asarray, arrays)
+    locks = jnp.zeros(len(case.lengths) * case.kv_heads + 3, jnp.int32)
+    for turn in range(calls):
+        poison(q.shape, q.dtype)
+        query = q * (1 - 0.5 * turn / calls)
+        got, locks = call(query, *cache, locks)
+        assert not np.asarray(locks).any(), "a lock is not 0 afterwards"
+        if turn in (0, calls - 1):
+            assert_close(got, want(query, *arrays[1:], **case.options), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -75,10 +94,63 @@ def test_xla_block_sizes(block):
         ("wide table", "float32", 16),
         ("all empty", "float32", 2),
         ("all empty", "bfloat16", 1),
+        ("soft cap", "float32", 2),
+        ("soft cap window", "bfloat16", 4),
+        ("fp8", "bfloat16", 2),
+        ("fp8 head dim 80", "float16", 1),
     ],
 )
 def test_triton_interpreted(case, dtype, splits):
     check(EDGES[case], "triton", dtype, interpret=True, block=32, splits=splits)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize(
+    ("case", "dtype", "splits"),
+    [
+        ("llama-8b", "bfloat16", 2),
+        ("smollm", "float32", 4),
+        ("qwen-0.5b", "bfloat16", 1),
+        ("head dim 80", "float32", 2),
+        ("window", "float32", 4),
+        ("wide table", "float32", 16),
+        ("all empty", "float32", 2),
+        ("fp8", "bfloat16", 2),
+    ],
+)
+def test_triton_with_locks_interpreted(case, dtype, splits):
+    check_locked(EDGES[case], dtype, calls=2, interpret=True, block=16, splits=splits)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+def test_triton_with_locks_merges_in_several_rounds(monkeypatch):
+    home = module("paged_decode", "triton")
+    monkeypatch.setattr(home, "MERGED_AT_ONCE", 2 * 4 * 64)  # two splits of four heads at once
+    case = cases.Case("many splits", 4, 1, 64, 16, (100, 7, 16, 128))
+    check_locked(case, "float32", interpret=True, block=16, splits=8)
+
+
+def test_locks_come_back_from_the_public_function():
+    case = EDGES["smollm"]
+    arrays = tuple(map(jnp.asarray, case.inputs(3, jnp.float32)))
+    locks = jnp.zeros(len(case.lengths) * case.kv_heads, jnp.int32)
+    got, locks = paged_decode(*arrays, locks)
+    np.testing.assert_array_equal(got, paged_decode(*arrays))
+    assert not np.asarray(locks).any()
+
+
+@pytest.mark.parametrize("name", ["xla", "triton", "mosaic_sm90"])
+def test_locks_lower_and_come_back(name):
+    pages = ((64, 64, 2, 64), jnp.bfloat16)
+    shapes = compat.shape_list(
+        [((2, 4, 64), jnp.bfloat16), pages, pages, ((2, 32), jnp.int32), ((2,), jnp.int32),
+         ((8,), jnp.int32)]
+    )  # fmt: skip
+    run = functools.partial(implementation("paged_decode", name, interpret=False), scale=0.1)
+    out, locks = jax.eval_shape(run, *shapes)
+    assert out.shape == (2, 4, 64) and (locks.shape, locks.dtype) == ((8,), jnp.int32)
+    text = compat.lower_for_cuda(run, *shapes)
+    assert ("output_operand_aliases" in text) == (name == "triton")
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
@@ -93,6 +165,8 @@ def test_triton_interpreted(case, dtype, splits):
         ("page boundaries", "bfloat16", 2, 64),
         ("window", "bfloat16", 2, 64),
         ("all empty", "bfloat16", 2, 64),
+        ("soft cap window", "bfloat16", 2, 64),
+        ("fp8", "bfloat16", 1, 64),
         ("head dim 80", "bfloat16", 1, 64),
         ("smollm", "float32", 1, 64),
     ],
@@ -136,8 +210,36 @@ def test_float32_lowers_for_cuda_in_triton_only():
         compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
 
 
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_cap_and_fp8_lower_for_cuda(model, locked):
+    heads, kv_heads, head_dim, page_size = MODELS[model]
+    pages = ((4096, page_size, kv_heads, head_dim), jnp.float8_e4m3fn)
+    shapes = compat.shape_list(
+        [((4, heads, head_dim), jnp.bfloat16), pages, pages,
+         ((4, 128), jnp.int32), ((4,), jnp.int32), *([((64,), jnp.int32)] if locked else [])]
+    )  # fmt: skip
+    triton = implementation("paged_decode", "triton", interpret=False)
+    run = functools.partial(triton, scale=0.1, window=300, soft_cap=30.0)
+    assert "custom_call" in compat.lower_for_cuda(run, *shapes)
+    mosaic = implementation("paged_decode", "mosaic_sm90", interpret=False)
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+        compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
+
+
+def test_fp8_pages_between_2_and_4_gib_are_refused_by_triton():
+    pages = ((1 << 14, 64, 16, 128), jnp.float8_e4m3fn)
+    shapes = compat.shape_list(
+        [((1, 16, 128), jnp.bfloat16), pages, pages, ((1, 8), jnp.int32), ((1,), jnp.int32)]
+    )
+    triton = implementation("paged_decode", "triton", interpret=False)
+    with pytest.raises(NotImplementedError, match="offsets wrap"):
+        jax.eval_shape(functools.partial(triton, scale=0.1), *shapes)
+
+
 def test_splits_fill_the_device_and_respect_the_table():
-    assert choose_splits(programs=8, tiles=128, cores=132) == 64
+    assert choose_splits(programs=8, tiles=128, cores=132) == 32
+    assert choose_splits(programs=64, tiles=128, cores=132) == 4
     assert choose_splits(programs=512, tiles=128, cores=132) == 1
     assert choose_splits(programs=8, tiles=3, cores=132) == 2
     assert choose_splits(programs=1, tiles=1, cores=0) == 1
@@ -152,6 +254,9 @@ def test_splits_fill_the_device_and_respect_the_table():
         ({"page_table": np.zeros((2, 4), np.int16)}, "page_table"),
         ({"v_pages": np.zeros((3, 8, 2, 64), np.float32)}, "v_pages"),
         ({"window": 0}, "window=0"),
+        ({"soft_cap": -1.0}, "soft_cap=-1.0"),
+        ({"locks": np.zeros(3, np.int32)}, r"locks is int32\[3\]: expected int32\[at least 4\]"),
+        ({"locks": np.zeros(4, np.float32)}, "locks"),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -186,8 +291,23 @@ def test_other_dtypes_on_device(name, case, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("case", [*cases.EDGES, *cases.LARGE], **by_name)
+def test_locks_on_device(case):
+    check_locked(case, "bfloat16", calls=20, seed=fresh_seed())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("splits", [2, 16, 64])
+def test_locks_with_many_splits_on_device(splits):
+    case = cases.Case("ragged", 32, 8, 128, 64, (4000, 1, 0, 513, 64, 2047), width=128)
+    check_locked(case, "bfloat16", calls=50, seed=fresh_seed(), splits=splits)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("case", cases.LARGE, **by_name)
 def test_default_order_on_device(case):
     arrays = case.inputs(7, jnp.bfloat16)
-    got = jax.jit(functools.partial(paged_decode, window=case.window))(*arrays)
-    assert_close(got, want(*arrays, window=case.window), "bfloat16")
+    got = jax.jit(functools.partial(paged_decode, **case.options))(*arrays)
+    assert_close(got, want(*arrays, **case.options), "bfloat16")

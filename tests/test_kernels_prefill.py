@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import compat, paged_prefill
 from pallas_kernels.paged_prefill import cases
-from pallas_kernels.paged_prefill.plan import plan_tiles
+from pallas_kernels.paged_prefill.plan import plan_tiles, plan_work
 from tests.kernels.support import (
     ON_GPU,
     assert_close,
@@ -24,10 +24,12 @@ from tests.kernels.support import (
     quiet,
     reference,
     refuses,
+    second_layer,
 )
 
 pytestmark = quiet
 EDGES = {case.name: case for case in cases.EDGES}
+LARGE = {case.name: case for case in cases.LARGE}
 by_name = {"ids": lambda case: case.name}
 want = reference("paged_prefill")
 
@@ -35,15 +37,16 @@ want = reference("paged_prefill")
 def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
     arrays = case.inputs(seed, jnp.dtype(dtype))
     run = implementation("paged_prefill", name, interpret=interpret, **sizes)
-    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, window=case.window))
+    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
     if refuses(name, case, dtype):
         with pytest.raises(NotImplementedError):
             call(*arrays)
         return
+    placed, first_page = second_layer(arrays)
     poison(arrays[0].shape, arrays[0].dtype)
     live = case.live()
-    got = np.asarray(call(*arrays))[live]
-    assert_close(got, want(*arrays, window=case.window)[live], dtype)
+    got = np.asarray(call(*placed, first_page=first_page))[live]
+    assert_close(got, want(*arrays, **case.options)[live], dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -78,6 +81,8 @@ def test_xla_block_sizes(tile, block):
         ("causal edges", "bfloat16"),
         ("window edges", "float32"),
         ("nothing to do", "bfloat16"),
+        ("soft cap", "float32"),
+        ("fp8", "bfloat16"),
     ],
 )
 def test_triton_interpreted(case, dtype):
@@ -88,22 +93,58 @@ def test_triton_interpreted(case, dtype):
 @interprets_mosaic
 @nan_keys_are_meant
 @pytest.mark.parametrize(
-    ("case", "dtype", "stages"),
+    ("case", "dtype", "sizes"),
     [
-        ("two warpgroups", "bfloat16", 2),
-        ("smollm mixed", "bfloat16", 4),
-        ("group of 8", "float16", 2),
-        ("page boundaries", "bfloat16", 2),
-        ("window", "bfloat16", 2),
-        ("causal edges", "bfloat16", 2),
-        ("window edges", "bfloat16", 2),
-        ("nothing to do", "bfloat16", 2),
-        ("head dim 80", "bfloat16", 2),
-        ("smollm mixed", "float32", 2),
+        ("two warpgroups", "bfloat16", {"block": 64, "stages": 2, "programs": 2}),
+        ("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
+        ("smollm mixed", "bfloat16", {"block": 64, "stages": 3, "ahead": 0}),
+        ("group of 8", "float16", {"programs": 1}),
+        ("page boundaries", "bfloat16", {"programs": 2}),
+        ("page boundaries", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 1}),
+        ("qwen-0.5b", "bfloat16", {"packed": 7, "programs": 2}),
+        ("window", "bfloat16", {"block": 64, "programs": 2}),
+        ("causal edges", "bfloat16", {"block": 64, "programs": 2}),
+        ("window edges", "bfloat16", {"block": 64, "programs": 1}),
+        ("many short", "bfloat16", {"block": 64, "stages": 3, "programs": 3}),
+        ("many short", "bfloat16", {"block": 64, "ahead": 0, "turns": 0, "programs": 2}),
+        ("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
+        ("nothing to do", "bfloat16", {}),
+        ("head dim 80", "bfloat16", {}),
+        ("smollm mixed", "float32", {}),
+        ("fp8", "bfloat16", {}),
     ],
 )
-def test_mosaic_interpreted(case, dtype, stages):
-    check(EDGES[case], "mosaic_sm90", dtype, interpret=True, block=64, stages=stages)
+def test_mosaic_interpreted(case, dtype, sizes):
+    check(EDGES[case], "mosaic_sm90", dtype, interpret=True, **sizes)
+
+
+def test_mosaic_refuses_sizes_that_do_not_fit():
+    case = EDGES["qwen-0.5b"]
+    arrays = case.inputs(0, jnp.bfloat16)
+    for sizes in ({"packed": 2}, {"stages": 1}, {"block": 32}, {"stages": 9}):
+        run = implementation("paged_prefill", "mosaic_sm90", interpret=False, **sizes)
+        with pytest.raises(NotImplementedError):
+            run(*map(jnp.asarray, arrays), scale=0.1)
+
+
+def test_work_is_every_tile_heaviest_first():
+    rng = np.random.default_rng(0)
+    for window in (None, 40):
+        starts, lens, prefixes = (rng.integers(0, 90, 5).astype(np.int32) for _ in range(3))
+        total = int(lens.sum())
+        work, used = plan_work(
+            *map(jnp.asarray, (starts, lens, prefixes)), total, tile=16, block=32, window=window
+        )
+        work = np.asarray(work)[: int(used[0])]
+        tiles = [(s, o) for s in range(5) for o in range(0, lens[s], 16)]
+        found = [(int(s), int(p - prefixes[s])) for _, _, p, s in work]
+        assert sorted(found) == tiles
+        rows, left, position, sequence = work.T
+        np.testing.assert_array_equal(rows - starts[sequence], position - prefixes[sequence])
+        np.testing.assert_array_equal(left, lens[sequence] - (position - prefixes[sequence]))
+        first = np.maximum(position - (window - 1), 0) // 32 if window else 0
+        blocks = -(-(position + np.minimum(left, 16)) // 32) - first
+        assert (np.diff(blocks) <= 0).all()
 
 
 def test_plan_covers_every_token_once():
@@ -116,6 +157,12 @@ def test_plan_covers_every_token_once():
         assert (sequence[len(used) :] == -1).all()
 
 
+MOSAIC_SIZES = [
+    {"block": block, "stages": stages, "ahead": ahead, "turns": turns}
+    for block, stages in ((64, 4), (128, 2))
+    for ahead in (0, 1)
+    for turns in (0, 1)
+]
 MODELS = {
     "llama-3.1-8b": (32, 8, 128, 64),
     "qwen2.5-0.5b": (14, 2, 64, 64),
@@ -152,6 +199,35 @@ def test_float32_lowers_for_cuda_in_triton_only():
         compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_cap_and_fp8_lower_for_cuda(model):
+    heads, kv_heads, head_dim, page_size = MODELS[model]
+    q, row = ((256, heads, head_dim), jnp.bfloat16), ((16,), jnp.int32)
+    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
+        pages = ((4096, page_size, kv_heads, head_dim), dtype)
+        shapes = compat.shape_list([q, pages, pages, ((16, 128), jnp.int32), row, row, row])
+        for name in ("triton", "mosaic_sm90"):
+            run = implementation("paged_prefill", name, interpret=False)
+            run = functools.partial(run, scale=0.1, window=300, soft_cap=30.0)
+            if (name, dtype) == ("mosaic_sm90", jnp.float8_e4m3fn):
+                with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+                    compat.lower_for_cuda(run, *shapes)
+            else:
+                assert "custom_call" in compat.lower_for_cuda(run, *shapes)
+
+
+@pytest.mark.parametrize("sizes", MOSAIC_SIZES, ids=str)
+def test_every_mosaic_schedule_lowers_for_cuda(sizes):
+    q, pages, row = ((512, 32, 128), jnp.bfloat16), ((64, 64, 8, 128), jnp.bfloat16), (4,)
+    row = (row, jnp.int32)
+    shapes = compat.shape_list([q, pages, pages, ((4, 16), jnp.int32), row, row, row])
+    run = implementation("paged_prefill", "mosaic_sm90", interpret=False, **sizes)
+    assert "custom_call" in compat.lower_for_cuda(functools.partial(run, scale=0.1), *shapes)
+
+
+F8_PAGES = np.zeros((3, 16, 2, 64), jnp.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,6 +235,9 @@ def test_float32_lowers_for_cuda_in_triton_only():
         ({"q_lens": np.zeros(3, np.int32)}, "q_lens"),
         ({"prefix_lens": np.zeros(2, np.float32)}, "prefix_lens"),
         ({"window": -1}, "window=-1"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0"),
+        ({"k_pages": F8_PAGES, "v_pages": F8_PAGES}, "q has dtype float32"),
+        ({"k_pages": F8_PAGES}, "v_pages has dtype float32"),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -184,6 +263,22 @@ def test_on_device(name, case):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("sizes", MOSAIC_SIZES, ids=str)
+@pytest.mark.parametrize("case", ["llama-8b ragged", "llama-8b window", "llama-8b mixed step"])
+def test_every_mosaic_schedule_on_device(case, sizes):
+    check(LARGE[case], "mosaic_sm90", "bfloat16", seed=fresh_seed(), **sizes)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("packed", "programs"), [(1, 0), (2, 7), (4, 1), (4, 0)])
+def test_mosaic_packing_on_device(packed, programs):
+    sizes = {"packed": packed, "programs": programs}
+    check(LARGE["llama-8b ragged"], "mosaic_sm90", "bfloat16", seed=fresh_seed(), **sizes)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("case", ["smollm mixed", "window", "head dim 80"])
 @pytest.mark.parametrize("name", ["mosaic_sm90", "triton", "xla"])
@@ -196,6 +291,6 @@ def test_other_dtypes_on_device(name, case, dtype):
 @pytest.mark.parametrize("case", cases.LARGE, **by_name)
 def test_default_order_on_device(case):
     arrays = case.inputs(7, jnp.bfloat16)
-    got = jax.jit(functools.partial(paged_prefill, window=case.window))(*arrays)
+    got = jax.jit(functools.partial(paged_prefill, **case.options))(*arrays)
     live = case.live()
-    assert_close(np.asarray(got)[live], want(*arrays, window=case.window)[live], "bfloat16")
+    assert_close(np.asarray(got)[live], want(*arrays, **case.options)[live], "bfloat16")

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import registry
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.dense import dense_attend
+from jaxserve.models.dense import DenseOps
+from jaxserve.models.ops import AttentionSpec
 from tests.checkpoints import ARCHITECTURES, FAMILIES, make_config
 
 # What these models' config.json say (the keys that matter).
@@ -222,7 +223,7 @@ def test_the_same_module_trains(family):
     ids = jnp.arange(24, dtype=jnp.int32) * 7 % 512
 
     def loss_of(model):
-        hidden, _ = model(ids[:-1], jnp.arange(23), [None], None, dense_attend)
+        hidden, _ = model(ids[:-1], jnp.arange(23), None, None, DenseOps())
         logits = model.logits(hidden)
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[1:]).mean()
 
@@ -245,12 +246,13 @@ def test_the_same_module_trains(family):
     assert float(last) < float(first) - 1
 
 
-def test_dense_attend_keeps_packed_sequences_apart():
+def test_dense_attention_keeps_packed_sequences_apart():
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((10, n, 8), np.float32)) for n in (4, 2, 2))
+    spec = AttentionSpec(0, num_heads=4, num_kv_heads=2, head_dim=8, scale=0.3, window=3, eps=0.0)
+    qkv, cos, sin = (jnp.asarray(rng.standard_normal((10, n), np.float32)) for n in (64, 4, 4))
     segments = jnp.asarray([0] * 6 + [1] * 4)
-    packed, cache = dense_attend(q, k, v, "cache", segments, scale=0.3, window=3)
+    packed, cache = DenseOps().attend(qkv, cos, sin, "cache", segments, spec)
     assert cache == "cache"
     for part in (slice(0, 6), slice(6, 10)):
-        alone, _ = dense_attend(q[part], k[part], v[part], None, None, scale=0.3, window=3)
+        alone, _ = DenseOps().attend(qkv[part], cos[part], sin[part], None, None, spec)
         np.testing.assert_allclose(packed[part], alone, atol=1e-6)

@@ -10,12 +10,13 @@ import pytest
 
 import converters
 from jaxserve.models import rope
-from jaxserve.models.dense import dense_attend
+from jaxserve.models.dense import DenseOps, split_heads
 from tests.checkpoints import FAMILIES, VOCAB, make_checkpoint
 
 torch = pytest.importorskip("torch")
 T = 40
 TOLERANCE = 2e-5
+OPS = DenseOps()
 
 
 def hf_model(path: str):
@@ -42,8 +43,7 @@ def random_ids(count: int = T, seed: int = 0) -> np.ndarray:
 
 def our_logits(model, ids: np.ndarray) -> np.ndarray:
     positions = jnp.arange(len(ids), dtype=jnp.int32)
-    cache = [None] * model.config.num_layers
-    hidden, _ = model(jnp.asarray(ids), positions, cache, None, dense_attend)
+    hidden, _ = model(jnp.asarray(ids), positions, None, None, OPS)
     return np.asarray(model.logits(hidden))
 
 
@@ -89,7 +89,13 @@ class TestParts:
 
     def test_q_k_v(self, pair):
         x = random(T, 64)
-        q, k, v = pair.ours.layers[1].attn.project(jnp.asarray(x))
+        attn = pair.ours.layers[1].attn
+        unturned = (
+            jnp.ones((T, pair.config.head_dim // 2)),
+            jnp.zeros((T, pair.config.head_dim // 2)),
+        )
+        norms = (n and n.scale[...] for n in (attn.q_norm, attn.k_norm))
+        q, k, v = split_heads(attn.qkv(jnp.asarray(x), OPS), *unturned, attn.spec, *norms)
         hf = pair.hf.model.layers[1].self_attn
         heads = {
             name: call(projection, x).reshape(T, -1, pair.config.head_dim)
@@ -118,11 +124,11 @@ class TestParts:
     def test_output_projection(self, pair):
         x = random(T, pair.config.num_heads * pair.config.head_dim)
         theirs = call(pair.hf.model.layers[0].self_attn.o_proj, x)
-        close(pair.ours.layers[0].attn.o(jnp.asarray(x)), theirs)
+        close(pair.ours.layers[0].attn.o(jnp.asarray(x), OPS), theirs)
 
     def test_mlp(self, pair):
         x = random(T, 64)
-        close(pair.ours.layers[0].mlp(jnp.asarray(x)), call(pair.hf.model.layers[0].mlp, x))
+        close(pair.ours.layers[0].mlp(jnp.asarray(x), OPS), call(pair.hf.model.layers[0].mlp, x))
 
     @pytest.mark.parametrize("index", [0, 1])
     def test_layer(self, pair, index):
@@ -131,7 +137,7 @@ class TestParts:
         positions = np.arange(T)
         cos, sin = rope.cos_sin(config.rope, config.head_dim, jnp.asarray(positions))
         layer = pair.ours.layers[index]
-        ours, cache = layer(jnp.asarray(x), cos, sin, "passed on", None, dense_attend)
+        ours, cache = layer(jnp.asarray(x), cos, sin, "passed on", None, OPS)
         distance = positions[:, None] - positions
         hidden = (distance < 0) | (distance >= (config.windows[index] or T))
         mask = torch.from_numpy(np.where(hidden, -1e30, 0).astype(np.float32))[None, None]

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.sampler.filters import keep_mask, ordered_bits
-from jaxserve.sampler.noise import gumbel_noise
-from jaxserve.sampler.sampler import SamplerOptions, sample, sample_greedy
+from jaxserve.sampler.sampler import Sampler
 from jaxserve.step.state import FLOATS, INTS, NO_TOP_K, RowParams, Sampled, SparseRows
 
 V = 97
@@ -17,7 +15,7 @@ TOP, NAMED, BIAS = 5, 3, 4
 NEUTRAL = {
     "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "frequency": 0.0, "presence": 0.0,
     "repetition": 1.0, "top_k": NO_TOP_K, "seed": 0, "sample_index": 0, "prompt_len": 0,
-    "num_bias": 0, "wants_logprob": 0, "num_top": 0,
+    "num_bias": 0, "wants_logprob": 0, "num_top": 0, "num_named": NAMED,
 }  # fmt: skip
 
 
@@ -45,10 +43,10 @@ def run(logits, rows, lengths=None, slots=None, raw=False, **lists):
     sampled, params, sparse = build(rows, **lists)
     slots = np.arange(len(rows)) if slots is None else slots
     lengths = np.zeros(len(rows) + 1) if lengths is None else lengths
-    return sample(
-        jnp.asarray(logits, jnp.float32), sampled, jnp.asarray(slots, jnp.int32),
-        jnp.asarray(lengths, jnp.int32), params, sparse, SamplerOptions(TOP, raw),
-    )  # fmt: skip
+    slots = jnp.asarray(slots, jnp.int32)
+    positions = jnp.asarray(lengths, jnp.int32)[slots]
+    logits = jnp.asarray(logits, jnp.float32)
+    return jax.jit(Sampler(TOP, raw, None))(logits, sampled, slots, positions, params, sparse)
 
 
 def random_logits(rows, seed=0, scale=3.0):
@@ -72,38 +70,12 @@ def kept_by_sorting(logits, top_k, top_p, min_p):
     return (logits >= max(by_k, by_p)) & (weights >= min_p)
 
 
-def test_ordered_bits_sort_as_floats():
-    x = np.array([-np.inf, -3e38, -1.5, -1e-40, -0.0, 0.0, 1e-40, 2.5, 3e38, np.inf], np.float32)
-    assert np.all(np.diff(np.asarray(ordered_bits(jnp.asarray(x))).astype(np.int64)) >= 0)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_filters_keep_what_sorting_keeps(seed):
-    random = np.random.default_rng(seed)
-    logits = random_logits(64, seed, scale=random.choice([0.1, 1.0, 8.0]))
-    logits[::7] = np.round(logits[::7])  # ties
-    top_k = random.integers(1, V + 5, 64)
-    top_p = np.where(random.random(64) < 0.3, 1.0, random.uniform(0.01, 1.0, 64))
-    min_p = np.where(random.random(64) < 0.5, 0.0, random.random(64))
-    kept = np.asarray(
-        keep_mask(
-            jnp.asarray(logits), jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32),
-            jnp.asarray(min_p, jnp.float32),
-        )
-    )  # fmt: skip
-    for row in range(64):
-        expected = kept_by_sorting(logits[row], top_k[row], top_p[row], min_p[row])
-        np.testing.assert_array_equal(kept[row], expected)
-        assert kept[row, logits[row].argmax()]
-
-
 def test_greedy_rows_take_the_argmax_in_any_company():
     logits = random_logits(4)
     rows = [{"top_k": 1}, {"seed": 3}, {"top_k": 1, "temperature": 0.3}, {"top_p": 0.2}]
     _, tokens, _ = run(logits, rows)
     assert [int(tokens[0]), int(tokens[2])] == list(logits[[0, 2]].argmax(-1))
-    sampled, _, _ = build(rows)
-    carry, alone = sample_greedy(jnp.asarray(logits), sampled, jnp.asarray([0, 4, 2, 4], jnp.int32))
+    carry, alone, _ = run(logits, rows, slots=[0, 4, 2, 4])  # 4 is padding
     assert [int(alone[0]), int(alone[2])] == [int(tokens[0]), int(tokens[2])]
     assert int(carry.last_tokens[2]) == int(tokens[2])
     assert int(carry.counts[0, int(tokens[0])]) == 1
@@ -116,14 +88,15 @@ def test_frequencies_follow_the_filtered_distribution():
     draws = 20_000
     sampled, row_params, sparse = build([params])
 
-    def draw(position):
-        result = sample(
-            jnp.asarray(logits)[None], sampled, jnp.zeros(1, jnp.int32),
-            jnp.stack([position, jnp.int32(0)]), row_params, sparse, SamplerOptions(TOP, False),
-        )  # fmt: skip
-        return result[1][0]
+    rows = 500
 
-    tokens = np.asarray(jax.lax.map(draw, jnp.arange(draws, dtype=jnp.int32), batch_size=500))
+    def draw(position):
+        return Sampler(TOP, False, None)(
+            jnp.tile(logits, (rows, 1)), sampled, jnp.zeros(rows, jnp.int32),
+            position + jnp.arange(rows, dtype=jnp.int32), row_params, sparse,
+        )[1]  # fmt: skip
+
+    tokens = np.asarray(jax.lax.map(draw, jnp.arange(0, draws, rows, dtype=jnp.int32))).ravel()
     scaled = logits / np.float32(0.7)
     keep = kept_by_sorting(scaled, 12, 0.9, 0.02)
     p = np.where(keep, np.exp(scaled - scaled.max()), 0.0)
@@ -132,18 +105,6 @@ def test_frequencies_follow_the_filtered_distribution():
     assert not counts[~keep].any()
     statistic = np.sum((counts[keep] - draws * p[keep]) ** 2 / (draws * p[keep]))
     assert statistic < 60, (statistic, keep.sum())
-
-
-def test_noise_depends_on_seed_sample_and_position_alone():
-    seeds = jnp.asarray([1, 1, 1, 2, 2**32 - 1], jnp.uint32)
-    samples = jnp.asarray([0, 1, 0, 0, 0], jnp.int32)
-    positions = jnp.asarray([7, 7, 8, 7, 7], jnp.int32)
-    noise = np.asarray(gumbel_noise(seeds, samples, positions, V))
-    alone = np.asarray(gumbel_noise(seeds[3:4], samples[3:4], positions[3:4], V))
-    np.testing.assert_array_equal(noise[3], alone[0])
-    for a in range(5):
-        for b in range(a):
-            assert not np.array_equal(noise[a], noise[b])
 
 
 def test_the_same_row_samples_the_same_in_any_batch_and_slot():

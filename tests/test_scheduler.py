@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections import Counter, deque
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from jaxserve.output.commit import commit, finish
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
+from jaxserve.scheduler.slots import Slots
 from tests.oracles.paged_device import PagedDevice, next_token
 
 
@@ -30,18 +32,18 @@ class Sink:
         self.updates.append(update)
 
 
-def make_request(rid, prompt, new, sample=0, group=""):
+def make_request(rid, prompt, new, sample=0, group="", stops=(), interval=0):
     return Request(
         rid=rid, index=0, prompt_ids=prompt, params=SamplingParams(), max_new_tokens=new,
-        stop_ids=frozenset(), masked_ids=(), seed=0, sample_index=sample, mailbox=Sink(),
-        group=group,
+        stop_ids=frozenset(stops), stream_interval=interval, masked_ids=(), seed=0,
+        sample_index=sample, mailbox=Sink(), group=group,
     )  # fmt: skip
 
 
 @dataclasses.dataclass
 class Result:
     batch: Batch
-    tokens: list[int]
+    tokens: np.ndarray
     logprobs: None = None
     input_logprobs: None = None
 
@@ -55,6 +57,7 @@ class Machine:
             buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
             max_rows=rows, max_prefill_tokens=tokens,
         )  # fmt: skip
+        self.scheduler.slots = Slots(rows, pending=16)  # so that outputs outgrow it
         self.depth = depth
         self.in_flight: deque[Result] = deque()
 
@@ -93,11 +96,10 @@ class Machine:
 
 
 def expected_tokens(request):
-    start = len(request.prompt_ids)
-    return [
-        next_token(request.rid, request.sample_index, p)
-        for p in range(start, start + request.max_new_tokens)
-    ]
+    start, tokens = len(request.prompt_ids), []
+    while len(tokens) < request.max_new_tokens and not request.stop_ids & set(tokens):
+        tokens.append(next_token(request.rid, request.sample_index, start + len(tokens)))
+    return tokens
 
 
 @settings(max_examples=150, deadline=None)
@@ -117,12 +119,15 @@ def test_random_traffic_reads_its_own_tokens(seed, pages, page_size, rows, token
     for number in range(random_.randint(1, 12)):
         capacity = pages * page_size
         length = random_.randint(1, min(capacity - 1, 60))
-        new = random_.randint(0, min(capacity - length, 50))
+        new = random_.randint(0, min(capacity - length, 150))
         prompt = [random_.randrange(1000) for _ in range(length)]
         samples = random_.choice([1, 1, 3])
         group = f"group{number}" if samples > 1 else ""
+        # more end tokens than are compared at once, too
+        stops = random_.sample(range(1000), random_.choice([0, 3, 8, 9, 60]))
+        interval = random_.choice([0, 0, 1, 5])
         for sample in range(samples):
-            requests.append(make_request(f"r{number}", prompt, new, sample, group))
+            requests.append(make_request(f"r{number}", prompt, new, sample, group, stops, interval))
     aborted = set()
     for request in requests:
         machine.scheduler.add(request)
@@ -141,8 +146,10 @@ def test_random_traffic_reads_its_own_tokens(seed, pages, page_size, rows, token
             assert request.output_ids == expected_tokens(request)[: len(request.output_ids)]
         else:
             assert request.output_ids == expected_tokens(request)
-        assert request.mailbox.updates[-1].finish_reason is not None
-        assert len(request.mailbox.updates) == 1
+        updates = request.mailbox.updates
+        assert [u.finish_reason is None for u in updates] == [True] * (len(updates) - 1) + [False]
+        assert [token for u in updates for token in u.new_ids] == request.output_ids
+        assert request.stream_interval or len(updates) == 1
 
 
 def test_retraction_happens_and_is_invisible():

@@ -68,8 +68,8 @@ def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> d
     }
 
 
-def model_info(args: ServerArgs, load_format: str) -> dict[str, Any]:
-    """`get_model_info()`."""
+def model_info(args: ServerArgs, load_format: str, quantization: str | None) -> dict[str, Any]:
+    """`get_model_info()`. load_format, quantization: of what was loaded."""
     return {
         "model_path": args.model_path,
         "tokenizer_path": args.tokenizer_path or args.model_path,
@@ -77,6 +77,7 @@ def model_info(args: ServerArgs, load_format: str) -> dict[str, Any]:
         "is_generation": True,
         "weight_version": args.weight_version,
         "load_format": load_format,
+        "quantization": quantization,
         "reasoning_parser": None,
         "tool_call_parser": None,
     }

@@ -30,6 +30,8 @@ class Started:
     """A transformers tokenizer; None with skip_tokenizer_init."""
     eos_ids: frozenset[int]
     load_format: str
+    quantization: str | None = None
+    """Of the loaded weights; an Orbax folder may be quantized without the option."""
 
 
 def start(args: ServerArgs) -> Started:
@@ -61,6 +63,7 @@ def start(args: ServerArgs) -> Started:
         args.model_path,
         load_format=args.load_format,
         dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
+        quantization=args.quantization,
         sharding=sharding,
         config_overrides=args.config_overrides,
         revision=args.revision,
@@ -68,7 +71,8 @@ def start(args: ServerArgs) -> Started:
         seed=args.random_seed or 0,
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
-    return Started(EngineLoop.start(args, loaded), tokenizer, eos_ids, loaded.format)
+    loop = EngineLoop.start(args, loaded)
+    return Started(loop, tokenizer, eos_ids, loaded.format, loaded.declaration.quantization)
 
 
 def tokenizer_eos(tokenizer: Any) -> frozenset[int]:

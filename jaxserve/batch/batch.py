@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.slots import Rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class ExtendBatch:
     page_copies: tuple[tuple[int, int], ...] = ()
 
     @property
+    def wants_logprobs(self) -> bool:
+        """Whether any row wants the logprobs of its outputs."""
+        return any(row.sequence.request.logprobs is not None for row in self.rows)
+
+    @property
     def sampled(self) -> list[tuple[int, Sequence]]:
         """(row number, sequence) of the rows whose sampled token counts."""
         return [(i, row.sequence) for i, row in enumerate(self.rows) if row.samples]
@@ -51,20 +57,25 @@ class ExtendBatch:
         return [row.sequence for row in self.rows]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class DecodeBatch:
-    """One token for each of several running sequences.
+    """One token for each running sequence.
 
     row_bucket: bucket B. new_pages: (row number, page) for rows that begin a page in this step.
     """
 
-    sequences: list[Sequence]
+    rows: Rows
     row_bucket: int
     new_pages: tuple[tuple[int, int], ...] = ()
 
     @property
-    def sampled(self) -> list[tuple[int, Sequence]]:
-        return list(enumerate(self.sequences))
+    def sequences(self) -> tuple[Sequence, ...]:
+        return self.rows.sequences
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether any row wants the logprobs of its outputs."""
+        return self.rows.wants_logprobs
 
 
 Batch = ExtendBatch | DecodeBatch

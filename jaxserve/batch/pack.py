@@ -16,7 +16,7 @@ ROW_FIELDS = (
     "next_tokens", "wants_input_logprobs",
 )  # fmt: skip
 NUM_FLOATS = 6
-NUM_INTS = 7
+NUM_INTS = 8
 
 
 class ExtendArrays(NamedTuple):
@@ -26,7 +26,7 @@ class ExtendArrays(NamedTuple):
     them (forks and padding start at T), new_lengths (KV tokens after the step), sample_at (packed
     row whose logits the row samples from, -1: none), fresh (1: the slot's counts restart),
     next_tokens (successor of the row's last token, -1: unknown), wants_input_logprobs (0 or 1).
-    page_table [B, W]. floats [B, 6], ints [B, 7]: see step.state.
+    page_table [B, W]. floats [B, 6], ints [B, 8]: see step.state.
     """
 
     tokens: Any
@@ -143,6 +143,7 @@ def row_ints(sequence: Sequence) -> tuple[int, ...]:
         len(request.params.logit_bias or ()) + len(request.masked_ids),
         spec is not None,
         spec.top if spec else 0,
+        len(spec.ids) if spec else 0,
     )
 
 
@@ -175,16 +176,12 @@ def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArr
     return SparseArrays(ids, values, until, logprob_ids)
 
 
-def pack_rows(batch: DecodeBatch, padding_slot: int) -> np.ndarray:
-    """Slots [B] int32 of a decode batch."""
-    rows = np.full(batch.row_bucket, padding_slot, np.int32)
-    rows[: len(batch.sequences)] = [s.slot for s in batch.sequences]
-    return rows
-
-
-def pack_new_pages(batch: DecodeBatch) -> np.ndarray:
-    """The page each row begins [B] int32, -1 for none."""
-    pages = np.full(batch.row_bucket, -1, np.int32)
+def pack_decode(batch: DecodeBatch, padding_slot: int) -> np.ndarray:
+    """[2, B] int32 of a decode batch: slots, and the page each row begins (-1 for none)."""
+    upload = np.empty((2, batch.row_bucket), np.int32)
+    upload[0] = padding_slot
+    upload[0, : len(batch.sequences)] = batch.rows.slots
+    upload[1] = -1
     for row, page in batch.new_pages:
-        pages[row] = page
-    return pages
+        upload[1, row] = page
+    return upload

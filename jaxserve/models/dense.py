@@ -1,4 +1,5 @@
-"""Causal attention over whole sequences, without a cache: for training, export and tests."""
+"""The operations in plain mathematics, over whole sequences and without a cache: for training,
+export and tests."""
 
 from __future__ import annotations
 
@@ -7,33 +8,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxserve.models import rope
+from jaxserve.models.layers import activation, rms_norm
+from jaxserve.models.ops import AttentionSpec
 
-def dense_attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: Any,
-    meta: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-) -> tuple[jax.Array, Any]:
-    """The `Attend` of a model that sees all its tokens at once.
 
-    q [T, N, H], k and v [T, K, H]; softmax in float32, memory O(N T^2). meta: segment of each
-    token, [T] int32, for sequences packed side by side; None is one sequence. `cache` passes
-    through. Returns out [T, N, H].
+class DenseOps:
+    """The `Ops` of a model that sees all its tokens at once; memory O(N T^2).
+
+    meta: segment of each token, [T] int32, for sequences packed side by side; None is one sequence.
+    `cache` passes through.
     """
-    tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("tkgh,skh->kgts", grouped, k, preferred_element_type=jnp.float32)
-    distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    if meta is not None:
-        visible &= meta[:, None] == meta
-    weights = jax.nn.softmax(jnp.where(visible, scores * scale, -jnp.inf), axis=-1)
-    out = jnp.einsum("kgts,skh->tkgh", weights.astype(v.dtype), v)
-    return out.reshape(q.shape), cache
+
+    def linear(
+        self, x: jax.Array, kernel: jax.Array, *, bias: jax.Array | None = None,
+        norm: jax.Array | None = None, eps: float = 0.0, residual: jax.Array | None = None,
+        act: str | None = None, scale: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """See `Ops.linear`."""
+        if norm is not None:
+            x = rms_norm(x, norm, eps)
+        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = y if scale is None else y * scale
+        y = y if bias is None else y + bias
+        if act is not None:
+            gate, up = jnp.split(y, 2, axis=-1)
+            y = activation(act)(gate) * up
+        y = y if residual is None else y + residual
+        return y.astype(x.dtype)
+
+    def attend(
+        self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: jax.Array | None,
+        spec: AttentionSpec, *, q_norm: jax.Array | None = None, k_norm: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """See `Ops.attend`. Softmax in float32."""
+        q, k, v = split_heads(qkv, cos, sin, spec, q_norm, k_norm)
+        tokens = q.shape[0]
+        grouped = q.reshape(tokens, spec.num_kv_heads, -1, spec.head_dim)
+        scores = jnp.einsum("tkgh,skh->kgts", grouped, k, preferred_element_type=jnp.float32)
+        distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+        visible = distance >= 0
+        if spec.window is not None:
+            visible &= distance < spec.window
+        if meta is not None:
+            visible &= meta[:, None] == meta
+        weights = jax.nn.softmax(jnp.where(visible, scores * spec.scale, -jnp.inf), axis=-1)
+        out = jnp.einsum("kgts,skh->tkgh", weights.astype(v.dtype), v)
+        return out.reshape(tokens, -1), cache
+
+
+def split_heads(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, spec: AttentionSpec,
+    q_norm: jax.Array | None, k_norm: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """qkv [T, (N + 2K) * H] -> q [T, N, H], k and v [T, K, H]; q and k normalized and rotated."""
+    heads = qkv.reshape(qkv.shape[0], -1, spec.head_dim)
+    q, k, v = jnp.split(heads, [spec.num_heads, spec.num_heads + spec.num_kv_heads], axis=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, spec.eps), rms_norm(k, k_norm, spec.eps)
+    return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v

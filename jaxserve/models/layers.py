@@ -6,12 +6,15 @@ Letters: T tokens, V vocabulary, D model dim, F mlp dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.errors import NotSupportedError
+from jaxserve.models.ops import Ops
+from jaxserve.models.quantization import kernel_dtype, quantize
 
 _INIT_STD = 0.02
 
@@ -40,30 +43,55 @@ class Embedding(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x [..., in] @ kernel [in, out] (+ bias [out])."""
+    """kernel [in, out] (+ bias [out]); how it is applied is up to `Ops.linear`.
+
+    quantization: a scheme of models.quantization, whose kernel has a kernel_scale [out] float32.
+    """
 
     def __init__(
-        self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs | None
-    ):
-        self.kernel = normal_param(rngs, (size_in, size_out), dtype)
+        self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs | None,
+        quantization: str | None = None,
+    ):  # fmt: skip
+        kernel, scale = normal_param(rngs, (size_in, size_out), dtype), None
+        if quantization is not None:
+            values, steps = quantize(kernel[...], kernel_dtype(quantization))
+            kernel, scale = nnx.Param(values), nnx.Param(steps)
+        self.kernel, self.kernel_scale = kernel, scale
         self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(
+        self, x: jax.Array, ops: Ops, *, norm: RMSNorm | None = None,
+        residual: jax.Array | None = None, act: str | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """x [T, in] -> [T, out], or [T, out / 2] with a gated activation: see `Ops.linear`."""
+        return ops.linear(
+            x,
+            self.kernel[...],
+            bias=None if self.bias is None else self.bias[...],
+            norm=None if norm is None else norm.scale[...],
+            eps=0.0 if norm is None else norm.eps,
+            residual=residual,
+            act=act,
+            scale=None if self.kernel_scale is None else self.kernel_scale[...],
+        )
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * scale over the last axis."""
 
     def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones((dim,), dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x [..., n] / rms(x) * scale [n], in float32; x's dtype (Zhang and Sennrich 2019)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -78,17 +106,22 @@ class MLP(nnx.Module):
         bias: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs | None,
+        quantization: str | None = None,
     ):
         activation(act)  # an unknown name fails here, not in the first step
         self.act = act
-        self.gate_up = Linear(dim, 2 * mlp_dim, bias=bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(mlp_dim, dim, bias=bias, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {
+            "bias": bias, "dtype": dtype, "rngs": rngs, "quantization": quantization
+        }  # fmt: skip
+        self.gate_up = Linear(dim, 2 * mlp_dim, **options)
+        self.down = Linear(mlp_dim, dim, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [T, D] -> [T, D]."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)  # [T, F] each
-        gated = activation(self.act)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return self.down(gated.astype(x.dtype))
+    def __call__(
+        self, x: jax.Array, ops: Ops, *, norm: RMSNorm | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """x [T, D] -> [T, D], normalized first and added to `residual` where these are given."""
+        return self.down(self.gate_up(x, ops, norm=norm, act=self.act), ops, residual=residual)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

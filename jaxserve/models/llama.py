@@ -6,8 +6,7 @@ Letters: T tokens, B rows, N query heads, K KV heads, H head dim, D model dim, V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +15,25 @@ from flax import nnx
 from jaxserve.models import rope
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import MLP, Embedding, Linear, RMSNorm
-
-
-class Attend(Protocol):
-    """How tokens see each other. The models know nothing else about caches and batches.
-
-    q [T, N, H], k and v [T, K, H] of the new tokens, already rotated; `cache` and `meta` are the
-    caller's. `scale` multiplies the scores; `window` w keeps the last w positions, the current
-    one included. Returns out [T, N, H] and the layer's new cache.
-    """
-
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        cache: Any,
-        meta: Any,
-        *,
-        scale: float,
-        window: int | None,
-    ) -> tuple[jax.Array, Any]: ...
+from jaxserve.models.ops import AttentionSpec, Ops
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and fused q, k, v projections."""
 
-    def __init__(self, config: ModelConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.config = config
-        self.window = config.windows[index]
+    def __init__(
+        self, config: ModelConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None,
+        quantization: str | None = None,
+    ):  # fmt: skip
+        self.spec = AttentionSpec(
+            layer=index,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            window=config.windows[index],
+            eps=config.rms_norm_eps,
+        )
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = Linear(
             config.hidden_size,
@@ -52,6 +41,7 @@ class Attention(nnx.Module):
             bias=config.attention_bias,
             dtype=dtype,
             rngs=rngs,
+            quantization=quantization,
         )
         self.o = Linear(
             config.num_heads * config.head_dim,
@@ -59,34 +49,39 @@ class Attention(nnx.Module):
             bias=config.attention_out_bias,
             dtype=dtype,
             rngs=rngs,
+            quantization=quantization,
         )
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [T, D] -> q [T, N, H], k and v [T, K, H], before rotation."""
-        c = self.config
-        heads = self.qkv(x).reshape(x.shape[0], -1, c.head_dim)
-        q, k, v = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
-        return q, k, v
+        def head_norm() -> RMSNorm | None:
+            if not config.qk_norm:
+                return None
+            return RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+
+        self.q_norm, self.k_norm = head_norm(), head_norm()
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any, attend: Attend
-    ) -> tuple[jax.Array, Any]:
-        """x [T, D], cos and sin [T, H/2] -> [T, D], new cache."""
-        q, k, v = self.project(x)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        scale = self.config.head_dim**-0.5
-        out, cache = attend(q, k, v, cache, meta, scale=scale, window=self.window)
-        return self.o(out.reshape(x.shape[0], -1)), cache
+        self, x: jax.Array, norm: RMSNorm, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any,
+        ops: Ops,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """x [T, D], cos and sin [T, H/2] -> x + attention(norm(x)) [T, D], new cache."""
+        qkv = self.qkv(x, ops, norm=norm)  # [T, (N + 2K) * H]
+        out, cache = ops.attend(
+            qkv, cos, sin, cache, meta, self.spec,
+            q_norm=None if self.q_norm is None else self.q_norm.scale[...],
+            k_norm=None if self.k_norm is None else self.k_norm.scale[...],
+        )  # fmt: skip
+        return self.o(out, ops, residual=x), cache
 
 
 class Layer(nnx.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    attention: ClassVar[type[Attention]] = Attention
-
-    def __init__(self, config: ModelConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(
+        self, config: ModelConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None,
+        quantization: str | None = None,
+    ):  # fmt: skip
         self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attn = self.attention(config, index, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, index, dtype=dtype, rngs=rngs, quantization=quantization)
         self.post_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(
             config.hidden_size,
@@ -95,24 +90,25 @@ class Layer(nnx.Module):
             bias=config.mlp_bias,
             dtype=dtype,
             rngs=rngs,
+            quantization=quantization,
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any, attend: Attend
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any, ops: Ops
     ) -> tuple[jax.Array, Any]:
         """x [T, D] -> [T, D], new cache."""
-        out, cache = self.attn(self.input_norm(x), cos, sin, cache, meta, attend)
-        x = x + out
-        return x + self.mlp(self.post_norm(x)), cache
+        x, cache = self.attn(x, self.input_norm, cos, sin, cache, meta, ops)
+        return self.mlp(x, ops, norm=self.post_norm, residual=x), cache
 
 
 class Llama(nnx.Module):
     """Decoder-only transformer. Its parameters are the paths of `registry.declare(...).specs`.
 
-    rngs: source of random weights (training from scratch); None starts from zeros.
+    rngs: source of random weights (training from scratch); None starts from zeros. quantization: a
+    scheme of models.quantization for the layers' linear kernels; embeddings, LM head, norms and
+    biases keep `dtype`.
     """
 
-    layer: ClassVar[type[Layer]] = Layer
     hf_defaults: ClassVar[dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "bos_token_id": 1,
@@ -120,11 +116,17 @@ class Llama(nnx.Module):
     }
     """What transformers assumes for keys that an old config.json leaves out."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(
+        self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None,
+        quantization: str | None = None,
+    ):  # fmt: skip
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [self.layer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)]
+            [
+                Layer(config, i, dtype=dtype, rngs=rngs, quantization=quantization)
+                for i in range(config.num_layers)
+            ]
         )
         self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.lm_head = (
@@ -144,24 +146,17 @@ class Llama(nnx.Module):
         }
 
     def __call__(
-        self,
-        token_ids: jax.Array,
-        positions: jax.Array,
-        cache: Sequence[Any],
-        meta: Any,
-        attend: Attend,
-    ) -> tuple[jax.Array, list[Any]]:
+        self, token_ids: jax.Array, positions: jax.Array, cache: Any, meta: Any, ops: Ops
+    ) -> tuple[jax.Array, Any]:
         """token_ids, positions [T] int32 -> hidden [T, D] after the final norm, new cache.
 
-        `cache` has one entry per layer, handed to `attend` with `meta`, both unread.
+        `cache` goes through `ops.attend` of each layer with `meta`; the model reads neither.
         """
         cos, sin = rope.cos_sin(self.config.rope, self.config.head_dim, positions)
         x = self.embed(token_ids)
-        new_cache = []
-        for layer, entry in zip(self.layers, cache, strict=True):
-            x, entry = layer(x, cos, sin, entry, meta, attend)
-            new_cache.append(entry)
-        return self.final_norm(x), new_cache
+        for layer in self.layers:
+            x, cache = layer(x, cos, sin, cache, meta, ops)
+        return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, D] after the final norm -> [B, V] float32."""

@@ -1,41 +1,16 @@
-"""Qwen3: Llama with RMSNorm on each head of q and k (Qwen team 2025; HF modeling_qwen3).
-
-Letters: T tokens, N query heads, K KV heads, H head dim, D model dim.
-"""
+"""Qwen3: Llama with RMSNorm on each head of q and k (Qwen team 2025; HF modeling_qwen3)."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from jaxserve.models.config import ModelConfig, layer_windows
-from jaxserve.models.layers import RMSNorm
-from jaxserve.models.llama import Attention, Layer, Llama
-
-
-class Qwen3Attention(Attention):
-    """q and k are normalized over H before they are rotated."""
-
-    def __init__(self, config: ModelConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        super().__init__(config, index, dtype=dtype, rngs=rngs)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
-        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
-
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [T, D] -> q [T, N, H], k and v [T, K, H], before rotation."""
-        q, k, v = super().project(x)
-        return self.q_norm(q), self.k_norm(k), v
-
-
-class Qwen3Layer(Layer):
-    attention: ClassVar[type[Attention]] = Qwen3Attention
+from jaxserve.models.config import layer_windows
+from jaxserve.models.llama import Llama
 
 
 class Qwen3(Llama):
-    layer: ClassVar[type[Layer]] = Qwen3Layer
+    """Differs from Llama in its config only: `qk_norm`, and windows in the upper layers."""
+
     hf_defaults: ClassVar[dict[str, Any]] = {
         "head_dim": 128,
         "max_position_embeddings": 32768,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,15 +61,24 @@ def family(architecture: str) -> type[Llama]:
 class Declaration:
     """A model without its arrays.
 
-    graphdef: the module's structure. specs: shape and dtype of each parameter by dotted path, in
-    the order in which the engine passes them as a flat tuple.
+    dtype: of every parameter, the quantized kernels and their scales excepted. graphdef: the
+    module's structure. specs: shape and dtype of each parameter by dotted path, in the order in
+    which the engine passes them as a flat tuple.
     """
 
     config: ModelConfig
+    dtype: jnp.dtype
+    quantization: str | None
+    """A scheme of models.quantization."""
     graphdef: nnx.GraphDef
     specs: Mapping[str, jax.ShapeDtypeStruct]
     keys: tuple[tuple[Any, ...], ...]
     """The nnx key of each path of `specs`."""
+
+    @functools.cached_property
+    def scales(self) -> Mapping[str, str]:
+        """Path of each quantized kernel -> path of its scale."""
+        return {path: f"{path}_scale" for path in self.specs if f"{path}_scale" in self.specs}
 
     def bind(self, params: Mapping[str, Any]) -> Llama:
         """The module with `params` (arrays or tracers) in place. Works inside jit.
@@ -85,17 +95,20 @@ class Declaration:
         return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
 
 
-def declare(config: ModelConfig, dtype: Any) -> Declaration:
+def declare(config: ModelConfig, dtype: Any, quantization: str | None = None) -> Declaration:
     """The parameters of a model and how to bind them; allocates nothing.
 
-    dtype: of every parameter. Raises NotSupportedError for an unknown architecture.
+    dtype: of every parameter. quantization: a scheme of models.quantization; kernels of the layers'
+    linear parts are then int8 or float8_e4m3fn, with a parameter `kernel_scale` beside each.
+    Raises NotSupportedError for an unknown architecture or scheme.
     """
     cls = family(config.architecture)
-    shapes = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=None))
+    dtype = jnp.dtype(dtype)
+    shapes = nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=None, quantization=quantization))
     graphdef, state = nnx.split(shapes)
     flat = nnx.to_flat_state(state)
     keys = tuple(key for key, _ in flat)
     specs = {
         ".".join(map(str, key)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat
     }
-    return Declaration(config, graphdef, specs, keys)
+    return Declaration(config, dtype, quantization, graphdef, specs, keys)

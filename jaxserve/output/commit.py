@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.batch.batch import ExtendBatch, ExtendRow
+from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
 from jaxserve.request import Logprobs, Request, TopLogprobs, Update
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -38,31 +38,63 @@ def commit(result: Any, scheduler: Scheduler) -> int:
     Requests that ended or were aborted since the step was scheduled are passed over: their extra
     token is dropped. Returns how many tokens were kept.
     """
-    batch = result.batch
-    tokens: list[int] = np.asarray(result.tokens).tolist()
+    batch, tokens = result.batch, np.asarray(result.tokens)
     logprobs = HostLogprobs(result.logprobs) if result.logprobs is not None else None
+    if isinstance(batch, DecodeBatch):
+        return _commit_decode(batch, tokens, logprobs, scheduler)
     if result.input_logprobs is not None:
         host = HostLogprobs(result.input_logprobs)
         for row in batch.rows:
             if not row.sequence.request.finished:
                 _read_input_logprobs(row, host)
-    if isinstance(batch, ExtendBatch):
-        _complete_input_logprobs(batch)
+    _complete_input_logprobs(batch)
     kept = 0
     for row, sequence in batch.sampled:
-        sequence.in_flight -= 1
-        request = sequence.request
-        if request.finished:
-            continue
-        if logprobs is not None and request.logprobs is not None:
-            logprobs.add(row, request, request.pending_logprobs)
-        kept += _accept(sequence, tokens[row], scheduler)
+        if not sequence.request.finished:
+            kept += _accept(sequence, row, int(tokens[row]), logprobs, scheduler)
     return kept
 
 
-def _accept(sequence: Sequence, token: int, scheduler: Scheduler) -> int:
-    """Append one sampled token to its request; 1 if it was kept."""
+def _commit_decode(
+    batch: DecodeBatch, tokens: np.ndarray, logprobs: HostLogprobs | None, scheduler: Scheduler
+) -> int:
+    """Rows that only collect tokens are appended to all at once; the others, and those that end,
+    one by one."""
+    rows, progress = batch.rows, scheduler.slots
+    tokens = tokens[: len(rows.slots)]
+    if rows is scheduler.rows and rows.all_simple:
+        ended = progress.append(rows.slots, tokens, rows.limit, rows.stops)
+        for row in np.flatnonzero(ended).tolist():
+            _settle(rows.sequences[row], int(tokens[row]), scheduler)
+        return len(tokens)
+    alive = progress.epoch[rows.slots] == rows.epochs
+    which = np.flatnonzero(alive & rows.simple)
+    ended = progress.append(
+        rows.slots[which], tokens[which], rows.limit[which], rows.stops[which]
+    )  # fmt: skip
+    for row in which[ended].tolist():
+        _settle(rows.sequences[row], int(tokens[row]), scheduler)
+    for row in np.flatnonzero(alive & ~rows.simple).tolist():
+        _accept(rows.sequences[row], row, int(tokens[row]), logprobs, scheduler)
+    return int(alive.sum())
+
+
+def _settle(sequence: Sequence, token: int, scheduler: Scheduler) -> None:
+    """Move the slot's tokens, of which `token` is the last, to the request; finish it if that was
+    its end."""
+    sequence.drain()
+    reason = finish_reason(sequence.request, token)
+    if reason is not None:
+        finish(sequence.request, reason, scheduler)
+
+
+def _accept(
+    sequence: Sequence, row: int, token: int, logprobs: HostLogprobs | None, scheduler: Scheduler
+) -> int:
+    """Append row `row`'s token to its request; 1 if it was kept."""
     request = sequence.request
+    if logprobs is not None and request.logprobs is not None:
+        logprobs.add(row, request, request.pending_logprobs)
     if request.first_token_time is None:
         request.first_token_time = time.perf_counter()
     if request.max_new_tokens == 0:
@@ -70,6 +102,7 @@ def _accept(sequence: Sequence, token: int, scheduler: Scheduler) -> int:
         finish(request, {"type": "length", "length": 0}, scheduler)
         return 0
     request.output_ids.append(token)
+    scheduler.slots.produced[sequence.slot] += 1
     reason = finish_reason(request, token)
     if reason is not None:
         finish(request, reason, scheduler)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Any
 
 from jaxserve.batch.batch import Batch, DecodeBatch
 
 WINDOW_SECONDS = 10.0
+
+
+PHASES = ("schedule", "prepare", "dispatch", "commit")
 
 
 class Stats:
@@ -17,21 +21,23 @@ class Stats:
         self.extend_steps = 0
         self.decode_steps = 0
         self.generated_tokens = 0
-        self.host_seconds = 0.0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
         self._recent: deque[tuple[float, int]] = deque()
 
-    def dispatched(self, batch: Batch, seconds: float) -> None:
-        """A step was prepared and queued in `seconds` of host time."""
+    def spent(self, phase: str, seconds: float) -> None:
+        """The host worked on a step."""
+        self.seconds[phase] += seconds
+
+    def dispatched(self, batch: Batch) -> None:
+        """A step was queued on the device."""
         if isinstance(batch, DecodeBatch):
             self.decode_steps += 1
         else:
             self.extend_steps += 1
-        self.host_seconds += seconds
 
-    def committed(self, tokens: int, seconds: float) -> None:
-        """A step's `tokens` were handed out in `seconds` of host time."""
+    def committed(self, tokens: int) -> None:
+        """A step's `tokens` were handed out."""
         self.generated_tokens += tokens
-        self.host_seconds += seconds
         now = time.perf_counter()
         self._recent.append((now, tokens))
         while self._recent[0][0] < now - WINDOW_SECONDS:
@@ -46,12 +52,13 @@ class Stats:
         tokens = sum(count for _, count in self._recent) - self._recent[0][1]
         return tokens / max(last - first, 1e-9)
 
-    def as_dict(self) -> dict[str, float]:
-        steps = self.extend_steps + self.decode_steps
+    def as_dict(self) -> dict[str, Any]:
+        steps = max(self.extend_steps + self.decode_steps, 1)
         return {
             "extend_steps": self.extend_steps,
             "decode_steps": self.decode_steps,
             "generated_tokens": self.generated_tokens,
-            "host_ms_per_step": 1e3 * self.host_seconds / steps if steps else 0.0,
+            "host_ms_per_step": 1e3 * sum(self.seconds.values()) / steps,
+            "host_seconds": dict(self.seconds),
             "last_gen_throughput": self.throughput,
         }

@@ -13,12 +13,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
+
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.request import Request
 from jaxserve.scheduler.prefill import ExtendPlanner
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.slots import Rows, Slots
 
 
 class DrainNeeded(Exception):
@@ -29,8 +32,9 @@ class Scheduler:
     """Owns every live sequence and the page allocator.
 
     waiting: not admitted, oldest first (retracted ones at the front). prefilling: admitted, part of
-    the prompt still to run. running: decoding. A sequence whose last token is scheduled but not
-    read is in none of them, and stays in `live`.
+    the prompt still to run. running: decoding, in the order of a batch's rows. A sequence whose
+    last token is scheduled but not read is in none of them, and stays in `live`. slots: progress of
+    everything admitted.
     """
 
     def __init__(
@@ -42,16 +46,17 @@ class Scheduler:
         self.buckets = buckets
         self.waiting: deque[Sequence] = deque()
         self.prefilling: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[Sequence, None] = {}
         self.live: dict[Request, Sequence] = {}
-        self._free_slots = list(range(max_rows - 1, -1, -1))
+        self.slots = Slots(max_rows)
+        self._rows: Rows | None = None
         self._arrivals = 0
         self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
 
     # -- requests come and go ---------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        sequence = Sequence(request, self._arrivals)
+        sequence = Sequence(request, self._arrivals, self.slots)
         self._arrivals += 1
         self.live[request] = sequence
         self.waiting.append(sequence)
@@ -60,17 +65,15 @@ class Scheduler:
         """Forget a finished or aborted request; its pages and slot are free at once. A step in
         flight may still write to them: whoever takes them next runs after it on the device."""
         sequence = self.live.pop(request)
+        self._drop_from_queues(sequence)
         if sequence.admitted:
             self._release(sequence)
-        self._drop_from_queues(sequence)
 
     def retract(self, sequence: Sequence) -> None:
         """Take an admitted sequence off the device; it runs again later from its tokens."""
         assert sequence.in_flight == 0, "a retracted sequence's tokens must all have been read"
         self._drop_from_queues(sequence)
         self._release(sequence)
-        sequence.kv_len = 0
-        sequence.scheduled_outputs = len(sequence.request.output_ids)
         sequence.request.num_retractions += 1
         if sequence.request.input_logprobs is None:
             sequence.request.pending_input_logprobs.clear()
@@ -80,7 +83,7 @@ class Scheduler:
         """After the device lost its KV: everything admitted starts over, oldest first."""
         admitted = [s for s in self.live.values() if s.admitted]
         for sequence in sorted(admitted, key=lambda s: s.arrival, reverse=True):
-            sequence.in_flight = 0
+            self.slots.scheduled[sequence.slot] = self.slots.produced[sequence.slot]
             self.retract(sequence)
 
     @property
@@ -98,7 +101,7 @@ class Scheduler:
         return batch if batch is not None else self._schedule_decode()
 
     def _schedule_extend(self) -> ExtendBatch | None:
-        if not self.prefilling and not (self.waiting and self._free_slots):
+        if not self.prefilling and not (self.waiting and self.slots.available):
             return None
         max_tokens, max_rows = self._limits
         planner = ExtendPlanner(self.buckets, max_tokens, max_rows)
@@ -120,7 +123,11 @@ class Scheduler:
         return planner.batch()
 
     def _schedule_decode(self) -> Batch | None:
-        self.running = [s for s in self.running if not s.fully_scheduled]
+        rows, progress = self.rows, self.slots
+        complete = progress.scheduled[rows.slots] >= rows.limit
+        if complete.any():
+            for row in np.flatnonzero(complete).tolist():
+                self._leave(rows.sequences[row])
         new_pages: list[tuple[int, int]] = []
         starved = self._grow(new_pages)
         while starved:
@@ -132,55 +139,75 @@ class Scheduler:
             starved = self._grow(new_pages)
         if not self.running:
             return self._schedule_extend()
-        for sequence in self.running:
-            sequence.kv_len += 1
-            sequence.scheduled_outputs += 1
-            sequence.in_flight += 1
-        rows = self.buckets.decode_rows(len(self.running))
-        return DecodeBatch(list(self.running), rows, tuple(new_pages))
+        rows = self.rows
+        progress.kv_len[rows.slots] += 1
+        progress.scheduled[rows.slots] += 1
+        return DecodeBatch(rows, self.buckets.decode_rows(len(rows.slots)), tuple(new_pages))
+
+    @property
+    def rows(self) -> Rows:
+        """The running sequences as the rows of a decode step; the same object as long as none
+        comes or goes."""
+        if self._rows is None:
+            self._rows = self.slots.rows(tuple(self.running))
+        return self._rows
+
+    def _join(self, sequence: Sequence) -> None:
+        self.running[sequence] = None
+        self._rows = None
+
+    def _leave(self, sequence: Sequence) -> None:
+        del self.running[sequence]
+        self._rows = None
 
     # -- pages and slots --------------------------------------------------------------------------
 
     def _grow(self, new_pages: list[tuple[int, int]]) -> bool:
         """Give a page to each running sequence whose last one is full, in row order. True when
         pages ran out on the way."""
-        size = self.page_size
-        for row, sequence in enumerate(self.running):
-            if sequence.kv_len == len(sequence.pages) * size:
-                if not self.pages.available:
-                    return True
-                page = self.pages.allocate(1)
-                sequence.pages += page
-                new_pages.append((row, page[0]))
+        slots, sequences = self.rows.slots, self.rows.sequences
+        full = self.slots.kv_len[slots] == self.slots.capacity[slots]
+        for row in np.flatnonzero(full).tolist():
+            if not self.pages.available:
+                return True
+            page = self.pages.allocate(1)
+            self._hold(sequences[row], page)
+            new_pages.append((row, page[0]))
         return False
 
     def _shrink(self, new_pages: list[tuple[int, int]]) -> None:
         """Take back what `_grow` gave: rows are about to change."""
+        sequences = self.rows.sequences
         for row, page in new_pages:
-            self.running[row].pages.pop()
+            sequences[row].pages.pop()
+            self._hold(sequences[row], [])
             self.pages.release([page])
         new_pages.clear()
+
+    def _hold(self, sequence: Sequence, pages: list[int]) -> None:
+        """Add pages to those of a sequence."""
+        sequence.pages += pages
+        self.slots.capacity[sequence.slot] = len(sequence.pages) * self.page_size
 
     def _admit(self, sequence: Sequence) -> bool:
         """Reserve a slot and pages for all tokens of `sequence`, leaving a page for each running
         sequence to grow into; False changes nothing."""
         need = -(-sequence.total_tokens // self.page_size)
         reserve = len(self.running) + len(self.prefilling)
-        if not self._free_slots or need + reserve > self.pages.available:
+        if not self.slots.available or need + reserve > self.pages.available:
             return False
         self._take_slot(sequence)
-        sequence.pages = self.pages.allocate(need)
+        self._hold(sequence, self.pages.allocate(need))
         return True
 
     def _take_slot(self, sequence: Sequence) -> None:
-        sequence.slot = self._free_slots.pop()
+        sequence.slot = self.slots.take(sequence.request)
         if sequence.request.admitted_time is None:
             sequence.request.admitted_time = time.perf_counter()
 
     def _begin_decode(self, sequence: Sequence) -> None:
-        sequence.scheduled_outputs += 1
-        sequence.in_flight += 1
-        self.running.append(sequence)
+        self.slots.scheduled[sequence.slot] += 1
+        self._join(sequence)
 
     def _fork_siblings(self, leader: Sequence, planner: ExtendPlanner) -> None:
         """Let waiting samples of the same prompt share the leader's prompt pages. Those that find
@@ -191,14 +218,14 @@ class Scheduler:
         for sibling in self._siblings(leader):
             reserve = len(self.running) + len(self.prefilling)
             enough = self.pages.available >= bool(partial) + reserve
-            if not (self._free_slots and enough and planner.has_row):
+            if not (self.slots.available and enough and planner.has_row):
                 return
             self.waiting.remove(sibling)
             self._take_slot(sibling)
             shared = leader.pages[:full]
             self.pages.share(shared)
             own = self.pages.allocate(1 if partial else 0)
-            sibling.pages = shared + own
+            self._hold(sibling, shared + own)
             sibling.kv_len = leader.prompt_len
             copies = [(leader.pages[full], page) for page in own]
             planner.fork(sibling, leader, copies)
@@ -211,15 +238,16 @@ class Scheduler:
                 yield sequence
 
     def _release(self, sequence: Sequence) -> None:
+        sequence.drain()
         self.pages.release(sequence.pages)
-        self._free_slots.append(sequence.slot)
+        self.slots.release(sequence.slot)
         sequence.pages = []
         sequence.slot = -1
 
     def _drop_from_queues(self, sequence: Sequence) -> None:
         if sequence in self.running:
-            self.running.remove(sequence)
+            self._leave(sequence)
         elif sequence in self.prefilling:
             self.prefilling.remove(sequence)
-        elif sequence in self.waiting:
+        elif not sequence.admitted:
             self.waiting.remove(sequence)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.request import Request
+from jaxserve.scheduler.slots import Slots
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
     """Progress of one request. Everything "scheduled" counts steps already handed to the device,
-    which may be one ahead of the tokens the host has read.
+    which may be one ahead of the tokens the host has read. The numbers live in `slots` while the
+    sequence is admitted, and are those of a fresh start otherwise.
 
     Invariants, while admitted: slot >= 0; len(pages) * page_size >= kv_len;
     kv_len <= total_tokens + in_flight.
@@ -18,27 +20,29 @@ class Sequence:
 
     request: Request
     arrival: int
+    slots: Slots
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
-    kv_len: int = 0
-    """Tokens whose keys and values are scheduled to be in the pages."""
-    scheduled_outputs: int = 0
-    """Output tokens sampled or scheduled to be sampled."""
-    in_flight: int = 0
-    """Scheduled steps of this sequence whose sampled token the host has not read."""
-
-    greedy: bool = False
-    """Wants nothing of the sampler but the argmax; fixed at construction."""
-
-    def __post_init__(self) -> None:
-        p = self.request.params
-        neutral = (p.frequency_penalty, p.presence_penalty, p.repetition_penalty) == (0, 0, 1)
-        biased = bool(p.logit_bias or self.request.masked_ids)
-        self.greedy = p.top_k == 1 and neutral and not biased and self.request.logprobs is None
 
     @property
     def admitted(self) -> bool:
         return self.slot >= 0
+
+    @property
+    def kv_len(self) -> int:
+        """Tokens whose keys and values are scheduled to be in the pages."""
+        return int(self.slots.kv_len[self.slot]) if self.admitted else 0
+
+    @kv_len.setter
+    def kv_len(self, tokens: int) -> None:
+        self.slots.kv_len[self.slot] = tokens
+
+    @property
+    def in_flight(self) -> int:
+        """Scheduled steps of this sequence whose sampled token the host has not read."""
+        if not self.admitted:
+            return 0
+        return int(self.slots.scheduled[self.slot] - self.slots.produced[self.slot])
 
     @property
     def prompt_len(self) -> int:
@@ -47,15 +51,17 @@ class Sequence:
     @property
     def total_tokens(self) -> int:
         """Tokens known to the host: the prompt and the committed outputs."""
-        return len(self.request.prompt_ids) + len(self.request.output_ids)
+        outputs = self.slots.produced[self.slot] if self.admitted else len(self.request.output_ids)
+        return len(self.request.prompt_ids) + int(outputs)
 
-    @property
-    def fully_scheduled(self) -> bool:
-        """No further token needs sampling. A prefill-only request samples once."""
-        return self.scheduled_outputs >= max(self.request.max_new_tokens, 1)
+    def drain(self) -> None:
+        """Move the tokens kept in the slot into the request's list."""
+        if self.admitted:
+            self.request.output_ids += self.slots.drain(self.slot, len(self.request.output_ids))
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of positions start..stop-1 of prompt and outputs together."""
+        self.drain()
         prompt, split = self.request.prompt_ids, len(self.request.prompt_ids)
         if stop <= split:
             return prompt[start:stop]

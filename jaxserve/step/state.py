@@ -15,7 +15,10 @@ import numpy as np
 from jaxserve.config import EngineConfig
 
 FLOATS = ("temperature", "top_p", "min_p", "frequency", "presence", "repetition")
-INTS = ("top_k", "seed", "sample_index", "prompt_len", "num_bias", "wants_logprob", "num_top")
+INTS = (
+    "top_k", "seed", "sample_index", "prompt_len", "num_bias", "wants_logprob", "num_top",
+    "num_named",
+)  # fmt: skip
 NO_TOP_K = 1 << 30
 
 
@@ -77,7 +80,7 @@ def initial_state(config: EngineConfig, vocab_size: int) -> DeviceState:
     rows = config.max_rows + 1
     bias = (rows, config.bias_capacity)
     floats = np.tile(np.array([1.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (rows, 1))
-    ints = np.tile(np.array([1, 0, 0, 0, 0, 0, 0], np.int32), (rows, 1))
+    ints = np.tile(np.array([1] + [0] * (len(INTS) - 1), np.int32), (rows, 1))
     return DeviceState(
         Progress(jnp.zeros(rows, jnp.int32), jnp.zeros((rows, config.table_width), jnp.int32)),
         Sampled(jnp.zeros(rows, jnp.int32), jnp.zeros((rows, vocab_size), jnp.int32)),

@@ -1,8 +1,8 @@
 """The pure step: token ids -> model -> logits, with the cache and progress carried through.
 
-Two programs. `extend` runs packed ragged tokens (prompts, chunks, resumed sequences); `decode` runs
-one token a row, taken from the device's own last sample. `input_logprobs` follows an extend step
-whose prompts' logprobs are wanted.
+Two programs, each from token ids to sampled tokens. `extend` runs packed ragged tokens (prompts,
+chunks, resumed sequences); `decode` runs one token a row, taken from the device's own last sample.
+`input_logprobs` follows an extend step whose prompts' logprobs are wanted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.attention.attend import LayerCache
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
+from jaxserve.attention.paged import Cache, PagedOps
 from jaxserve.batch.pack import ExtendArrays, ExtendLayout
 from jaxserve.sampler import logprobs as lp
-from jaxserve.step.state import INTS, Progress, RowParams, SparseRows
+from jaxserve.sampler.sampler import Sampler
+from jaxserve.step.state import INTS, Progress, RowParams, Sampled, SparseRows
 
-Cache = list[LayerCache]
 PROMPT_LEN, NUM_TOP = INTS.index("prompt_len"), INTS.index("num_top")
 INPUT_LOGPROB_ROWS = 256
 """Rows of logits alive at once when input logprobs are wanted."""
@@ -28,20 +28,20 @@ INPUT_LOGPROB_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class StepModel:
-    """The model as the step sees it. bind: flat parameters -> module; attend: attention entry."""
+    """The model as the step sees it. bind: flat parameters -> module."""
 
     bind: Callable[[tuple[jax.Array, ...]], Any]
-    attend: Callable[..., tuple[jax.Array, LayerCache]]
+    ops: PagedOps
+    sampler: Sampler
     page_size: int
 
 
-class ExtendOutput(NamedTuple):
-    """logits [B, V] float32 of each row's last token; rows [B] int32: the slots whose sample counts
-    (R for the others); hidden [T, D]: for `input_logprobs`."""
+class StepOutput(NamedTuple):
+    """tokens [B] int32: drawn for each row; logprobs: of the rows that want them. Entries of rows
+    that do not sample are unspecified."""
 
-    logits: jax.Array
-    rows: jax.Array
-    hidden: jax.Array
+    tokens: jax.Array
+    logprobs: lp.TokenLogprobs
 
 
 class Packed(NamedTuple):
@@ -65,8 +65,9 @@ def cache_slots(
     page_table: jax.Array, rows: jax.Array, positions: jax.Array, valid: jax.Array,
     page_size: int, num_slots: int,
 ) -> jax.Array:  # fmt: skip
-    """Flat cache position of each token, [T] int32: page * S + offset, and for tokens of padding
-    distinct positions past the cache's end (the scatter drops those, and has no duplicates)."""
+    """Flat position of each token in a layer's pages, [T] int32: page * S + offset, and for tokens
+    of padding distinct positions past the end of all layers, num_slots (a scatter drops those, and
+    has no duplicates)."""
     pages = page_table[rows, positions // page_size]
     live = pages * page_size + positions % page_size
     return jnp.where(valid, live, num_slots + jnp.arange(rows.shape[0], dtype=jnp.int32))
@@ -74,13 +75,14 @@ def cache_slots(
 
 def decode_step(
     model: StepModel, params: tuple[jax.Array, ...], cache: Cache, progress: Progress,
-    last_tokens: jax.Array, rows: jax.Array, new_pages: jax.Array,
-) -> tuple[Cache, Progress, jax.Array]:  # fmt: skip
+    sampled: Sampled, row_params: RowParams, sparse: SparseRows, upload: jax.Array,
+) -> tuple[Cache, Progress, Sampled, StepOutput]:  # fmt: skip
     """One token for each of B rows.
 
-    rows [B] int32: slots, R for padding. new_pages [B] int32: the page a row begins with this
-    token, -1 for none. Returns the cache, the progress and logits [B, V] float32.
+    upload [2, B] int32: slots (R for padding), and the page each row begins with this token (-1 for
+    none). Returns the cache, progress and carry as updated, and the output.
     """
+    rows, new_pages = upload
     num_rows = progress.lengths.shape[0]
     live = rows < num_rows - 1
     positions = progress.lengths[rows]
@@ -89,29 +91,34 @@ def decode_step(
     page_table = table[rows]
     slots = cache_slots(
         page_table, jnp.arange(rows.shape[0]), positions, live, model.page_size,
-        num_slots=cache[0][0].shape[0] * model.page_size,
+        num_slots=cache.k.shape[0] * model.page_size,
     )  # fmt: skip
-    meta = DecodeMeta(slots, page_table, jnp.where(live, positions + 1, 0))
+    lengths = jnp.where(live, positions + 1, 0)
+    meta = DecodeMeta(slots, page_table, lengths)
     module = model.bind(params)
-    hidden, cache = module(last_tokens[rows], positions, cache, meta, model.attend)
-    lengths = progress.lengths.at[rows].set(jnp.where(live, positions + 1, 0))
-    return cache, Progress(lengths, table), module.logits(hidden)
+    hidden, cache = module(sampled.last_tokens[rows], positions, cache, meta, model.ops)
+    progress = Progress(progress.lengths.at[rows].set(lengths), table)
+    logits = module.logits(hidden)
+    sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
+    return cache, progress, sampled, StepOutput(*output)
 
 
 def extend_step(
     model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], cache: Cache,
-    progress: Progress, counts: jax.Array, row_params: RowParams, packed: jax.Array,
-) -> tuple[Cache, Progress, jax.Array, RowParams, ExtendOutput]:  # fmt: skip
+    progress: Progress, sampled: Sampled, row_params: RowParams, sparse: SparseRows,
+    packed: jax.Array,
+) -> tuple[Cache, Progress, Sampled, RowParams, StepOutput, jax.Array]:  # fmt: skip
     """Run T packed tokens of up to B rows.
 
-    packed: one int32 vector, see ExtendLayout. Returns the cache, progress, counts and row
-    parameters as updated, and the output.
+    packed: one int32 vector, see ExtendLayout. Returns the cache, progress, carry and row
+    parameters as updated, the output, and hidden [T, D] for `input_logprobs`.
     """
     batch = layout.unpack(packed)
     num_rows = progress.lengths.shape[0]
     slots = batch.slots
     table = progress.page_table.at[slots].set(batch.page_table)
-    lengths = progress.lengths.at[slots].set(jnp.where(slots < num_rows - 1, batch.new_lengths, 0))
+    lengths = jnp.where(slots < num_rows - 1, batch.new_lengths, 0)
+    progress = Progress(progress.lengths.at[slots].set(lengths), table)
     row_params = RowParams(
         row_params.floats.at[slots].set(batch.floats), row_params.ints.at[slots].set(batch.ints)
     )
@@ -120,23 +127,25 @@ def extend_step(
     positions = jnp.where(valid, batch.prefix_lens[owner] + offset, 0)
 
     # a slot's counts start from zero, and a resumed sequence's outputs are counted again
+    counts = sampled.counts
     counts = counts.at[jnp.where(batch.fresh > 0, slots, num_rows)].set(0, mode="drop")
     generated = valid & (positions >= row_params.ints[slots[owner], PROMPT_LEN])
     counts = counts.at[jnp.where(generated, slots[owner], num_rows), tokens].add(1, mode="drop")
 
     cache_positions = cache_slots(
         batch.page_table, owner, positions, valid, model.page_size,
-        num_slots=cache[0][0].shape[0] * model.page_size,
+        num_slots=cache.k.shape[0] * model.page_size,
     )  # fmt: skip
     meta = ExtendMeta(
         cache_positions, batch.page_table, batch.q_starts, batch.q_lens, batch.prefix_lens
     )
     module = model.bind(params)
-    hidden, cache = module(tokens, positions, cache, meta, model.attend)
+    hidden, cache = module(tokens, positions, cache, meta, model.ops)
     logits = module.logits(hidden[jnp.maximum(batch.sample_at, 0)])
-    sample_rows = jnp.where(batch.sample_at >= 0, slots, num_rows - 1)
-    output = ExtendOutput(logits, sample_rows, hidden)
-    return cache, Progress(lengths, table), counts, row_params, output
+    rows = jnp.where(batch.sample_at >= 0, slots, num_rows - 1)
+    sampled = Sampled(sampled.last_tokens, counts)
+    sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
+    return cache, progress, sampled, row_params, StepOutput(*output), hidden
 
 
 def input_logprobs(
@@ -183,16 +192,16 @@ def input_logprobs(
     return jax.lax.fori_loop(0, -(-layout.tokens // rows), chunk, result)
 
 
-def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
-    """Copy whole pages within each layer: sources, targets [C] int32, targets past the end are
-    dropped. A fork's last, partly filled prompt page becomes its own this way."""
-    return [
-        (
-            k.at[targets].set(k[sources], mode="drop"),
-            v.at[targets].set(v[sources], mode="drop"),
-        )
-        for k, v in cache
-    ]
+def copy_pages(num_layers: int, cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
+    """Copy whole pages within each layer: sources, targets [C] int32, targets past a layer's end
+    are dropped. A fork's last, partly filled prompt page becomes its own this way."""
+    total = cache.k.shape[0]
+    num_pages = total // num_layers
+    first = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages
+    read = (first + sources).reshape(-1)
+    write = jnp.where(targets < num_pages, first + targets, total).reshape(-1)
+    k, v = (pages.at[write].set(pages[read], mode="drop") for pages in (cache.k, cache.v))
+    return Cache(k, v, cache.locks)
 
 
 def install_sparse(

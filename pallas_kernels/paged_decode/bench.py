@@ -10,18 +10,15 @@ import jax.numpy as jnp
 from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
 
 MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
-# (model, rows, context)
-SHAPES = (
-    ("llama-8b", 1, 1024), ("llama-8b", 8, 1024), ("llama-8b", 64, 1024), ("llama-8b", 256, 1024),
-    ("llama-8b", 1, 4096), ("llama-8b", 64, 4096), ("qwen-0.5b", 1, 1024), ("qwen-0.5b", 64, 1024),
-    ("qwen-0.5b", 256, 1024),
-)  # fmt: skip
-PAGE_SIZE, WIDTH = 64, 128
+# (rows, context) for each model; those of a few rows also with locks, in one launch
+FEW_ROWS = [(rows, context) for rows in (1, 8) for context in (256, 1024, 4096, 32768)]
+MANY_ROWS = [(rows, context) for rows in (64, 256) for context in (512, 1024)]
+PAGE_SIZE, WIDTH = 64, 512
 
 
 def problem(
     heads: int, kv_heads: int, head_dim: int, rows: int, context: int, *,
-    name: str, page_size: int, width: int, pool_tokens: int, calls: int, dtype: Any,
+    name: str, page_size: int, width: int, pool_tokens: int, calls: int, dtype: Any, locked: bool,
 ) -> Problem:  # fmt: skip
     pages = pool_tokens // page_size
 
@@ -32,11 +29,14 @@ def problem(
             keys[1], calls=calls, rows=rows, live=-(-context // page_size), width=width, pages=pages
         )
         q = jax.random.normal(keys[2], (rows, heads, head_dim), dtype)
-        return q, (*pools, jnp.full((rows,), context, jnp.int32)), tables
+        carry = (q, jnp.zeros(rows * kv_heads, jnp.int32)) if locked else (q,)
+        return carry, (*pools, jnp.full((rows,), context, jnp.int32)), tables
 
-    def step(run, q, fixed, table):
+    def step(run, carry, fixed, table):
         k_pages, v_pages, lengths = fixed
-        return run(q, k_pages, v_pages, table, lengths, scale=head_dim**-0.5)
+        q, *locks = carry
+        out = run(q, k_pages, v_pages, table, lengths, *locks, scale=head_dim**-0.5)
+        return out if locked else (out,)
 
     itemsize = jnp.dtype(dtype).itemsize
     return Problem(
@@ -57,19 +57,23 @@ def problems() -> list[Problem]:
     """Real shapes, bfloat16; the pool of 2^19 tokens is far larger than an L2."""
     return [
         problem(
-            *MODELS[model], rows, context, name=f"{model} B={rows} ctx {context}",
+            *sizes, rows, context, name=f"{model} B={rows} ctx {context}{' locks' * locked}",
             page_size=PAGE_SIZE, width=WIDTH, pool_tokens=1 << 19, calls=16, dtype=jnp.bfloat16,
+            locked=locked,
         )
-        for model, rows, context in SHAPES
+        for model, sizes in MODELS.items()
+        for rows, context in (*FEW_ROWS, *MANY_ROWS)
+        for locked in ((False, True) if (rows, context) in FEW_ROWS else (False,))
     ]  # fmt: skip
 
 
 def smoke() -> list[Problem]:
     return [
         problem(
-            4, 2, 64, 2, 40, name="tiny", page_size=16, width=4, pool_tokens=512, calls=2,
-            dtype=jnp.bfloat16,
+            4, 2, 64, 2, 40, name=f"tiny{' locks' * locked}", page_size=16, width=8,
+            pool_tokens=512, calls=2, dtype=jnp.bfloat16, locked=locked,
         )
+        for locked in (False, True)
     ]  # fmt: skip
 
 
@@ -79,12 +83,14 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
     splits = [n for n in (1, 2, 4, 8, 16, 32, 64) if 64 <= rows * n <= 2048] or [1]
     if implementation == "triton":
         shapes = [(32, 4, 5), (64, 2, 3), (64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 8, 3),
-                  (128, 4, 3), (128, 4, 5), (128, 8, 3)]  # fmt: skip
+                  (128, 2, 5), (128, 4, 3), (128, 4, 5), (128, 8, 3), (256, 4, 3)]  # fmt: skip
         tried = [
             {"block": block, "num_warps": warps, "num_stages": stages}
             for block, warps, stages in shapes
         ]
-        return tried + [{**tried[2], "splits": n} for n in splits]
+        # how far to split goes with the tile, so both the usual one and a small or large one
+        other = tried[8] if features["head_dim"] <= 64 else tried[0]
+        return tried + [{**sizes, "splits": n} for n in splits for sizes in (tried[2], other)]
     if implementation == "mosaic_sm90":
         tried = [{"block": 64, "stages": n} for n in (2, 3, 4)] + [{"block": 128, "stages": 2}]
         return tried + [{**tried[0], "splits": n} for n in splits]

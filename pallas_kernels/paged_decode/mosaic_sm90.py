@@ -40,6 +40,7 @@ from pallas_kernels.mosaic_ops import (
     scores_of,
     spread,
     start_softmax,
+    weigh,
     zero_outside,
 )
 from pallas_kernels.paged_decode.splits import choose_splits
@@ -71,12 +72,15 @@ def paged_decode(
     v_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
+    locks: jax.Array | None = None,
+    first_page: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     sizes: Sizes | None = None,
     interpret: Any = None,
-) -> jax.Array:
+) -> Any:
     """See pallas_kernels.paged_decode. interpret: compat.mosaic_interpreter() to run on a CPU."""
     batch, heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
@@ -90,7 +94,7 @@ def paged_decode(
         }  # fmt: skip
         sizes = default_sizes(device, features)
     block, stages = sizes.block, sizes.stages
-    check_case(dtype, page_size, head_dim, block)
+    check_case(dtype, k_pages.dtype, page_size, head_dim, block)
     sent = -(-group // 8) * 8  # rows that travel by TMA
     if sent > ROWS:
         raise NotImplementedError(f"{group} query heads a KV head are more than {ROWS}")
@@ -105,7 +109,7 @@ def paged_decode(
         return lowest, first, last, (last - first + (splits - 1)) // splits
 
     def body(
-        q_ref, k_ref, v_ref, table_ref, length_ref, out_ref, lse_ref,
+        q_ref, k_ref, v_ref, table_ref, length_ref, first_page_ref, out_ref, lse_ref,
         q_tile, k_tiles, v_tiles, k_full, v_full, k_free, v_free, out_tile, lse_tile, q_full,
         staging=None,
     ):  # fmt: skip
@@ -130,7 +134,7 @@ def paged_decode(
                 slot = lax.rem(i, i32(stages))
                 first_token = (begin + i) * block
                 plgpu.barrier_wait(k_full.at[slot])
-                scores = scores_of(q_tile, k_tiles.at[slot], ROWS, block) * (scale * LOG2E)
+                scores = scores_of(q_tile, k_tiles.at[slot], ROWS, block)
                 plgpu.barrier_arrive(k_free.at[slot])
                 token = first_token + plgpu.broadcasted_iota(
                     jnp.int32, (ROWS, block), 1, layout=WGMMA
@@ -138,17 +142,15 @@ def paged_decode(
                 live = token < length
                 if window:
                     live &= token >= lowest
-                scores = jnp.where(live, scores, NEG)
-                new_top = jnp.maximum(top, scores.max(axis=1))
-                shrink = jnp.exp2(top - new_top)
-                weights = jnp.exp2(scores - spread(new_top, scores.shape))
-                total = total * shrink + weights.sum(axis=1)
+                weights, top, total, shrink = weigh(
+                    scores, top, total, scale=scale, soft_cap=soft_cap, seen=live
+                )
                 acc = acc * spread(shrink, acc.shape)
                 plgpu.barrier_wait(v_full.at[slot])
                 zero_outside(v_tiles.at[slot], first_token, lowest, length)
                 acc = add_values(acc, weights.astype(dtype), v_tiles.at[slot], staging)
                 plgpu.barrier_arrive(v_free.at[slot])
-                return new_top, total, acc
+                return top, total, acc
 
             top, total, acc = lax.fori_loop(0, tiles, step, start_softmax(ROWS, head_dim))
             safe = jnp.maximum(total, TINY)
@@ -163,14 +165,17 @@ def paged_decode(
         def _load():
             def issue(i, slot):
                 at = (begin + i) * pages
-                ids = [table_ref[b, jnp.minimum(at + j, last_page)] for j in range(pages)]
-                issue_pages(
-                    ids, head, slot, page_size,
-                    (k_ref, v_ref), (k_tiles, v_tiles), (k_full, v_full),
-                )  # fmt: skip
+                ids = [
+                    table_ref[b, jnp.minimum(at + j, last_page)] + first_page_ref[0]
+                    for j in range(pages)
+                ]
+                issue_pages(ids, head, slot, page_size, k_ref, k_tiles, k_full)
+                issue_pages(ids, head, slot, page_size, v_ref, v_tiles, v_full)
 
             load_ring(issue, tiles, stages, k_free, v_free)
 
+    if first_page is None:
+        first_page = jnp.zeros(1, jnp.int32)
     grouped = q.reshape(batch, kv_heads, group, head_dim)
     if sent != group:
         grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, sent - group), (0, 0)))
@@ -198,9 +203,10 @@ def paged_decode(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **options,
-    )(grouped, k_pages, v_pages, page_table, lengths)
+    )(grouped, k_pages, v_pages, page_table, lengths, first_page)
     out = _merge(partial[:, :, :, :group], lse[:, :, :, :group], *shares(lengths)[1:])
-    return out.reshape(q.shape).astype(dtype)
+    out = out.reshape(q.shape).astype(dtype)
+    return out if locks is None else (out, locks)
 
 
 def _merge(

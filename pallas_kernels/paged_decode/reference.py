@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: Any, scale: float) -> np.ndarray:
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: Any, scale: float, soft_cap: float | None
+) -> np.ndarray:
     """q [t, N, H] over k, v [c, K, H], where seen [t, c] -> [t, N, H], all float32."""
     tokens, _, head_dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # [K, G, t, H]
     scores = grouped @ k.transpose(1, 2, 0)[:, None] * np.float32(scale)  # [K, G, t, c]
+    if soft_cap is not None:
+        scores = np.float32(soft_cap) * np.tanh(scores / np.float32(soft_cap))
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -29,6 +33,7 @@ def paged_decode(
     *,
     scale: float | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> np.ndarray:
     """See pallas_kernels.paged_decode. Returns float32 [B, N, H]."""
     q, k_pages, v_pages = (np.asarray(x) for x in (q, k_pages, v_pages))
@@ -42,5 +47,6 @@ def paged_decode(
         where = page_table[row, at // page_size], at % page_size
         k, v = k_pages[where].astype(np.float32), v_pages[where].astype(np.float32)
         query = q[row][None].astype(np.float32)
-        out[row] = attend(query, k, v, True, head_dim**-0.5 if scale is None else scale)[0]
+        by = head_dim**-0.5 if scale is None else scale
+        out[row] = attend(query, k, v, True, by, soft_cap)[0]
     return out

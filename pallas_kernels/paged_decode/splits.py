@@ -10,11 +10,9 @@ MAX_SPLITS = 64
 def choose_splits(programs: int, tiles: int, cores: int) -> int:
     """Splits (a power of two) for `programs` = B*K programs without, of at most `tiles` tiles each.
 
-    About two programs a core keep the memory busy; more only add partial results to merge. A row
-    shorter than the page table allows leaves splits without work, which exit at once.
+    At most two programs a core: they keep the memory busy, more only add launches and partial
+    results to merge. A row shorter than the page table allows leaves splits without work, which
+    exit at once.
     """
-    wanted = 2 * (cores or HOPPER_CORES)
-    splits = 1
-    while programs * splits < wanted and splits * 2 <= min(tiles, MAX_SPLITS):
-        splits *= 2
-    return splits
+    most = min(tiles, MAX_SPLITS, 2 * (cores or HOPPER_CORES) // programs)
+    return 1 << (max(most, 1).bit_length() - 1)

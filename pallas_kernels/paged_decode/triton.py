@@ -1,4 +1,5 @@
-"""Paged decode attention, Pallas on the Triton backend: split-KV in two passes.
+"""Paged decode attention, Pallas on the Triton backend: split KV, merged by a second pass or, with
+locks, by whoever comes last.
 
 Grid (K, splits, B). One program holds one KV head of one row: its G query heads, padded to 16 rows
 (the least a tensor-core product takes), stay in registers while the row's tokens stream by.
@@ -13,8 +14,13 @@ Grid (K, splits, B). One program holds one KV head of one row: its G query heads
     pass 1 writes   partial [B, splits, N, H] float32 and its log-sum-exp [B, N, splits]
     pass 2 grid (N, B) merges the splits that had work:   out [B, N, H]
 
+    with locks [B*K], one launch:
+    split 0   partial --> memory, barrier, lock += 1 (saw 0)
+    split 2   partial --> memory, barrier, lock += 1 (saw 1)
+    split 1   partial --> memory, barrier, lock += 1 (saw 2: the last of 3) --> merge, out, lock = 0
+
 The number of splits is static (from B, K and the device), while lengths are not: a split without
-tiles exits before it loads anything, and pass 2 reads only the splits that wrote. With one split
+tiles exits before it loads anything, and the merge reads only the splits that wrote. With one split
 pass 1 writes the output itself. Each K and V byte of live tokens is read once, and no others.
 """
 
@@ -32,11 +38,22 @@ from jax.experimental import pallas as pl
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.paged_decode.splits import choose_splits
-from pallas_kernels.softmax import LOG2E, NEG, TINY
-from pallas_kernels.triton_ops import ceil_div, column, dot, load_tokens, plt, row
+from pallas_kernels.softmax import NEG, TINY
+from pallas_kernels.triton_ops import (
+    base2_scores,
+    ceil_div,
+    check_pages,
+    column,
+    dot,
+    load_tokens,
+    plt,
+    row,
+)
 from pallas_kernels.tuning import tuned
 
 MIN_ROWS = 16
+# float32 values of partial results that a program merges at once: 64 registers a thread, 4 warps
+MERGED_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +70,12 @@ class Sizes:
 
 def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     """Measured sizes for the device where there are any."""
-    base = Sizes() if features["itemsize"] == 2 else Sizes(block=32)
+    if features["itemsize"] == 4:
+        base = Sizes(block=32)
+    elif features["head_dim"] <= 64:  # a tile of 64 tokens is 8 KiB: too little in flight
+        base = Sizes(block=128, num_stages=5)
+    else:
+        base = Sizes()
     return dataclasses.replace(base, **tuned(device, "paged_decode", "triton", features))
 
 
@@ -66,9 +88,19 @@ def _share(length: Any, *, window: int | None, block: int, splits: int) -> tuple
 
 
 def _attend_kernel(
-    q_ref, k_ref, v_ref, table_ref, length_ref, out_ref, lse_ref=None,
-    *, group, rows, width, block, splits, scale, window,
+    q_ref, k_ref, v_ref, table_ref, length_ref, first_page_ref, *refs,
+    group, rows, width, block, splits, scale, window, soft_cap, locked, interpret,
 ):  # fmt: skip
+    partial_ref: Any = None
+    lse_ref: Any = None
+    out_ref: Any = None
+    lock_ref: Any = None
+    if locked:
+        _, partial_ref, lse_ref, out_ref, lock_ref = refs  # the lock goes in and out
+    elif splits > 1:
+        partial_ref, lse_ref = refs
+    else:
+        (out_ref,) = refs
     head, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     head_dim = q_ref.shape[-1]
     length = length_ref[b]
@@ -82,7 +114,11 @@ def _attend_kernel(
     mine = column(row_ids < group, width) & (columns < head_dim)
     at_b, at_head = jnp.full((rows, width), b, jnp.int32), column(heads, width)
 
+    def store_out(out):
+        plt.store(out_ref.at[at_b, at_head, columns], out.astype(out_ref.dtype), mask=mine)
+
     def run():
+        first_page = first_page_ref[0]
         q = plt.load(q_ref.at[at_b, at_head, columns], mask=mine, other=0.0)
 
         def tile(i, carry):
@@ -91,13 +127,13 @@ def _attend_kernel(
             live = tokens < length
             if window:
                 live &= tokens >= length - window
-            k = load_tokens(k_ref, table_ref, b, head, tokens, live, width)
-            scores = dot(q, k, 1) * (scale * LOG2E)
+            k = load_tokens(k_ref, table_ref, first_page, b, head, tokens, live, width, q.dtype)
+            scores = base2_scores(dot(q, k, 1), scale, soft_cap)
             scores = jnp.where(row(live, rows), scores, NEG)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
             weights = jnp.exp2(scores - new_top[:, None])
             shrink = jnp.exp2(top - new_top)
-            v = load_tokens(v_ref, table_ref, b, head, tokens, live, width)
+            v = load_tokens(v_ref, table_ref, first_page, b, head, tokens, live, width, q.dtype)
             total = total * shrink + jnp.sum(weights, axis=1)
             acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v, 0)
             return new_top, total, acc
@@ -110,19 +146,89 @@ def _attend_kernel(
         top, total, acc = lax.fori_loop(begin, end, tile, start)
         safe = jnp.maximum(total, TINY)
         out = acc / safe[:, None]
-        if lse_ref is None:
-            view = out_ref.at[at_b, at_head, columns]
-            plt.store(view, out.astype(out_ref.dtype), mask=mine)
-        else:
-            at_split = jnp.full((rows, width), split, jnp.int32)
-            plt.store(out_ref.at[at_b, at_split, at_head, columns], out, mask=mine)
-            view = lse_ref.at[jnp.full_like(heads, b), heads, jnp.full_like(heads, split)]
-            plt.store(view, top + jnp.log2(safe), mask=row_ids < group)
+        if partial_ref is None:
+            store_out(out)
+            return
+        at_split = jnp.full((rows, width), split, jnp.int32)
+        plt.store(partial_ref.at[at_b, at_split, at_head, columns], out, mask=mine)
+        view = lse_ref.at[jnp.full_like(heads, b), heads, jnp.full_like(heads, split)]
+        plt.store(view, top + jnp.log2(safe), mask=row_ids < group)
+        if lock_ref is not None:
+            merge_if_last()
 
-    if lse_ref is None:
+    def merge_if_last():
+        # the barrier orders every thread's stores before the one thread's atomic, which releases
+        # them to, and acquires them from, the other programs. Interpreted programs run in sequence
+        if not interpret:
+            plt.debug_barrier()
+        lock = b * pl.num_programs(0) + head
+        working = ceil_div(last - first, share)
+        before = plt.atomic_add(lock_ref, (lock,), jnp.int32(1))
+
+        @pl.when(before == working - 1)
+        def _():
+            _merge_group(
+                partial_ref, lse_ref, out_ref, b, head, working,
+                group=group, width=width, splits=splits,
+            )  # fmt: skip
+            plt.store(lock_ref.at[lock], jnp.int32(0))
+
+    if partial_ref is None:
         run()  # the only split: a row of length 0 still writes its zeros
-    else:
-        pl.when(begin < end)(run)
+        return
+    pl.when(begin < end)(run)
+    if lock_ref is not None:
+        empty = functools.partial(store_out, jnp.zeros((rows, width), jnp.float32))
+        pl.when((split == 0) & (first >= last))(empty)
+
+
+def _merge_group(
+    partial_ref, lse_ref, out_ref, b, head, working, *, group, width, splits
+):  # fmt: skip
+    """Merge the first `working` splits of one KV head's query heads into out_ref."""
+    head_dim = out_ref.shape[-1]
+    rows = pl.next_power_of_2(group)
+    count = max(1, min(splits, MERGED_AT_ONCE // (rows * width)))
+    shape = (count, rows, width)
+
+    def spread(x, axis):
+        return lax.broadcast_in_dim(x, shape, (axis,))
+
+    row_ids = jnp.arange(rows, dtype=jnp.int32)
+    heads, columns = head * group + row_ids, jnp.arange(width, dtype=jnp.int32)
+
+    def some(i, carry):
+        top, total, acc = carry
+        ids = i * count + jnp.arange(count, dtype=jnp.int32)
+        live = column(ids < working, rows) & row(row_ids < group, count)
+        # volatile: read from the L2, where the other programs' stores are, not from the L1
+        lse = plt.load(
+            lse_ref.at[
+                jnp.full((count, rows), b, jnp.int32), row(heads, count), column(ids, rows)
+            ],
+            mask=live, other=NEG, volatile=True,
+        )  # fmt: skip
+        at = jnp.full(shape, b, jnp.int32), spread(ids, 0), spread(heads, 1), spread(columns, 2)
+        mask = (at[1] < working) & (spread(row_ids, 1) < group) & (at[3] < head_dim)
+        partial = plt.load(partial_ref.at[at], mask=mask, other=0.0, volatile=True)
+        new_top = jnp.maximum(top, jnp.max(lse, axis=0))
+        weights = jnp.where(live, jnp.exp2(lse - row(new_top, count)), 0.0)
+        shrink = jnp.exp2(top - new_top)
+        total = total * shrink + jnp.sum(weights, axis=0)
+        share = jnp.sum(partial * lax.broadcast_in_dim(weights, shape, (0, 1)), axis=0)
+        return new_top, total, acc * column(shrink, width) + share
+
+    start = (
+        jnp.full((rows,), NEG, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, width), jnp.float32),
+    )
+    _, total, acc = lax.fori_loop(0, ceil_div(working, count), some, start)
+    out = acc / column(jnp.maximum(total, TINY), width)
+    at_column = row(columns, rows)
+    view = out_ref.at[jnp.full((rows, width), b, jnp.int32), column(heads, width), at_column]
+    mask = column(row_ids < group, width) & (at_column < head_dim)
+    plt.store(view, out.astype(out_ref.dtype), mask=mask)
 
 
 def _merge_kernel(
@@ -157,18 +263,22 @@ def paged_decode(
     v_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
+    locks: jax.Array | None = None,
+    first_page: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     sizes: Sizes | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Any:
     """See pallas_kernels.paged_decode. interpret: run on any backend, slowly."""
     batch, heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     group = heads // kv_heads
     if head_dim > 256:
         raise NotImplementedError(f"head dim {head_dim} is above 256")
+    check_pages(k_pages)
     device = current_device()
     if sizes is None:
         features = {
@@ -179,25 +289,38 @@ def paged_decode(
     tiles = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
     splits = sizes.splits or choose_splits(batch * kv_heads, tiles, device.cores)
     width = pl.next_power_of_2(head_dim)
-    partials = [
-        jax.ShapeDtypeStruct((batch, splits, heads, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((batch, heads, splits), jnp.float32),
-    ]
     whole = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    if first_page is None:
+        first_page = jnp.zeros(1, jnp.int32)
+    arrays = [q, k_pages, v_pages, page_table, lengths, first_page]
+    out_shape, aliases = [whole], {}
+    if splits > 1:
+        partials = [
+            jax.ShapeDtypeStruct((batch, splits, heads, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, splits), jnp.float32),
+        ]
+        out_shape = partials
+        if locks is not None:
+            out_shape = [*partials, whole, jax.ShapeDtypeStruct(locks.shape, locks.dtype)]
+            arrays, aliases = [*arrays, locks], {6: 3}
     outs = triton_call(
         functools.partial(
             _attend_kernel, group=group, rows=max(MIN_ROWS, pl.next_power_of_2(group)),
             width=width, block=sizes.block, splits=splits, scale=scale, window=window,
+            soft_cap=soft_cap, locked=bool(aliases), interpret=interpret,
         ),
         name="paged_decode",
         grid=(kv_heads, splits, batch),
-        out_shape=partials if splits > 1 else [whole],
+        out_shape=out_shape,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
         interpret=interpret,
-    )(q, k_pages, v_pages, page_table, lengths)  # fmt: skip
+        aliases=aliases,
+    )(*arrays)  # fmt: skip
+    if aliases:
+        return outs[2], outs[3]
     if splits == 1:
-        return outs[0]
+        return outs[0] if locks is None else (outs[0], locks)
     merge = functools.partial(
         _merge_kernel, width=width, block=sizes.block, splits=splits, window=window
     )

@@ -12,12 +12,14 @@ with 16 (2 idle cores, jax 0.10.2); at B=1 it makes no difference.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.softmax import NEG, TINY
-from pallas_kernels.xla_blocks import dot, pad_table, pages_per_block, read_block
+from pallas_kernels.xla_blocks import cap, dot, pad_table, pages_per_block, read_block
 
 # Up to this many KV heads the scores of all heads are one product with a block-diagonal q:
 # [N, K*H] x [K*H, tokens] computes K times too much, and is still faster on a CPU, where a batch of
@@ -33,17 +35,22 @@ def paged_decode(
     v_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
+    locks: jax.Array | None = None,
+    first_page: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     block: int = 32,
-) -> jax.Array:
+) -> Any:
     """See pallas_kernels.paged_decode. block: tokens a loop step, rounded to whole pages."""
     rows, heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     pages = pages_per_block(page_size, block)
     block = pages * page_size
     page_table = pad_table(page_table, pages)
+    if first_page is not None:
+        page_table = page_table + first_page
     first = jnp.maximum(lengths - window, 0) if window else jnp.zeros_like(lengths)
     nowhere = page_table.shape[1] * page_size
     begin = jnp.min(jnp.where(lengths > 0, first, nowhere)) // block
@@ -70,7 +77,7 @@ def paged_decode(
         v = read_block(v_pages, table).reshape(shape)
         # slots that were never written may hold NaN, and 0 * NaN is NaN
         v = jnp.where(live.reshape(rows, block, *[1] * (v.ndim - 2)), v, 0.0)
-        scores = dot(score, queries, k)
+        scores = cap(dot(score, queries, k), soft_cap)
         scores = jnp.where(live.reshape(rows, *[1] * between, block), scores, NEG)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         # a row without a live token so far weighs 1 a token here, of values that are 0; its first
@@ -92,4 +99,5 @@ def paged_decode(
     if diagonal:
         out = out.reshape(rows, heads, kv_heads, head_dim)
         out = (out * own[None, :, :, None]).sum(2)
-    return out.reshape(q.shape).astype(q.dtype)
+    out = out.reshape(q.shape).astype(q.dtype)
+    return out if locks is None else (out, locks)

@@ -43,6 +43,8 @@ def paged_prefill(
     *,
     scale: float | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
+    first_page: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Causal attention of the new tokens of B sequences, each after its cached prefix.
@@ -50,11 +52,15 @@ def paged_prefill(
     q [T, N, H] packs the new tokens: sequence b has rows q_starts[b] to q_starts[b] + q_lens[b], at
     positions prefix_lens[b] + i, and their keys and values are in the pages already. q_starts are
     multiples of 8 and ascend, q_lens may be 0, T is a multiple of 8. k_pages, v_pages [P, S, K, H],
-    of q's dtype (bfloat16, float16 or float32). page_table [B, W] int32, entries past a sequence's
-    end may be any page. q_starts, q_lens, prefix_lens [B] int32.
+    of q's dtype (bfloat16, float16 or float32), or of float8_e4m3fn (taken as they are, scale 1)
+    with q bfloat16 or float16. page_table [B, W] int32, entries past a sequence's end may be any
+    page. q_starts, q_lens, prefix_lens [B] int32.
     scale: of the scores before softmax, H**-0.5 by default. window: attend to the last `window`
-    positions only, the token's own included. implementation: a name, or names in order of
-    preference ("mosaic_sm90", "triton", "xla"); None is the default order of this device.
+    positions only, the token's own included. soft_cap: scores become cap * tanh(scores / cap).
+    first_page [1] int32: the table's pages count from this one (0 if None): where one array holds
+    the pages of all layers, those of one layer.
+    implementation: a name, or names in order of preference ("mosaic_sm90", "triton", "xla"); None
+    is the default order of this device.
 
     Returns [T, N, H] in q's dtype; rows that belong to no sequence are unspecified. Scores, softmax
     and sums are float32. Raises ValueError for arguments that do not fit together,
@@ -71,6 +77,9 @@ def paged_prefill(
     checks.check_int32("q_lens", q_lens, (rows,))
     checks.check_int32("prefix_lens", prefix_lens, (rows,))
     checks.check_window(window)
+    checks.check_soft_cap(soft_cap)
+    if first_page is not None:
+        checks.check_int32("first_page", first_page, (1,))
     return OPERATION(
         q,
         k_pages,
@@ -79,8 +88,10 @@ def paged_prefill(
         q_starts,
         q_lens,
         prefix_lens,
+        first_page,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         window=window,
+        soft_cap=None if soft_cap is None else float(soft_cap),
         implementation=implementation,
         dtype=q.dtype,
     )

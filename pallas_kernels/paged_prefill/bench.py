@@ -12,8 +12,9 @@ from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
 MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
 # (model, sequences, new tokens each, prefix of each)
 SHAPES = (
-    ("llama-8b", 1, 512, 0), ("llama-8b", 8, 512, 0), ("llama-8b", 4, 2048, 0),
-    ("llama-8b", 8, 512, 1536), ("qwen-0.5b", 8, 1024, 0),
+    ("llama-8b", 8, 2048, 0), ("llama-8b", 16, 512, 0), ("llama-8b", 8, 512, 1536),
+    ("llama-8b", 1, 8192, 0), ("llama-8b", 1, 512, 0), ("llama-8b", 64, 64, 256),
+    ("qwen-0.5b", 16, 512, 0), ("qwen-0.5b", 8, 2048, 0),
 )  # fmt: skip
 PAGE_SIZE, WIDTH = 64, 128
 
@@ -84,7 +85,6 @@ def smoke() -> list[Problem]:
 
 def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]:
     """Sizes to try."""
-    del features
     if implementation == "triton":
         shapes = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 5), (64, 64, 4, 3), (64, 32, 4, 5),
                   (128, 32, 4, 5), (128, 128, 8, 3), (64, 128, 4, 3)]  # fmt: skip
@@ -93,6 +93,16 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
             for rows, block, warps, stages in shapes
         ]
     if implementation == "mosaic_sm90":
-        shapes = [(64, 2), (64, 3), (64, 4), (64, 5), (128, 2)]
-        return [{"block": block, "stages": stages} for block, stages in shapes]
+        packs = {divisor for divisor in range(1, 9) if features["group"] % divisor == 0}
+        stages = 4 if features["head_dim"] <= 64 else 2  # of 128 keys
+        tiles = [
+            {"block": block, "stages": stages}
+            for block, stages in ((64, 3), (64, 4), (64, 5), (128, stages), (128, stages - 1))
+            if stages > 1
+        ]
+        schedules = [
+            {**tiles[at], "ahead": ahead, "turns": turns}
+            for at in (1, 3) for ahead in (0, 1) for turns in (0, 1)
+        ]  # fmt: skip
+        return [*tiles, *schedules, *({**tiles[3], "packed": packed} for packed in sorted(packs))]
     return []

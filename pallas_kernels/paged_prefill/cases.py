@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.random_cache import random_cache
@@ -13,7 +14,8 @@ from pallas_kernels.random_cache import random_cache
 @dataclasses.dataclass(frozen=True)
 class Case:
     """heads N, kv_heads K, head_dim H, page_size S; q_lens, prefix_lens [B]; tail: rows of padding
-    after the last sequence, a multiple of 8; width: page-table columns, None for just enough."""
+    after the last sequence, a multiple of 8; width: page-table columns, None for just enough;
+    fp8: pages of float8_e4m3fn."""
 
     name: str
     heads: int
@@ -25,6 +27,12 @@ class Case:
     window: int | None = None
     tail: int = 0
     width: int | None = None
+    soft_cap: float | None = None
+    fp8: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"window": self.window, "soft_cap": self.soft_cap}
 
     def starts(self) -> np.ndarray:
         """[B + 1]: each sequence's first packed row, a multiple of 8; then the tail."""
@@ -38,7 +46,8 @@ class Case:
         lengths = [a + b for a, b in zip(self.q_lens, self.prefix_lens, strict=True)]
         cache = random_cache(
             rng, lengths, page_size=self.page_size, kv_heads=self.kv_heads,
-            head_dim=self.head_dim, dtype=dtype, width=self.width,
+            head_dim=self.head_dim, width=self.width,
+            dtype=jnp.float8_e4m3fn if self.fp8 else dtype,
         )  # fmt: skip
         starts = self.starts()
         q = np.full((int(starts[-1]) + self.tail, self.heads, self.head_dim), np.nan, np.float32)
@@ -67,6 +76,12 @@ EDGES = (
     Case("causal edges", 2, 1, 64, 16, (9, 3, 4, 1, 5), (30, 31, 62, 63, 61)),
     Case("window edges", 2, 1, 64, 16, (33, 5, 40, 3, 3), (31, 64, 15, 62, 94), window=32),
     Case("nothing to do", 4, 2, 64, 16, (0, 0), (5, 0), tail=16),
+    Case(
+        "many short", 8, 2, 64, 16, (1, 9, 0, 17, 3, 40, 8, 1), (70, 0, 0, 5, 129, 8, 0, 0), tail=8
+    ),
+    Case("soft cap", 4, 2, 64, 16, (30, 7), (9, 60), soft_cap=1.5),
+    Case("soft cap window", 6, 1, 64, 16, (70,), (90,), window=40, soft_cap=2.0),
+    Case("fp8", 8, 2, 64, 16, (33, 5), (20, 0), fp8=True),
 )
 
 LARGE = (
@@ -79,5 +94,15 @@ LARGE = (
     Case("llama-8b window", 32, 8, 128, 64, (700, 33), (900, 2000), window=512, width=128),
     Case("qwen-0.5b", 14, 2, 64, 64, (513, 64, 1000), (77, 0, 1), width=128),
     Case("smollm page 16", 9, 3, 64, 16, (100, 250), (40, 0), width=128),
+    Case("llama-8b 16 x 512", 32, 8, 128, 64, (512,) * 16, (0,) * 16, width=128),
+    Case(
+        "llama-8b mixed step", 32, 8, 128, 64, (1,) * 40 + (333, 70), (*range(900, 940), 0, 64),
+        tail=32, width=128,
+    ),
+    Case("qwen-0.5b many", 14, 2, 64, 64, tuple(range(1, 200, 9)), tuple(range(22)), width=128),
+    Case("group of 8", 64, 8, 128, 64, (300, 200), (0, 100), width=128),
+    Case("gemma-2", 16, 8, 256, 64, (700, 50), (500, 0), window=512, width=128, soft_cap=50.0),
+    Case("llama cap", 32, 8, 128, 64, (400, 33), (100, 900), window=256, width=128, soft_cap=30.0),
+    Case("llama-8b fp8", 32, 8, 128, 64, (300, 100), (64, 900), width=128, fp8=True),
 )  # fmt: skip
 """Only on a device: interpreting them would take minutes."""

@@ -1,19 +1,33 @@
 """Paged prefill attention, Pallas on the Mosaic GPU backend, for Hopper (TMA, mbarriers, wgmma).
 
-Grid (N, tiles). A tile is 128 query tokens of one sequence and one query head; plan.py says which.
-Three warpgroups:
+Grid (programs,), one program a multiprocessor, each with a list of work: item = one tile of queries
+of one KV head. A tile has 128 rows, which are (tokens x `packed` query heads of the KV head):
 
-    loader     page_table -> one TMA a page --> ring of `stages` tiles: K [block, H], V [block, H]
+    row r of a warpgroup's 64  ->  head r // tokens, token r % tokens      tokens = 64 / packed
+
+    items, heaviest first      0  1  2  3 | 4  5  6  7 | 8 ...     (a tile's heads are adjacent)
+    program that takes each    0  1  2  3   3  2  1  0   0 ...     to and fro: sums come out equal
+
+Three warpgroups, which run through the items without a pause between them:
+
+    loader     work, page_table -> TMA --> q tiles of the next item; ring of `stages` tiles:
+                                           K [block, H], V [block, H], one TMA a page
                                                      | full barriers     ^ free barriers (2 arrive)
-    compute 0  queries  0 ..  63:  q [64, H] shared -- wgmma K --> scores -- wgmma V --> acc float32
-    compute 1  queries 64 .. 127:  the same; each waits through the tiles only the other needs
+    compute 0  rows  0 ..  63:  q [64, H] shared -- wgmma K --> scores -- wgmma V --> acc float32
+    compute 1  rows 64 .. 127:  the same, over the same tiles of keys
 
-    keys   0 ....................... first query ....... last query of the warpgroup
-           |-- no mask (no window) -->|<---- masked ---->|
+    keys   0 ....................... first query ........ last query of the tile
+           |-- no mask ------------->|<---- masked ----->|     (with a window, masked below it too)
 
-Output goes registers -> shared (over q) -> TMA in pieces of 8 rows, each only where it holds a live
-token, so a tile never writes into the next sequence. TMA addresses the packed rows in tiles of 8:
-that is why every sequence starts at a multiple of 8.
+Step i of a compute warpgroup issues acc += P(i) V(i) and S(i+1) = q K(i+1), then makes P(i+1) of
+S(i+1). The two warpgroups take turns, so that one's softmax runs beside the other's products:
+
+    compute 0   issue | softmax ........ | issue | softmax ........ |
+    compute 1         | issue | softmax ........ | issue | softmax ........
+
+Output goes registers -> shared (over q) -> TMA while the next item runs; at a sequence's end in
+pieces of 8 rows, each only where it holds a live token, so a tile never writes into the next
+sequence. TMA addresses packed rows in tiles of 8: that is why sequences start at multiples of 8.
 """
 
 from __future__ import annotations
@@ -36,38 +50,56 @@ from pallas_kernels.mosaic_ops import (
     check_case,
     i32,
     issue_pages,
-    load_ring,
+    next_step,
     plgpu,
     ring,
     scores_of,
     spread,
     start_softmax,
+    weigh,
     zero_outside,
 )
-from pallas_kernels.paged_prefill.plan import plan_tiles
-from pallas_kernels.softmax import LOG2E, NEG, TINY
+from pallas_kernels.paged_decode.splits import HOPPER_CORES
+from pallas_kernels.paged_prefill.plan import plan_work
+from pallas_kernels.softmax import TINY
 from pallas_kernels.tuning import tuned
 
-ROWS = 64  # queries of a compute warpgroup
+ROWS = 64  # rows of a compute warpgroup
 COMPUTE = 2  # compute warpgroups
 # registers a thread: 2 x 128 x 232 + 128 x 40 is just within the 64 K of a multiprocessor
 COMPUTE_REGISTERS, LOADER_REGISTERS = 232, 40
+Q_BUFFERS = 2  # items whose queries are in shared memory
+SHARED_BYTES = 226 * 1024  # of a multiprocessor's 227 KiB; the rest is for barriers
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """block: keys a step, a multiple of the page size. stages: tiles in flight."""
+    """block: keys a step, a multiple of the page size. stages: tiles in flight, at least 2. packed:
+    query heads in a tile, a divisor of the group up to 8; 0 chooses. ahead: 1 runs a step's
+    two products at once (see next_step). turns: 1 alternates the warpgroups. programs: 0 is one a
+    multiprocessor."""
 
-    block: int = 64
-    stages: int = 4
+    block: int = 128
+    stages: int = 2
+    packed: int = 0
+    ahead: int = 1
+    turns: int = 1
+    programs: int = 0
 
 
 def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     """Measured sizes for the device where there are any; a tile holds at least one page."""
-    sizes = dataclasses.replace(Sizes(), **tuned(device, "paged_prefill", "mosaic_sm90", features))
+    base = Sizes(stages=4) if features["head_dim"] <= 64 else Sizes()
+    sizes = dataclasses.replace(base, **tuned(device, "paged_prefill", "mosaic_sm90", features))
     if features["page_size"] <= sizes.block:
         return sizes
-    return Sizes(block=min(features["page_size"], 128), stages=2)
+    return dataclasses.replace(sizes, block=min(features["page_size"], 128), stages=2)
+
+
+def choose_packed(group: int) -> int:
+    """Query heads in a tile: the largest power of two up to 8 that divides the group. Packing cuts
+    the rows that a sequence's last tile wastes; with a power of two it wastes none itself."""
+    return min(group & -group, 8)
 
 
 def paged_prefill(
@@ -78,9 +110,11 @@ def paged_prefill(
     q_starts: jax.Array,
     q_lens: jax.Array,
     prefix_lens: jax.Array,
+    first_page: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     sizes: Sizes | None = None,
     interpret: Any = None,
 ) -> jax.Array:
@@ -89,119 +123,264 @@ def paged_prefill(
     page_size, kv_heads = k_pages.shape[1:3]
     group = heads // kv_heads
     dtype = q.dtype
+    device = current_device()
     if sizes is None:
         features = {
             "tokens": tokens, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
             "page_size": page_size, "itemsize": dtype.itemsize,
         }  # fmt: skip
-        sizes = default_sizes(current_device(), features)
+        sizes = default_sizes(device, features)
     block, stages = sizes.block, sizes.stages
-    check_case(dtype, page_size, head_dim, block)
+    check_case(dtype, k_pages.dtype, page_size, head_dim, block)
+    packed = sizes.packed or choose_packed(group)
+    if packed > 8 or group % packed or stages < 2:
+        raise NotImplementedError(
+            f"{packed} of {group} query heads in a tile, {stages} stages: needs a divisor of the "
+            "group up to 8, and 2 stages"
+        )
+    shared = (Q_BUFFERS * COMPUTE * ROWS + 2 * stages * block) * head_dim * dtype.itemsize
+    if shared > SHARED_BYTES:
+        raise NotImplementedError(
+            f"{stages} stages of {block} keys: {shared} bytes of shared memory, of {SHARED_BYTES}"
+        )
     pages = block // page_size
+    own = ROWS // packed // 8 * 8  # tokens of a warpgroup: a power of two
+    tile = own * COMPUTE
+    units = heads // packed  # items a tile of tokens
+    work, used = plan_work(
+        q_starts, q_lens, prefix_lens, tokens, tile=tile, block=block, window=window
+    )
+    cores = sizes.programs or device.cores or HOPPER_CORES
+    programs = min(cores, work.shape[0] * units)
+    turns = bool(sizes.turns)
 
     def body(
-        q_ref, k_ref, v_ref, table_ref, start_ref, len_ref, prefix_ref, sequence_ref, offset_ref,
-        out_ref, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free, q_full, staging=None,
+        q_ref, k_ref, v_ref, table_ref, first_page_ref, work_ref, used_ref, out_ref,
+        q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free, q_full, q_free, turn,
+        staging=None,
     ):  # fmt: skip
-        head, number = lax.axis_index("head"), lax.axis_index("tile")
-        warpgroup = lax.axis_index("warpgroup")
-        sequence = sequence_ref[number]
-        known = jnp.maximum(sequence, 0)
-        offset, row0, prefix = offset_ref[number], start_ref[known], prefix_ref[known]
-        count = jnp.where(sequence >= 0, len_ref[known], 0)
-        kv_head = lax.div(head, i32(group))
-        sequence_end = prefix + count
-        tile_end = prefix + jnp.minimum(offset + ROWS * COMPUTE, count)
-        lowest = jnp.maximum(prefix + offset - (window - 1), 0) if window else i32(0)
-        first = lax.div(lowest, i32(block))
-        blocks = jnp.where(offset < count, ceil_div(tile_end, block) - first, 0)
-        last_page = jnp.maximum(ceil_div(sequence_end, page_size) - 1, 0)
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        items = used_ref[0] * units
+        whole = lax.div(items, i32(programs))
 
-        @pl.when((warpgroup < COMPUTE) & (blocks > 0))
+        def place(turn_number):
+            return jnp.where(lax.rem(turn_number, i32(2)) == 0, program, programs - 1 - program)
+
+        rounds = whole + (place(whole) < items - whole * programs).astype(jnp.int32)
+
+        def item(number):
+            """(first query head, packed row, tokens left, position, sequence) of an item."""
+            index = number * programs + place(number)
+            row = jnp.minimum(lax.div(index, i32(units)), work.shape[0] - 1)
+            unit = lax.rem(index, i32(units))
+            return (unit * packed, *(work_ref[row, field] for field in range(4)))
+
+        def key_range(left, position):
+            """(first tile of keys, tiles, lowest key seen, one past the sequence's last key)."""
+            lowest = jnp.maximum(position - (window - 1), 0) if window else i32(0)
+            first = lax.div(lowest, i32(block))
+            end = position + jnp.minimum(left, tile)
+            return first, ceil_div(end, block) - first, lowest, position + left
+
+        def q_slot(number, which):
+            return lax.rem(number, i32(Q_BUFFERS)) * COMPUTE + which
+
+        @pl.when(warpgroup < COMPUTE)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            base = offset + warpgroup * ROWS
-            q_tile = q_tiles.at[warpgroup]
-            rows = pl.multiple_of(row0 + base, 8)
-            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(rows, ROWS), head], q_tile, q_full.at[warpgroup])
-            plgpu.barrier_wait(q_full.at[warpgroup])
-            own_end = prefix + jnp.minimum(base + ROWS, count)
-            own = jnp.where(base < count, ceil_div(own_end, block) - first, 0)
-            free = jnp.minimum(lax.div(prefix + base + 1, i32(block)), own)
-            if window:
-                free = i32(0)
             mine = None if staging is None else staging.at[warpgroup]
 
-            def step(i, carry, *, masked):
-                top, total, acc = carry
-                slot = lax.rem(i, i32(stages))
-                first_token = (first + i) * block
-                plgpu.barrier_wait(k_full.at[slot])
-                scores = scores_of(q_tile, k_tiles.at[slot], ROWS, block) * (scale * LOG2E)
-                plgpu.barrier_arrive(k_free.at[slot])
-                if masked:
-                    iota = functools.partial(
-                        plgpu.broadcasted_iota, jnp.int32, (ROWS, block), layout=WGMMA
+            def take_turn():
+                if turns:
+                    plgpu.barrier_wait(turn.at[warpgroup])
+
+            def pass_turn():
+                if turns:
+                    plgpu.barrier_arrive(turn.at[1 - warpgroup])
+
+            def one_item(number, carry):
+                done, head, row, left, position, *_sequence = carry
+                following = item(number + 1)  # early: the loads from memory take a while
+                first, blocks, lowest, sequence_end = key_range(left, position)
+                q_tile = q_tiles.at[q_slot(number, warpgroup)]
+                base = warpgroup * own  # of this warpgroup's tokens
+
+                def slot_of(i):
+                    return lax.rem(done + i, i32(stages))
+
+                def soften(i, top, total, masked, scores):
+                    seen = None
+                    if masked:
+                        iota = functools.partial(
+                            plgpu.broadcasted_iota, jnp.int32, (ROWS, block), layout=WGMMA
+                        )
+                        key = (first + i) * block + iota(1)
+                        query = position + base + (iota(0) & (own - 1))
+                        seen = key <= query
+                        if window:
+                            seen &= key > query - window
+                    weights, top, total, shrink = weigh(
+                        scores, top, total, scale=scale, soft_cap=soft_cap, seen=seen
                     )
-                    key, query = first_token + iota(1), prefix + base + iota(0)
-                    seen = key <= query
+                    return weights.astype(dtype), top, total, shrink
+
+                def step(i, carry, *, masked):
+                    """The values of tile i, the scores and weights of tile i + 1."""
+                    weights, top, total, acc = carry
+                    slot, ahead_slot = slot_of(i), slot_of(i + 1)
+                    plgpu.barrier_wait(v_full.at[slot])
                     if window:
-                        seen &= key > query - window
-                    scores = jnp.where(seen, scores, NEG)
-                new_top = jnp.maximum(top, scores.max(axis=1))
-                shrink = jnp.exp2(top - new_top)
-                weights = jnp.exp2(scores - spread(new_top, scores.shape))
-                total = total * shrink + weights.sum(axis=1)
-                acc = acc * spread(shrink, acc.shape)
+                        first_token = (first + i) * block
+                        zero_outside(v_tiles.at[slot], first_token, lowest, sequence_end)
+                    plgpu.barrier_wait(k_full.at[ahead_slot])
+                    take_turn()
+                    acc, weights, top, total, shrink = next_step(
+                        acc, weights, v_tiles.at[slot], q_tile, k_tiles.at[ahead_slot],
+                        (weights, top, total, top),
+                        soften=functools.partial(soften, i + 1, top, total, masked),
+                        issued=pass_turn,
+                        k_read=lambda: plgpu.barrier_arrive(k_free.at[ahead_slot]),
+                        v_read=lambda: plgpu.barrier_arrive(v_free.at[slot]),
+                        ahead=bool(sizes.ahead),
+                        staging=mine,
+                    )  # fmt: skip
+                    return weights, top, total, acc * spread(shrink, acc.shape)
+
+                plgpu.barrier_wait(q_full.at[q_slot(number, warpgroup)])
+                plgpu.barrier_wait(k_full.at[slot_of(0)])
+                scores = scores_of(q_tile, k_tiles.at[slot_of(0)], ROWS, block)
+                plgpu.barrier_arrive(k_free.at[slot_of(0)])
+
+                @pl.when(number > 0)
+                def _():  # by now the last item's output has left its buffer
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.barrier_arrive(q_free.at[q_slot(number - 1, warpgroup)])
+
+                top, total, acc = start_softmax(ROWS, head_dim)
+                weights, top, total, _shrink = soften(i32(0), top, total, True, scores)
+
+                # step i masks tile i + 1. Tiles below free_end are seen whole by every row
+                last = blocks - 1
+                free_end = jnp.clip(lax.div(position + 1, i32(block)) - first - 1, 0, last)
+                free_begin = i32(0)
+                carry = weights, top, total, acc
+                masked, free = (functools.partial(step, masked=flag) for flag in (True, False))
+                if window:
+                    lowest_of_last = jnp.maximum(position + jnp.minimum(left, tile) - window, 0)
+                    free_begin = ceil_div(lowest_of_last, block) - first - 1
+                    free_begin = jnp.clip(free_begin, 0, free_end)
+                    carry = lax.fori_loop(0, free_begin, masked, carry)
+                carry = lax.fori_loop(free_begin, free_end, free, carry)
+                weights, top, total, acc = lax.fori_loop(free_end, last, masked, carry)
+
+                slot = slot_of(last)
                 plgpu.barrier_wait(v_full.at[slot])
-                if masked:
-                    zero_outside(v_tiles.at[slot], first_token, lowest, sequence_end)
-                acc = add_values(acc, weights.astype(dtype), v_tiles.at[slot], mine)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return new_top, total, acc
-
-            carry = start_softmax(ROWS, head_dim)
-            carry = lax.fori_loop(0, free, functools.partial(step, masked=False), carry)
-            _, total, acc = lax.fori_loop(free, own, functools.partial(step, masked=True), carry)
-
-            @pl.loop(own, blocks)
-            def _(i):  # tiles that only the other warpgroup needs
-                slot = lax.rem(i, i32(stages))
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_arrive(k_free.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
+                zero_outside(v_tiles.at[slot], (first + last) * block, lowest, sequence_end)
+                take_turn()
+                acc = add_values(acc, weights, v_tiles.at[slot], mine)
+                pass_turn()
                 plgpu.barrier_arrive(v_free.at[slot])
 
-            acc = acc / spread(jnp.maximum(total, TINY), acc.shape)
-            q_tile[...] = acc.astype(dtype)
-            plgpu.commit_smem()
-            for piece in range(0, ROWS, 8):
+                acc = acc / spread(jnp.maximum(total, TINY), acc.shape)
+                q_tile[...] = acc.astype(dtype)
+                plgpu.commit_smem()
 
-                @pl.when(base + piece < count)
-                def _(piece=piece):
-                    out_rows = pl.ds(pl.multiple_of(row0 + base + piece, 8), 8)
-                    plgpu.copy_smem_to_gmem(q_tile.at[pl.ds(piece, 8)], out_ref.at[out_rows, head])
+                def send(head_at, start, count):
+                    source = q_tile.at[pl.ds(head_at * own + start, count)]
+                    rows = pl.ds(pl.multiple_of(row + base + start, 8), count)
+                    plgpu.copy_smem_to_gmem(source, out_ref.at[rows, head + head_at])
 
+                @pl.when(base + own <= left)
+                def _():
+                    for head_at in range(packed):
+                        send(head_at, 0, own)
+
+                @pl.when(base + own > left)
+                def _():
+                    for start in range(0, own, 8):
+
+                        @pl.when(base + start < left)
+                        def _(start=start):
+                            for head_at in range(packed):
+                                send(head_at, start, 8)
+
+                return done + blocks, *following
+
+            if turns:
+                pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            lax.fori_loop(0, rounds, one_item, (i32(0), *item(i32(0))))
             plgpu.wait_smem_to_gmem(0)
+            # the interpreter insists that every phase of a barrier is observed
+            pl.when(rounds > 0)(
+                lambda: plgpu.barrier_arrive(q_free.at[q_slot(rounds - 1, warpgroup)])
+            )
+            if turns:
+                pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
-        @pl.when((warpgroup == COMPUTE) & (blocks > 0))
+        @pl.when(warpgroup == COMPUTE)
         def _load():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
-            def issue(i, slot):
-                at = (first + i) * pages
-                ids = [table_ref[known, jnp.minimum(at + j, last_page)] for j in range(pages)]
-                issue_pages(
-                    ids, kv_head, slot, page_size,
-                    (k_ref, v_ref), (k_tiles, v_tiles), (k_full, v_full),
-                )  # fmt: skip
+            def one_item(number, done):
+                head, row, left, position, sequence = item(number)
+                first, blocks, _lowest, sequence_end = key_range(left, position)
+                last_page = jnp.maximum(ceil_div(sequence_end, page_size) - 1, 0)
+                kv_head = lax.div(head, i32(group))
+                for which in range(COMPUTE):
+                    slot = q_slot(number, which)
+                    pl.when(number >= Q_BUFFERS)(
+                        functools.partial(plgpu.barrier_wait, q_free.at[slot])
+                    )
+                    rows = pl.ds(pl.multiple_of(row + which * own, 8), own)
+                    for head_at in range(packed):
+                        target = q_tiles.at[slot, pl.ds(head_at * own, own)]
+                        plgpu.copy_gmem_to_smem(
+                            q_ref.at[rows, head + head_at], target, q_full.at[slot]
+                        )
 
-            load_ring(issue, blocks, stages, k_free, v_free)
+                @pl.loop(0, blocks)
+                def _(i):
+                    slot = lax.rem(done + i, i32(stages))
+                    at = (first + i) * pages
+                    ids = [
+                        table_ref[sequence, jnp.minimum(at + j, last_page)] + first_page_ref[0]
+                        for j in range(pages)
+                    ]
 
-    sequence, offset = plan_tiles(q_lens, tokens, ROWS * COMPUTE)
+                    @pl.when(done + i >= stages)
+                    def _():
+                        plgpu.barrier_wait(k_free.at[slot])
+
+                    issue_pages(ids, kv_head, slot, page_size, k_ref, k_tiles, k_full)
+
+                    @pl.when(done + i >= stages)
+                    def _():
+                        plgpu.barrier_wait(v_free.at[slot])
+
+                    issue_pages(ids, kv_head, slot, page_size, v_ref, v_tiles, v_full)
+
+                return done + blocks
+
+            done = lax.fori_loop(0, rounds, one_item, i32(0))
+
+            # every phase of a barrier is observed before it dies: the interpreter insists on it
+            @pl.loop(jnp.maximum(done - stages, 0), done)
+            def _(i):
+                plgpu.barrier_wait(k_free.at[lax.rem(i, i32(stages))])
+                plgpu.barrier_wait(v_free.at[lax.rem(i, i32(stages))])
+
+            @pl.loop(jnp.maximum(rounds - Q_BUFFERS, 0), rounds)
+            def _(number):
+                for which in range(COMPUTE):
+                    plgpu.barrier_wait(q_free.at[q_slot(number, which)])
+
+    if first_page is None:
+        first_page = jnp.zeros(1, jnp.int32)
     scratch: list[Any] = [
-        plgpu.SMEM((COMPUTE, ROWS, head_dim), dtype, transforms=TRANSFORMS),
+        plgpu.SMEM((Q_BUFFERS * COMPUTE, ROWS, head_dim), dtype, transforms=TRANSFORMS),
         *ring(stages, block, head_dim, dtype, pages, readers=COMPUTE),
+        plgpu.Barrier(num_arrivals=packed, num_barriers=Q_BUFFERS * COMPUTE),
+        plgpu.Barrier(num_barriers=Q_BUFFERS * COMPUTE),
         plgpu.Barrier(num_barriers=COMPUTE),
     ]
     options: dict[str, Any] = {}
@@ -212,10 +391,10 @@ def paged_prefill(
         body,
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         scratch_types=scratch,
-        grid=(heads, sequence.shape[0]),
-        grid_names=("head", "tile"),
+        grid=(programs,),
+        grid_names=("program",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **options,
-    )(q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens, sequence, offset)
+    )(q, k_pages, v_pages, page_table, first_page, work, used)

@@ -25,3 +25,24 @@ def plan_tiles(q_lens: jax.Array, total: int, tile: int) -> tuple[jax.Array, jax
     known = jnp.minimum(sequence, rows - 1)
     offset = (number - (ends[known] - tiles[known])) * tile
     return jnp.where(used, known, -1), jnp.where(used, offset, 0)
+
+
+def plan_work(
+    q_starts: jax.Array, q_lens: jax.Array, prefix_lens: jax.Array, total: int, *,
+    tile: int, block: int, window: int | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(work [n, 4], used [1]): the tiles of plan_tiles, most blocks of keys first.
+
+    A row is (packed row of the tile's first token, tokens from there to the sequence's end, that
+    token's position, sequence); the first `used` rows are tiles, the rest is unspecified. Programs
+    that take the heavy tiles first end together, since the light ones fill the gaps.
+    """
+    sequence, offset = plan_tiles(q_lens, total, tile)
+    known = jnp.maximum(sequence, 0)
+    left, position = q_lens[known] - offset, prefix_lens[known] + offset
+    lowest = jnp.maximum(position - (window - 1), 0) if window else jnp.zeros_like(position)
+    end = position + jnp.minimum(left, tile)
+    blocks = (end + (block - 1)) // block - lowest // block
+    order = jnp.argsort(jnp.where(sequence >= 0, -blocks, 1), stable=True)
+    work = jnp.stack([q_starts[known] + offset, left, position, known], axis=1)
+    return work[order], jnp.sum(sequence >= 0, dtype=jnp.int32)[None]

@@ -20,6 +20,7 @@ def paged_prefill(
     *,
     scale: float | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> np.ndarray:
     """See pallas_kernels.paged_prefill. Returns float32 [T, N, H], zeros in rows of no sequence."""
     q, k_pages, v_pages = (np.asarray(x) for x in (q, k_pages, v_pages))
@@ -38,7 +39,6 @@ def paged_prefill(
         if window:
             seen &= at > query_at - window
         rows = slice(start, start + count)
-        out[rows] = attend(
-            q[rows].astype(np.float32), k, v, seen, head_dim**-0.5 if scale is None else scale
-        )
+        by = head_dim**-0.5 if scale is None else scale
+        out[rows] = attend(q[rows].astype(np.float32), k, v, seen, by, soft_cap)
     return out

@@ -31,8 +31,17 @@ from jax.experimental import pallas as pl
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.paged_prefill.plan import plan_tiles
-from pallas_kernels.softmax import LOG2E, NEG, TINY
-from pallas_kernels.triton_ops import ceil_div, column, dot, load_tokens, plt, row
+from pallas_kernels.softmax import NEG, TINY
+from pallas_kernels.triton_ops import (
+    base2_scores,
+    ceil_div,
+    check_pages,
+    column,
+    dot,
+    load_tokens,
+    plt,
+    row,
+)
 from pallas_kernels.tuning import tuned
 
 
@@ -59,8 +68,8 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, table_ref, start_ref, len_ref, prefix_ref, sequence_ref, offset_ref,
-    out_ref, *, group, rows, width, block, scale, window,
+    q_ref, k_ref, v_ref, table_ref, start_ref, len_ref, prefix_ref, first_page_ref,
+    sequence_ref, offset_ref, out_ref, *, group, rows, width, block, scale, window, soft_cap,
 ):  # fmt: skip
     head, number = pl.program_id(0), pl.program_id(1)
     head_dim = q_ref.shape[-1]
@@ -69,7 +78,7 @@ def _kernel(
 
     @pl.when(sequence >= 0)
     def _():
-        offset = offset_ref[number]
+        offset, first_page = offset_ref[number], first_page_ref[0]
         start, count, prefix = start_ref[sequence], len_ref[sequence], prefix_ref[sequence]
         r = jnp.arange(rows, dtype=jnp.int32)
         token = lax.div(r, jnp.full_like(r, group))
@@ -102,8 +111,10 @@ def _kernel(
             live = tokens < end if masked else None
             if masked and window:
                 live &= tokens > first_query - window
-            k = load_tokens(k_ref, table_ref, sequence, head, tokens, live, width)
-            scores = dot(q, k, 1) * (scale * LOG2E)
+            k = load_tokens(
+                k_ref, table_ref, first_page, sequence, head, tokens, live, width, q.dtype
+            )
+            scores = base2_scores(dot(q, k, 1), scale, soft_cap)
             if masked:
                 key, query = row(tokens, rows), column(at_query, block)
                 seen = key <= query
@@ -114,7 +125,9 @@ def _kernel(
             # a row that saw nothing yet counts 1 a key here; its first real score shrinks that to 0
             weights = jnp.exp2(scores - new_top[:, None])
             shrink = jnp.exp2(top - new_top)
-            v = load_tokens(v_ref, table_ref, sequence, head, tokens, live, width)
+            v = load_tokens(
+                v_ref, table_ref, first_page, sequence, head, tokens, live, width, q.dtype
+            )
             total = total * shrink + jnp.sum(weights, axis=1)
             acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v, 0)
             return new_top, total, acc
@@ -141,9 +154,11 @@ def paged_prefill(
     q_starts: jax.Array,
     q_lens: jax.Array,
     prefix_lens: jax.Array,
+    first_page: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     sizes: Sizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -153,6 +168,7 @@ def paged_prefill(
     group = heads // kv_heads
     if head_dim > 256:
         raise NotImplementedError(f"head dim {head_dim} is above 256")
+    check_pages(k_pages)
     if sizes is None:
         features = {
             "tokens": tokens, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
@@ -161,11 +177,13 @@ def paged_prefill(
         sizes = default_sizes(current_device(), features)
     if group > sizes.rows:
         raise NotImplementedError(f"{group} query heads a KV head do not fit {sizes.rows} rows")
+    if first_page is None:
+        first_page = jnp.zeros(1, jnp.int32)
     sequence, offset = plan_tiles(q_lens, tokens, sizes.rows // group)
     return triton_call(
         functools.partial(
             _kernel, group=group, rows=sizes.rows, width=pl.next_power_of_2(head_dim),
-            block=sizes.block, scale=scale, window=window,
+            block=sizes.block, scale=scale, window=window, soft_cap=soft_cap,
         ),
         name="paged_prefill",
         grid=(kv_heads, sequence.shape[0]),
@@ -173,4 +191,6 @@ def paged_prefill(
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
         interpret=interpret,
-    )(q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens, sequence, offset)  # fmt: skip
+    )(
+        q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens, first_page, sequence, offset
+    )  # fmt: skip

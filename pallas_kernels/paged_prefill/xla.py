@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.softmax import NEG, TINY
-from pallas_kernels.xla_blocks import dot, pad_table, pages_per_block, read_block
+from pallas_kernels.xla_blocks import cap, dot, pad_table, pages_per_block, read_block
 
 
 def paged_prefill(
@@ -29,9 +29,11 @@ def paged_prefill(
     q_starts: jax.Array,
     q_lens: jax.Array,
     prefix_lens: jax.Array,
+    first_page: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     tile: int = 64,
     block: int = 64,
 ) -> jax.Array:
@@ -43,6 +45,8 @@ def paged_prefill(
     pages = pages_per_block(page_size, block)
     block = pages * page_size
     page_table = pad_table(page_table, pages)
+    if first_page is not None:
+        page_table = page_table + first_page
     tiles = (q_lens + (tile - 1)) // tile
     ends = jnp.cumsum(tiles)
     # a slice at the last rows would be clamped, that is moved: room for one tile more
@@ -72,7 +76,8 @@ def paged_prefill(
             k = read_block(k_pages, table)
             # slots that were never written may hold NaN, and 0 * NaN is NaN
             v = jnp.where(written[:, None, None], read_block(v_pages, table), 0.0)
-            scores = jnp.where(live, dot("kmh,tkh->kmt", queries, k), NEG)
+            scores = cap(dot("kmh,tkh->kmt", queries, k), soft_cap)
+            scores = jnp.where(live, scores, NEG)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             # a query without a live key so far weighs 1 a key here; its first live key, at the
             # latest itself, shrinks that to 0

@@ -61,7 +61,16 @@ def refuses(name: str, case: Any, dtype: str) -> bool:
     """What this suite says an attention implementation cannot do."""
     if not name.startswith("mosaic"):
         return False
-    return dtype == "float32" or case.head_dim not in (64, 128) or case.page_size % 8 != 0
+    odd = case.head_dim not in (64, 128) or case.page_size % 8 != 0
+    return dtype == "float32" or odd or case.fp8
+
+
+def second_layer(arrays: tuple[Any, ...]) -> tuple[tuple[Any, ...], np.ndarray]:
+    """(arrays, first_page) of an attention case (q, k_pages, v_pages, ...), whose pages come behind
+    as many of another layer, which hold NaN."""
+    q, k_pages, v_pages, *others = arrays
+    k_pages, v_pages = (np.concatenate([np.full_like(x, np.nan), x]) for x in (k_pages, v_pages))
+    return (q, k_pages, v_pages, *others), np.asarray([len(k_pages) // 2], np.int32)
 
 
 def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:

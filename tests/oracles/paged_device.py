@@ -3,6 +3,8 @@ step that each row sees exactly its own tokens through its page table."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from jaxserve.batch.batch import Batch, DecodeBatch
 from jaxserve.scheduler.sequence import Sequence
 
@@ -22,10 +24,10 @@ class PagedDevice:
         self.lengths: dict[int, int] = {}
         self.last: dict[int, int] = {}
 
-    def run(self, batch: Batch) -> list[int]:
+    def run(self, batch: Batch) -> np.ndarray:
         """Tokens by row, for rows that sample."""
         if isinstance(batch, DecodeBatch):
-            return self._decode(batch)
+            return np.asarray(self._decode(batch))
         writes: set[tuple[int, int]] = set()
         for row in batch.rows:
             sequence = row.sequence
@@ -44,7 +46,7 @@ class PagedDevice:
         tokens = [0] * len(batch.rows)
         for i, sequence in batch.sampled:
             tokens[i] = self._sample(sequence)
-        return tokens
+        return np.asarray(tokens)
 
     def _decode(self, batch: DecodeBatch) -> list[int]:
         writes: set[tuple[int, int]] = set()

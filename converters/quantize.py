@@ -1,0 +1,47 @@
+"""Quantizes one weight while it is loaded: on the host a few channels at a time, or on a device.
+
+Both take the checkpoint's numbers, compute in float32 and give the same bits (on a CPU).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxserve.errors import ModelLoadError
+from jaxserve.models import quantization
+
+_CHANNELS = 64
+"""Channels quantized at a time on the host; bounds the float32 copies."""
+
+
+def on_host(weights: np.ndarray, kernel: np.ndarray, scale: np.ndarray) -> None:
+    """weights [in, out] of any float dtype, maybe a view of a mapped file, into kernel [in, out]
+    (int8 or float8_e4m3fn) and scale [out] float32."""
+    for start in range(0, scale.shape[0], _CHANNELS):
+        columns = slice(start, start + _CHANNELS)
+        # rows are channels, which is how Hugging Face stores them
+        channels = np.ascontiguousarray(weights[:, columns].T).astype(np.float32, copy=False)
+        steps = quantization.step_of(np.abs(channels).max(axis=1), kernel.dtype, np)
+        kernel[:, columns] = quantization.round_to(channels, steps[:, None], kernel.dtype, np).T
+        scale[columns] = steps
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "transpose"))
+def on_device(
+    weights: jax.Array, *, dtype: np.dtype[Any], transpose: bool
+) -> tuple[jax.Array, jax.Array]:
+    """weights [in, out], or [out, in] where `transpose` -> kernel [in, out] in `dtype`, and scale
+    [out] float32. One program per shape."""
+    return quantization.quantize(weights.T if transpose else weights, dtype)
+
+
+def check_finite(path: str, scale: jax.Array | np.ndarray) -> None:
+    """Raises ModelLoadError when the weights behind `scale` hold infinity or NaN."""
+    if not np.isfinite(np.asarray(scale)).all():
+        raise ModelLoadError(
+            f"parameter {path} cannot be quantized: the checkpoint's weights hold infinity or NaN"
+        )

@@ -1,0 +1,61 @@
+"""What the models leave to their caller: how products and attention are computed.
+
+The mathematics of both is in dense.py, which serves training, export and tests; the engine passes
+an implementation over a paged cache, with kernels (jaxserve.attention.paged).
+
+Letters: T tokens, N query heads, K KV heads, H head dim, D model dim, F mlp dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is static about one layer's attention.
+
+    layer: its index. scale: multiplies the scores. window: w keeps the last w positions, the
+    current one included; None keeps all. eps: of the RMSNorm over each head, where there is one.
+    """
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    eps: float
+
+
+class Ops(Protocol):
+    """The two operations of a transformer layer."""
+
+    def linear(
+        self, x: jax.Array, kernel: jax.Array, *, bias: jax.Array | None = None,
+        norm: jax.Array | None = None, eps: float = 0.0, residual: jax.Array | None = None,
+        act: str | None = None, scale: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """x [T, in] times kernel [in, out], with what stands before and after it.
+
+        norm [in]: x is RMS-normalized first (Zhang and Sennrich 2019). bias [out]. act: a gated
+        MLP's activation: kernel is gate columns, then up columns, and the result is
+        act(gate) * up, [T, out / 2] (Shazeer 2020). residual: added to the result. scale [out]
+        float32: of a kernel that holds int8 or float8. Returns x's dtype.
+        """
+        ...
+
+    def attend(
+        self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any,
+        spec: AttentionSpec, *, q_norm: jax.Array | None = None, k_norm: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """Causal attention of T new tokens, and the cache with their keys and values.
+
+        qkv [T, (N + 2K) * H]: heads of q, k, v. q_norm, k_norm [H]: RMSNorm over each head, before
+        q and k are rotated by cos, sin [T, H/2] float32. `cache` and `meta` are the caller's own.
+        Returns [T, N * H] in qkv's dtype, and the new cache.
+        """
+        ...

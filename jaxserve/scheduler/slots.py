@@ -1,0 +1,122 @@
+"""What changes with every decoded token, for all slots at once: a step then costs the host a few
+array operations, whatever the number of rows. No jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxserve.request import Request
+
+if TYPE_CHECKING:
+    from jaxserve.scheduler.sequence import Sequence
+
+MAX_STOPS = 8
+"""End tokens that are compared here; requests with more are looked at one by one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The running sequences in the order of a batch's rows, and what of them stays the same from
+    step to step: made anew when one comes or goes.
+
+    slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots.
+    """
+
+    sequences: tuple[Sequence, ...]
+    slots: np.ndarray
+    epochs: np.ndarray
+    limit: np.ndarray
+    stops: np.ndarray
+    simple: np.ndarray
+    all_simple: bool
+    wants_logprobs: bool
+
+
+class Slots:
+    """Progress of the sequences in R slots, as arrays [R].
+
+    kv_len: tokens whose keys and values are scheduled to be in the pages. capacity: tokens that the
+    pages hold. scheduled: output tokens sampled or scheduled to be. produced: output tokens read
+    back. limit: output tokens allowed, at least 1. epoch: counts the slot's owners, so that a
+    step's result can tell whether its row is still the same sequence. simple: nobody needs to hear
+    of a token before the end.
+    """
+
+    def __init__(self, count: int, pending: int = 1024):
+        """pending: outputs that a slot keeps before they move into its request's list."""
+        self.kv_len = np.zeros(count, np.int32)
+        self.capacity = np.zeros(count, np.int32)
+        self.scheduled = np.zeros(count, np.int32)
+        self.produced = np.zeros(count, np.int32)
+        self.limit = np.zeros(count, np.int32)
+        self.epoch = np.zeros(count, np.int64)
+        self.simple = np.zeros(count, bool)
+        self._stops = np.full((count, MAX_STOPS), -1, np.int32)
+        self._pending = np.zeros((count, pending), np.int32)  # output i is at i % pending
+        self._free = list(range(count - 1, -1, -1))
+
+    @property
+    def available(self) -> int:
+        return len(self._free)
+
+    def take(self, request: Request) -> int:
+        """A free slot for `request`, which has cached nothing yet."""
+        slot = self._free.pop()
+        self.kv_len[slot] = self.capacity[slot] = 0
+        self.scheduled[slot] = self.produced[slot] = len(request.output_ids)
+        self.limit[slot] = max(request.max_new_tokens, 1)
+        stops = sorted(request.stop_ids)
+        self.simple[slot] = (
+            len(stops) <= MAX_STOPS
+            and request.stop_matcher is None
+            and request.logprobs is None
+            and not request.stream_interval
+            and request.max_new_tokens > 0
+        )
+        self._stops[slot] = -1
+        if self.simple[slot]:
+            self._stops[slot, : len(stops)] = stops
+        return slot
+
+    def release(self, slot: int) -> None:
+        self.epoch[slot] += 1
+        self._free.append(slot)
+
+    def rows(self, sequences: tuple[Sequence, ...]) -> Rows:
+        """The admitted `sequences` as rows."""
+        slots = np.fromiter((s.slot for s in sequences), np.int32, len(sequences))
+        simple = self.simple[slots]
+        return Rows(
+            sequences=sequences,
+            slots=slots,
+            epochs=self.epoch[slots],
+            limit=self.limit[slots],
+            stops=self._stops[slots],
+            simple=simple,
+            all_simple=bool(simple.all()),
+            wants_logprobs=any(s.request.logprobs is not None for s in sequences),
+        )
+
+    def append(
+        self, slots: np.ndarray, tokens: np.ndarray, limit: np.ndarray, stops: np.ndarray
+    ) -> np.ndarray:
+        """Take a new token [n] for each of `slots` [n], all simple, whose limit and stops are
+        given. Which of them have ended, or have no room for another: `drain` those."""
+        produced = self.produced[slots]
+        room = self._pending.shape[1]
+        self._pending[slots, produced % room] = tokens
+        produced += 1
+        self.produced[slots] = produced
+        ended = (stops == tokens[:, None]).any(axis=1)
+        ended |= produced >= limit
+        ended |= produced % room == 0
+        return ended
+
+    def drain(self, slot: int, known: int) -> list[int]:
+        """The outputs from number `known` on."""
+        count = int(self.produced[slot]) - known
+        start = known % self._pending.shape[1]
+        return self._pending[slot, start : start + count].tolist()

@@ -1,0 +1,1 @@
+"""Between the fused projection and attention: head norms, rotary embedding, KV write."""

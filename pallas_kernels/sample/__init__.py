@@ -1,0 +1,1 @@
+"""Logits to tokens: penalties, biases, temperature, filters, the draw, and logprobs."""

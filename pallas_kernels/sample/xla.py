@@ -1,0 +1,149 @@
+"""The sampler in plain XLA: the CPU engine's path, and the fallback everywhere.
+
+    logits -> penalties -> biases -> clean -> x = scaled -> keep mask -> argmax(x + noise)
+               (cond)      (cond)                          (cond)        (cond)
+
+Costly parts run only if a row of the batch needs them. Filters are thresholds, found without a
+sort: the tokens kept by top-k or top-p are those with x >= t, t being the largest value at which
+enough tokens (enough mass) remain. t is found exactly, two bits at a time from the top of the
+float's ordered bit pattern: 16 passes of compare-and-sum over [B, V].
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.sample import noise
+from pallas_kernels.sample.api import RowParams, Samples, SlotLists
+
+LOWEST = float(jnp.finfo(jnp.float32).min)
+HIGHEST = float(jnp.finfo(jnp.float32).max)
+
+
+def clean(logits: jax.Array) -> jax.Array:
+    """NaN becomes the lowest value, infinities the ends of the float32 range."""
+    return jnp.nan_to_num(logits, nan=LOWEST, neginf=LOWEST)
+
+
+def apply_penalties(logits: jax.Array, counts: jax.Array, rows: RowParams) -> jax.Array:
+    """Frequency, presence, then repetition penalty of logits [B, V] with counts [B, V]."""
+    seen = counts > 0
+    lowered = rows.frequency[:, None] * counts.astype(jnp.float32)
+    logits = logits - lowered - jnp.where(seen, rows.presence[:, None], 0.0)
+    factor = jnp.where(seen, rows.repetition[:, None], 1.0)
+    return jnp.where(logits < 0, logits * factor, logits / factor)
+
+
+def apply_bias(
+    logits: jax.Array, rows: RowParams, slots: SlotLists, biased: jax.Array
+) -> jax.Array:
+    """Add the entries that are in force; biased [B] bool."""
+    entry = jnp.arange(slots.bias_ids.shape[1])
+    active = biased[:, None] & (entry < rows.num_bias[:, None])
+    active &= rows.position[:, None] < slots.bias_until[rows.slot]
+    columns = jnp.where(active, slots.bias_ids[rows.slot], logits.shape[1])
+    values = jnp.where(active, slots.bias_values[rows.slot], 0.0)
+    return logits.at[jnp.arange(logits.shape[0])[:, None], columns].add(values, mode="drop")
+
+
+def ordered_bits(x: jax.Array) -> jax.Array:
+    """uint32 keys that compare as the float32 values `x` do (NaN excluded; -0 equals 0)."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def keep_mask(x: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Which tokens of scaled logits [B, V] may be drawn, bool."""
+    keys = ordered_bits(x)
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    weights = jnp.exp(x - largest)
+    # top_p = 1 keeps everything: no sum of rounded masses may decide that
+    wanted_mass = jnp.where(top_p < 1, top_p * jnp.sum(weights, axis=-1), 0.0)
+    wanted_count = jnp.minimum(top_k, x.shape[-1])
+
+    def narrow(i: jax.Array, thresholds: tuple[jax.Array, jax.Array]):
+        by_count, by_mass = thresholds
+        shift = (30 - 2 * i).astype(jnp.uint32)
+        best_count, best_mass = by_count, by_mass
+        for digit in (1, 2, 3):
+            step = jnp.uint32(digit) << shift
+            t_count, t_mass = by_count | step, by_mass | step
+            count = jnp.sum(keys >= t_count[:, None], axis=-1, dtype=jnp.int32)
+            mass = jnp.sum(jnp.where(keys >= t_mass[:, None], weights, 0.0), axis=-1)
+            best_count = jnp.where(count >= wanted_count, t_count, best_count)
+            best_mass = jnp.where(mass >= wanted_mass, t_mass, best_mass)
+        return best_count, best_mass
+
+    start = jnp.zeros(x.shape[0], jnp.uint32)
+    by_count, by_mass = lax.fori_loop(0, 16, narrow, (start, start))
+    by_mass = jnp.where(top_p < 1, by_mass, 0)
+    threshold = jnp.maximum(by_count, by_mass)[:, None]
+    return (keys >= threshold) & (x >= largest + jnp.log(min_p)[:, None])
+
+
+def sample(
+    logits: jax.Array, rows: RowParams, slots: SlotLists, *, top: int, raw_logprobs: bool
+) -> Samples:
+    """See pallas_kernels.sample."""
+    batch, vocab = logits.shape
+    live = rows.live != 0
+    greedy = rows.top_k == 1
+    penalized = live & ((rows.frequency != 0) | (rows.presence != 0) | (rows.repetition != 1))
+    biased = live & (rows.num_bias > 0)
+    filtered = live & ~greedy & ((rows.top_k < vocab) | (rows.top_p < 1) | (rows.min_p > 0))
+
+    def penalize(x: jax.Array) -> jax.Array:
+        lowered = apply_penalties(x, slots.counts[rows.slot], rows)
+        return jnp.where(penalized[:, None], lowered, x)
+
+    logits = lax.cond(jnp.any(penalized), penalize, lambda x: x, logits)
+    logits = lax.cond(
+        jnp.any(biased), lambda x: apply_bias(x, rows, slots, biased), lambda x: x, logits
+    )
+    logits = clean(logits)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    inverse = 1.0 / jnp.where(greedy, 1.0, rows.temperature)
+    scaled = jnp.clip(logits * inverse[:, None], LOWEST, HIGHEST)
+
+    def draw(x: jax.Array) -> jax.Array:
+        keep = lax.cond(
+            jnp.any(filtered),
+            lambda y: keep_mask(y, jnp.where(filtered, rows.top_k, vocab), rows.top_p, rows.min_p),
+            lambda y: jnp.ones(y.shape, bool),
+            x,
+        )
+        keys = noise.row_keys(rows.seed, rows.sample_index, rows.position)
+        perturbed = jnp.where(keep, x + noise.gumbel_rows(*keys, vocab), -jnp.inf)
+        return jnp.where(greedy, best, jnp.argmax(perturbed, axis=-1).astype(jnp.int32))
+
+    tokens = lax.cond(jnp.any(live & ~greedy), draw, lambda _: best, scaled)
+    tokens = jnp.where(live, tokens, 0)
+    wants = live & (rows.wants_logprob > 0)
+    wants_top = jnp.any(wants & (rows.num_top > 0))
+    columns = min(top, vocab)
+    named_ids = slots.named_ids[rows.slot]
+
+    def logprobs(x: jax.Array) -> tuple[jax.Array, ...]:
+        largest = jnp.max(x, axis=-1, keepdims=True)
+        log_sum = jnp.log(jnp.sum(jnp.exp(x - largest), axis=-1, keepdims=True))
+
+        def report(values: jax.Array) -> jax.Array:
+            return jnp.maximum(values - largest - log_sum, LOWEST)
+
+        def best_few() -> tuple[jax.Array, jax.Array]:
+            values, ids = lax.top_k(x, columns)
+            missing = ((0, 0), (0, top - columns))
+            return jnp.pad(report(values), missing), jnp.pad(ids, missing)
+
+        chosen = report(jnp.take_along_axis(x, tokens[:, None], axis=-1))[:, 0]
+        few = lax.cond(wants_top, best_few, lambda: (no_values, no_ids))
+        return chosen, *few, report(jnp.take_along_axis(x, named_ids, axis=-1))
+
+    no_values, no_ids = jnp.zeros((batch, top)), jnp.zeros((batch, top), jnp.int32)
+    nothing = (jnp.zeros(batch), no_values, no_ids, jnp.zeros(named_ids.shape))
+    reported = lax.cond(
+        jnp.any(wants), logprobs, lambda _: nothing, logits if raw_logprobs else scaled
+    )
+    return Samples(tokens, *reported)

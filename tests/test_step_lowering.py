@@ -1,0 +1,70 @@
+"""The whole steps, with the kernels that a Hopper GPU would get, lowered for CUDA on this machine."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.workloads import SHAPES
+from jaxserve.attention.paged import PagedOps
+from jaxserve.batch.pack import ExtendLayout
+from jaxserve.cache.pool import make_cache
+from jaxserve.config import EngineConfig
+from jaxserve.models import registry
+from jaxserve.models.config import ModelConfig
+from jaxserve.sampler.sampler import Sampler
+from jaxserve.server_args import ServerArgs
+from jaxserve.step import step
+from jaxserve.step.state import initial_state
+from pallas_kernels import Device, compat
+from tests.kernels.support import quiet
+
+pytestmark = quiet
+H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
+PAGES = 64
+
+
+def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16"):
+    """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
+    monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
+    model = ModelConfig.from_hf({**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 4096})
+    config = EngineConfig.resolve(ServerArgs("x", context_length=2048), model, "gpu")
+    declaration = registry.declare(model, jnp.bfloat16, quantization)
+    names = tuple(declaration.specs)
+    whole = step.StepModel(
+        bind=lambda params: declaration.bind(dict(zip(names, params, strict=True))),
+        ops=PagedOps(None, PAGES),
+        sampler=Sampler(config.max_top_logprobs, False, None),
+        page_size=config.page_size,
+    )
+    cache = jax.eval_shape(
+        lambda: make_cache(model, PAGES, config.page_size, config.max_rows, jnp.dtype(kv))
+    )
+    state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
+    if kind == "decode":
+        function, upload = functools.partial(step.decode_step, whole), (2, size)
+    else:
+        layout = ExtendLayout(size, config.buckets.extend_rows(size), config.table_width)
+        function, upload = functools.partial(step.extend_step, whole, layout), (layout.size,)
+    params = tuple(declaration.specs.values())
+    uploaded = jax.ShapeDtypeStruct(upload, jnp.int32)
+    return compat.lower_for_cuda(function, params, cache, *state, uploaded)
+
+
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b"])
+@pytest.mark.parametrize(("kind", "size"), [("decode", 1), ("decode", 256), ("extend", 512)])
+def test_steps_use_the_kernels(monkeypatch, shape, kind, size):
+    text = lowered(monkeypatch, shape, kind, size)
+    for kernel in ("rope_kv_write", "paged_decode" if kind == "decode" else "mosaic_gpu", "sample"):
+        assert kernel in text
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "w8a16_int8"])
+def test_quantized_steps_lower(monkeypatch, quantization):
+    text = lowered(
+        monkeypatch, "llama-3.1-8b", "decode", 8, quantization=quantization, kv="float8_e4m3fn"
+    )
+    assert "paged_decode" in text
