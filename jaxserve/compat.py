@@ -45,3 +45,14 @@ def enable_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def compiler_options(platform: str) -> dict[str, str | int | bool | float]:
+    """Options of XLA for the step programs.
+
+    On a GPU, XLA counts the cache once more for each kernel that updates it in place, finds that
+    all this does not fit the device, and recomputes small things over and over to save memory
+    (jax 0.11.2: angles and page tables in each layer, and seconds of compile time). The limit that
+    it compares with, in per cent of the device's memory, is therefore raised.
+    """
+    return {} if platform == "cpu" else {"xla_gpu_memory_limit_slop_factor": 10000}

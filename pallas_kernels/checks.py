@@ -47,8 +47,8 @@ def check_queries(q: Any, k_pages: Any) -> None:
         )
     if np.dtype(k_pages.dtype).name != FP8:
         check_dtype("q", q, k_pages)
-    elif np.dtype(q.dtype).name not in ("bfloat16", "float16"):
-        raise ValueError(f"q has dtype {q.dtype}: expected bfloat16 or float16 over pages of {FP8}")
+    else:
+        check_dtype("q", q)
 
 
 def check_window(window: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The whole steps, with the kernels that a Hopper GPU would get, lowered for CUDA on this machine."""
+"""The whole steps, with the kernels of a Hopper GPU, lowered for CUDA on this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16")
     names = tuple(declaration.specs)
     whole = step.StepModel(
         bind=lambda params: declaration.bind(dict(zip(names, params, strict=True))),
-        ops=PagedOps(None, PAGES),
+        ops=PagedOps(None, PAGES, "gpu"),
         sampler=Sampler(config.max_top_logprobs, False, None),
         page_size=config.page_size,
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
 from jaxserve.models.ops import AttentionSpec
+from jaxserve.weights import kept_transposed
 from pallas_kernels import linear, paged_decode, paged_prefill, rope_kv_write
 
 
@@ -37,6 +38,7 @@ class PagedOps:
 
     attention: str | None
     num_pages: int
+    platform: str
 
     @property
     def _others(self) -> str | None:
@@ -44,7 +46,11 @@ class PagedOps:
 
     def linear(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         """See `Ops.linear`."""
-        return linear(x, kernel, implementation=self._others, **options)
+        transposed = kept_transposed(kernel, self.platform)
+        return linear(
+            x, kernel.T if transposed else kernel, transposed=transposed,
+            implementation=self._others, **options,
+        )  # fmt: skip
 
     def attend(
         self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache,

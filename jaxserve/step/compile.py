@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.compat import on_backend_compile
+from jaxserve.compat import compiler_options, on_backend_compile
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Programs:
     def __init__(self, builder: Builder, device: Any):
         self._builder = builder
         self._device = device
+        self._options = compiler_options(device.platform)
         self._compiled: dict[ProgramKey, Any] = {}
         self._expected = threading.local()
         self._engine_thread: int | None = None
@@ -64,11 +65,15 @@ class Programs:
         analysis = self._compiled[key].memory_analysis()
         return 0 if analysis is None else int(analysis.temp_size_in_bytes)
 
-    def precompile(self, keys: Iterable[ProgramKey], threads: int) -> None:
-        """Compile all `keys` in parallel (XLA compiles outside the interpreter lock)."""
+    def build(self, keys: Iterable[ProgramKey], threads: int) -> None:
+        """Compile `keys` in parallel (XLA compiles outside the interpreter lock)."""
         missing = [key for key in keys if key not in self._compiled]
         with ThreadPoolExecutor(threads, thread_name_prefix="jaxserve-compile") as pool:
             list(pool.map(lambda key: self._compile(key, late=False), missing))
+
+    def precompile(self, keys: Iterable[ProgramKey], threads: int) -> None:
+        """`build` everything there is: what is compiled after this is late."""
+        self.build(keys, threads)
         self._complete = True
 
     def _compile(self, key: ProgramKey, late: bool) -> Any:
@@ -78,7 +83,7 @@ class Programs:
         try:
             with jax.default_device(self._device):
                 program = jax.jit(_named(function, key), donate_argnums=donated)
-                program = program.lower(*abstract).compile()
+                program = program.lower(*abstract).compile(self._options)
         finally:
             self._expected.active = False
         seconds = time.perf_counter() - started

@@ -21,7 +21,7 @@ from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import step
 from jaxserve.step.compile import ProgramKey, Programs
 from jaxserve.step.state import DeviceState, initial_state
-from jaxserve.step.weights import arrange
+from jaxserve.weights import arrange
 
 phase = jax.profiler.TraceAnnotation
 """Names a phase of the loop in a profiler's trace; costs next to nothing without one."""
@@ -81,6 +81,7 @@ class Runner:
         """Make sure that the largest programs' temporaries fit beside the pool."""
         buckets = self.config.buckets
         largest = [("extend", buckets.max_tokens), ("decode", buckets.decode[-1])]
+        self.programs.build(largest, threads=len(largest))
         state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
         pages = self._count_pages(max(map(self.programs.memory, largest)) + state)
         if pages < self.num_pages:
@@ -136,7 +137,7 @@ class Runner:
         config = self.config
         return step.StepModel(
             bind=self._bind,
-            ops=PagedOps(config.attention, self.num_pages),
+            ops=PagedOps(config.attention, self.num_pages, config.platform),
             sampler=Sampler(
                 config.max_top_logprobs,
                 config.raw_logprobs,

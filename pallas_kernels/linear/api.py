@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import checks
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, current_device
 from pallas_kernels.linear.activations import ACTIVATIONS, ALIASES
+from pallas_kernels.linear.features import features
 from pallas_kernels.registry import Implementation, Operation, cuda_only
+from pallas_kernels.tuning import tuned
 
 
 def _order(device: Device, dtype: np.dtype) -> tuple[str, ...]:
-    """Triton refuses more than 16 rows, where cuBLAS is what XLA calls."""
+    """Of a product for which Triton has measured sizes (see `linear`)."""
     return ("triton", "xla") if device.is_cuda and dtype.itemsize == 2 else ("xla",)
 
 
@@ -52,8 +54,9 @@ def linear(
     added. act ("silu", "gelu", "gelu_pytorch_tanh", "relu"; "swish" and "gelu_new" are the first
     and third): a gated MLP's (Shazeer 2020), whose w is gate columns, then up columns; the result
     is act(gate) * up and N' = N / 2, else N' = N. residual [M, N'], in x's dtype, is added last.
-    implementation: a name, or names in order of preference ("triton", "xla"); None is the default
-    order of this device.
+    implementation: a name, or names in order of preference ("triton", "xla"); None is Triton, then
+    XLA, where the tuning table of this device has sizes for the product, which it has where they
+    beat XLA, else XLA.
 
     Returns [M, N'] in x's dtype. Products are summed, and all that follows is computed, in float32;
     the normalized x, and (but in Triton) the product, are rounded to x's dtype. Raises ValueError
@@ -84,6 +87,9 @@ def linear(
         if array.shape != shape:
             raise ValueError(f"{name} {list(array.shape)}: expected {list(shape)}")
         checks.check_dtype(name, array, like)
+    if implementation is None:
+        known = tuned(current_device(), "linear", "triton", features(x, w, act, transposed))
+        implementation = None if known else "xla"
     return OPERATION(
         x,
         w,

@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.linear import activations
+from pallas_kernels.linear.features import features
 from pallas_kernels.triton_ops import column, dot, plt, row
 from pallas_kernels.tuning import tuned
 
@@ -340,11 +341,7 @@ def linear(
     size_n = w.shape[0 if transposed else 1] // streams
     device = current_device()
     if sizes is None:
-        features = {
-            "rows": rows, "size_in": size_k, "size_out": size_n, "gated": streams - 1,
-            "itemsize": w.dtype.itemsize, "transposed": int(transposed),
-        }  # fmt: skip
-        sizes = default_sizes(device, features)
+        sizes = default_sizes(device, features(x, w, act, transposed))
     _refuse(x, w, norm, sizes, device)
     job = _Job(rows, size_k, size_n, streams, transposed, sizes, eps, act)
     inputs = {"x": x, "w": w, "norm": norm}

@@ -50,7 +50,7 @@ def paged_decode(
     """Attention of one token per row over its cached tokens, itself included.
 
     q [B, N, H] and k_pages, v_pages [P, S, K, H], of one dtype (bfloat16, float16 or float32), or
-    pages of float8_e4m3fn (taken as they are, scale 1) with q bfloat16 or float16.
+    pages of float8_e4m3fn (taken as they are, scale 1) with any q.
     page_table [B, W] int32: the pages of a row in order; entries past its length may be any page.
     lengths [B] int32: cached tokens, the current one included; 0 gives a row of zeros.
     locks [at least B * K] int32, all 0: lets the Triton kernel merge its splits in the same launch.

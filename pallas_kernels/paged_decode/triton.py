@@ -70,12 +70,7 @@ class Sizes:
 
 def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     """Measured sizes for the device where there are any."""
-    if features["itemsize"] == 4:
-        base = Sizes(block=32)
-    elif features["head_dim"] <= 64:  # a tile of 64 tokens is 8 KiB: too little in flight
-        base = Sizes(block=128, num_stages=5)
-    else:
-        base = Sizes()
+    base = Sizes(block=32) if features["itemsize"] == 4 else Sizes()
     return dataclasses.replace(base, **tuned(device, "paged_decode", "triton", features))
 
 

@@ -53,7 +53,7 @@ def paged_prefill(
     positions prefix_lens[b] + i, and their keys and values are in the pages already. q_starts are
     multiples of 8 and ascend, q_lens may be 0, T is a multiple of 8. k_pages, v_pages [P, S, K, H],
     of q's dtype (bfloat16, float16 or float32), or of float8_e4m3fn (taken as they are, scale 1)
-    with q bfloat16 or float16. page_table [B, W] int32, entries past a sequence's end may be any
+    with any q. page_table [B, W] int32, entries past a sequence's end may be any
     page. q_starts, q_lens, prefix_lens [B] int32.
     scale: of the scores before softmax, H**-0.5 by default. window: attend to the last `window`
     positions only, the token's own included. soft_cap: scores become cap * tanh(scores / cap).

@@ -77,9 +77,9 @@ class Sizes:
     lanes: int = 512
     programs: int = 4096
     num_warps: int = 4
-    rounds: int = 3
+    rounds: int = 4
     refine_lanes: int = 512
-    refine_programs: int = 2048
+    refine_programs: int = 8192
     refine_warps: int = 4
     finish_lanes: int = 1024
     finish_warps: int = 8

@@ -11,18 +11,18 @@ import jax
 TRANSPOSED_BYTES = 20 << 20
 
 
-def stored_transposed(path: str, spec: jax.ShapeDtypeStruct, platform: str) -> bool:
-    """Whether a kernel [in, out] is kept as [out, in], its contraction axis last.
+def kept_transposed(kernel: Any, platform: str) -> bool:
+    """Whether a kernel [in, out] (an array, a tracer or a spec) is kept as [out, in], its
+    contraction axis last.
 
-    XLA's products with few rows then read small and one-byte kernels faster: at B=1 the four of a
-    layer take 24.8 us against 32.1 (0.5B shape, bfloat16) and 97 against 117 (8B, float8), while
+    Products with few rows then read small and one-byte kernels faster: at B=1 the four of a layer
+    take XLA 24.8 us against 32.1 (0.5B shape, bfloat16) and 97 against 117 (8B, float8), while
     large bfloat16 ones are better left alone: 163 against 157 us (8B; H100, jax 0.11.2).
     """
-    if platform == "cpu" or not path.endswith(".kernel"):
+    if platform == "cpu":
         return False
-    return (
-        spec.dtype.itemsize == 1 or math.prod(spec.shape) * spec.dtype.itemsize < TRANSPOSED_BYTES
-    )
+    itemsize = kernel.dtype.itemsize
+    return itemsize == 1 or math.prod(kernel.shape) * itemsize < TRANSPOSED_BYTES
 
 
 Arrays = tuple[jax.Array, ...]
@@ -37,12 +37,14 @@ def arrange(
     Takes the arrays out of `params`, so that a transposed one's original is freed at once.
     """
     names = tuple(declaration.specs)
-    turned = [stored_transposed(name, declaration.specs[name], platform) for name in names]
-    transpose = jax.jit(lambda x: x.T)
+    turned = [
+        name.endswith(".kernel") and kept_transposed(spec, platform)
+        for name, spec in declaration.specs.items()
+    ]
 
     def place(name: str, turn: bool) -> jax.Array:
         array = params.pop(name)
-        return jax.block_until_ready(transpose(array)) if turn else array
+        return jax.block_until_ready(array.T) if turn else array
 
     def bind(arrays: Arrays) -> Any:
         parts = zip(names, arrays, turned, strict=True)
