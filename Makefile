@@ -26,7 +26,7 @@ kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
 ifeq ($(PYTHON_NEW),)
 	@echo "SKIPPED: the kernel suite on the newest JAX needs Python 3.12 (set PYTHON_NEW)"
 else
-	.venv-newest/bin/python -m pytest tests/test_kernels_*.py
+	.venv-newest/bin/python -m pytest tests/test_kernels_*.py -k "mosaic or lower or order or refus"
 endif
 
 report: .venv/bench.stamp

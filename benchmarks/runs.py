@@ -73,17 +73,18 @@ def run(
     running. SystemExit: a case failed, or something was compiled in a timed run (on a CPU the
     engine compiles on first use unless its options say precompile)."""
     owners = {case: benchmark for benchmark in benchmarks for case in benchmark.cases}
-    description = machine.describe()
     done: list[tuple[dict[str, Any], Measured]] = []
     troubles: list[str] = []
 
     def write(result: dict[str, Any]) -> None:
         if out_dir:
-            name = f"{machine.short_name(description)}_{model}_{result['case']}.json"
+            name = f"{machine.short_name(result)}_{model}_{result['case']}.json"
             out_dir.mkdir(parents=True, exist_ok=True)
             (out_dir / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     with dummy_engine(model, options, cases) as (engine, startup):
+        # Not before: asking for the device starts JAX, with its own limit of the memory.
+        description = machine.describe()
         for name in cases:
             owner = owners[name]
             case = Case(model, name, repeats or owner.repeats, scale)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -47,7 +49,7 @@ def enable_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def compiler_options(platform: str) -> dict[str, str | int | bool | float]:
+def compiler_options(platform: str) -> dict[str, str | bool]:
     """Options of XLA for the step programs.
 
     On a GPU, XLA counts the cache once more for each kernel that updates it in place, finds that
@@ -55,4 +57,38 @@ def compiler_options(platform: str) -> dict[str, str | int | bool | float]:
     (jax 0.11.2: angles and page tables in each layer, and seconds of compile time). The limit that
     it compares with, in per cent of the device's memory, is therefore raised.
     """
-    return {} if platform == "cpu" else {"xla_gpu_memory_limit_slop_factor": 10000}
+    return {} if platform == "cpu" else {"xla_gpu_memory_limit_slop_factor": "10000"}
+
+
+def versions() -> str:
+    """Of JAX and its compiler: programs of one are not those of another."""
+    return f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}"
+
+
+def settings() -> str:
+    """JAX's settings, which may change programs, but for those of caches, folders and logs."""
+    values = jax.config.values  # pyright: ignore[reportAttributeAccessIssue]
+    apart = ("cache", "dir", "log", "traceback", "profil")
+    return repr(sorted((k, str(v)) for k, v in values.items() if not any(a in k for a in apart)))
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compile everything in the block, whatever JAX's compilation cache holds.
+
+    An executable that came out of that cache cannot be serialized again: it loads, and then lacks
+    its functions when it runs (CPU, jax 0.10.2 and 0.12.0). Whether the cache is used is decided
+    once, hence the resets.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if not jax.config.jax_enable_compilation_cache:  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()

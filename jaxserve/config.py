@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.batch.buckets import DECODE_ROWS, Buckets
@@ -41,6 +43,8 @@ class EngineConfig:
     raw_logprobs: bool
     max_total_tokens: int | None
     mem_fraction: float | None
+    program_folder: Path | None = dataclasses.field(repr=False)
+    """Where whole programs are kept, see step.stored; None is nowhere."""
 
     @property
     def table_width(self) -> int:
@@ -71,6 +75,7 @@ class EngineConfig:
         if tokens == -1:
             tokens = args.max_prefill_tokens
         tokens = min(tokens, -(-context // 8) * 8 * rows)
+        folder = cache_folder(args.compilation_cache_dir)
         return cls(
             platform=platform,
             page_size=page_size,
@@ -90,7 +95,16 @@ class EngineConfig:
             raw_logprobs=args.return_original_logprob,
             max_total_tokens=args.max_total_tokens,
             mem_fraction=args.mem_fraction_static,
+            program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
+
+
+def cache_folder(option: str | None) -> str:
+    """Where compiled programs are kept; "" is nowhere, None the user's cache folder."""
+    if option is not None:
+        return os.path.expanduser(option)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(base) / "jaxserve" / "programs")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve.api.foreign_options import NO_OP, UNSUPPORTED
-from jaxserve.api.startup import cache_folder
+from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.options import ALIASES, ONLY_ONE, OPTIONS
 from jaxserve.server_args import ServerArgs

@@ -236,7 +236,7 @@ F8_PAGES = np.zeros((3, 16, 2, 64), jnp.float8_e4m3fn)
         ({"prefix_lens": np.zeros(2, np.float32)}, "prefix_lens"),
         ({"window": -1}, "window=-1"),
         ({"soft_cap": 0.0}, "soft_cap=0.0"),
-        ({"k_pages": F8_PAGES, "v_pages": F8_PAGES}, "q has dtype float32"),
+        ({"k_pages": F8_PAGES}, "v_pages has dtype float32"),
         ({"k_pages": F8_PAGES}, "v_pages has dtype float32"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 
 import jax.numpy as jnp
@@ -186,3 +187,66 @@ def test_decode_buckets_follow_cuda_graph_options():
     assert resolve(cuda_graph_max_bs=48).buckets.decode[-1] == 48
     assert resolve(cuda_graph_bs=[1, 7, 30]).buckets.decode == (1, 7, 30)
     assert resolve(max_running_requests=10).buckets.decode == (1, 2, 4, 8, 10)
+
+
+# -- programs on disk -----------------------------------------------------------------------------
+
+
+def keep(monkeypatch, folder):
+    """Engines on this machine store whole programs in `folder`, as those on a GPU do."""
+    resolve = EngineConfig.resolve
+
+    def resolved(*args):
+        return dataclasses.replace(resolve(*args), program_folder=folder)
+
+    monkeypatch.setattr(EngineConfig, "resolve", resolved)
+
+
+def generated(folder, caplog, **options):
+    """(tokens, programs compiled, programs loaded) of a small engine's life."""
+    caplog.clear()
+    caplog.set_level("INFO", logger="jaxserve")
+    options = {**OPTIONS, "log_level": "info", **options}
+    with jaxserve.Engine(model_path=folder, **options) as engine:
+        tokens = engine.generate(input_ids=[5, 6, 9], sampling_params=SHORT)["output_ids"]
+        assert engine.get_server_info()["late_compiles"] == 0
+    lines = [r.message for r in caplog.records if r.name == "jaxserve.step.compile"]
+    return tokens, *(sum(line.startswith(how) for line in lines) for how in ("compiled", "loaded"))
+
+
+def test_a_second_start_loads_its_programs(tiny_models, monkeypatch, tmp_path, caplog):
+    keep(monkeypatch, tmp_path)
+    folder = tiny_models("llama")
+    first, compiled, loaded = generated(folder, caplog)
+    assert (compiled, loaded) == (2, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert generated(folder, caplog) == (first, 0, 2)
+    # other sizes, and other code, are other programs
+    assert generated(folder, caplog, max_total_tokens=512)[1:] == (2, 0)
+    monkeypatch.setattr("jaxserve.step.stored._sources", lambda: "changed")
+    assert generated(folder, caplog) == (first, 2, 0)
+
+
+def test_a_damaged_or_missing_store_only_costs_time(tiny_models, monkeypatch, tmp_path, caplog):
+    keep(monkeypatch, tmp_path)
+    folder = tiny_models("llama")
+    first, *_ = generated(folder, caplog)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    assert generated(folder, caplog) == (first, 2, 0)
+    assert generated(folder, caplog) == (first, 0, 2)
+    (tmp_path / "a file").write_text("")
+    keep(monkeypatch, tmp_path / "a file")
+    assert generated(folder, caplog) == (first, 2, 0)
+    assert "could not be stored" in caplog.text
+
+
+def test_programs_that_nobody_uses_are_deleted(tiny_models, monkeypatch, tmp_path, caplog):
+    keep(monkeypatch, tmp_path)
+    folder = tiny_models("llama")
+    generated(folder, caplog)
+    old, new = tmp_path.iterdir()
+    os.utime(old, (0, 0))
+    generated(folder, caplog)
+    assert new.exists()
+    assert old.stat().st_mtime > 0  # compiled and stored again

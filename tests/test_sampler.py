@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.batch.pack import unpack_logprobs
+from jaxserve.sampler.logprobs import TokenLogprobs
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step.state import FLOATS, INTS, NO_TOP_K, RowParams, Sampled, SparseRows
 
@@ -46,7 +48,9 @@ def run(logits, rows, lengths=None, slots=None, raw=False, **lists):
     slots = jnp.asarray(slots, jnp.int32)
     positions = jnp.asarray(lengths, jnp.int32)[slots]
     logits = jnp.asarray(logits, jnp.float32)
-    return jax.jit(Sampler(TOP, raw, None))(logits, sampled, slots, positions, params, sparse)
+    draw = jax.jit(Sampler(TOP, raw, None))
+    carry, tokens, packed = draw(logits, sampled, slots, positions, params, sparse)
+    return carry, tokens, TokenLogprobs(*unpack_logprobs(np.asarray(packed), TOP))
 
 
 def random_logits(rows, seed=0, scale=3.0):

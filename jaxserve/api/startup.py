@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server_args import ServerArgs
 
@@ -84,14 +83,6 @@ def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return frozenset(ids)
-
-
-def cache_folder(option: str | None) -> str:
-    """Where compiled programs are kept; "" is nowhere, None the user's cache folder."""
-    if option is not None:
-        return os.path.expanduser(option)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "jaxserve" / "programs")
 
 
 def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:

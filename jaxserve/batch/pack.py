@@ -176,6 +176,14 @@ def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArr
     return SparseArrays(ids, values, until, logprob_ids)
 
 
+def unpack_logprobs(packed: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
+    """(chosen [B], top_values, top_ids [B, C], named [B, I]) of a step's packed logprobs
+    [B, 1 + C + I + C] int32, where C = top: the bits of the floats, then the ids."""
+    floats = packed[:, : packed.shape[1] - top].view(np.float32)
+    ids = packed[:, packed.shape[1] - top :]
+    return floats[:, 0], floats[:, 1 : 1 + top], ids, floats[:, 1 + top :]
+
+
 def pack_decode(batch: DecodeBatch, padding_slot: int) -> np.ndarray:
     """[2, B] int32 of a decode batch: slots, and the page each row begins (-1 for none)."""
     upload = np.empty((2, batch.row_bucket), np.int32)

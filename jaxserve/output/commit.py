@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 
 from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
+from jaxserve.batch.pack import unpack_logprobs
 from jaxserve.request import Logprobs, Request, TopLogprobs, Update
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
 
 
 class HostLogprobs:
-    """A step's logprob arrays on the host (None where nobody wanted them)."""
+    """A step's packed logprobs on the host, with `top` columns of the best."""
 
-    def __init__(self, arrays: Any):
-        self._chosen, self._top, self._top_ids, self._named = map(np.asarray, arrays)
+    def __init__(self, packed: Any, top: int):
+        parts = unpack_logprobs(np.asarray(packed), top)
+        self._chosen, self._top, self._top_ids, self._named = parts
 
     def add(self, row: int, request: Request, out: Logprobs) -> None:
         """Append row `row` to `out`, as much as the request asked for."""
@@ -39,11 +41,13 @@ def commit(result: Any, scheduler: Scheduler) -> int:
     token is dropped. Returns how many tokens were kept.
     """
     batch, tokens = result.batch, np.asarray(result.tokens)
-    logprobs = HostLogprobs(result.logprobs) if result.logprobs is not None else None
+    logprobs = None
+    if result.logprobs is not None:
+        logprobs = HostLogprobs(result.logprobs, result.top)
     if isinstance(batch, DecodeBatch):
         return _commit_decode(batch, tokens, logprobs, scheduler)
     if result.input_logprobs is not None:
-        host = HostLogprobs(result.input_logprobs)
+        host = HostLogprobs(result.input_logprobs, result.top)
         for row in batch.rows:
             if not row.sequence.request.finished:
                 _read_input_logprobs(row, host)

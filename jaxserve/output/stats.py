@@ -9,9 +9,7 @@ from typing import Any
 from jaxserve.batch.batch import Batch, DecodeBatch
 
 WINDOW_SECONDS = 10.0
-
-
-PHASES = ("schedule", "prepare", "dispatch", "commit")
+PHASES: tuple[str, ...] = ("schedule", "prepare", "dispatch", "commit")
 
 
 class Stats:

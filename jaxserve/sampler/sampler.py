@@ -25,11 +25,11 @@ class Sampler:
     def __call__(
         self, logits: jax.Array, sampled: Sampled, rows: jax.Array, positions: jax.Array,
         params: RowParams, sparse: SparseRows,
-    ) -> tuple[Sampled, jax.Array, TokenLogprobs]:  # fmt: skip
+    ) -> tuple[Sampled, jax.Array, jax.Array]:  # fmt: skip
         """Draw a token for each row and carry it to the next step.
 
         logits [B, V] float32; rows [B] int32 slots (R for padding); positions [B] int32 of the
-        tokens drawn now. Returns the updated carry, tokens [B] int32 and their logprobs.
+        tokens drawn now. Returns the updated carry, tokens [B] int32 and their packed logprobs.
         """
         ints = params.int_columns(rows)
         del ints["prompt_len"]
@@ -52,4 +52,4 @@ class Sampler:
         carry = Sampled(
             sampled.last_tokens.at[rows].set(tokens), sampled.counts.at[rows, tokens].add(1)
         )
-        return carry, tokens, TokenLogprobs(*found[1:])
+        return carry, tokens, TokenLogprobs(*found[1:]).pack()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -11,7 +12,8 @@ from typing import Any
 
 import jax
 
-from jaxserve.compat import compiler_options, on_backend_compile
+from jaxserve.compat import compiler_options, on_backend_compile, without_compilation_cache
+from jaxserve.step.stored import StoredPrograms
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +26,18 @@ Builder = Callable[[ProgramKey], tuple[Callable[..., Any], tuple[Any, ...], tupl
 class Programs:
     """Compiled executables by key.
 
-    A program is compiled on first use, or by `precompile`. Late compiles are those after
-    `precompile`, and any XLA compilation on the engine thread that is not the first use of a
-    program: a shape that slipped through the buckets.
+    A program is compiled, or loaded from `stored`, on first use, or by `precompile`. Late compiles
+    are those after `precompile`, and any XLA compilation on the engine thread that is not the first
+    use of a program: a shape that slipped through the buckets.
     """
 
-    def __init__(self, builder: Builder, device: Any):
+    def __init__(self, builder: Builder, device: Any, stored: StoredPrograms | None = None):
         self._builder = builder
         self._device = device
         self._options = compiler_options(device.platform)
+        self._stored = stored
         self._compiled: dict[ProgramKey, Any] = {}
+        self._memory: dict[ProgramKey, int] = {}
         self._expected = threading.local()
         self._engine_thread: int | None = None
         self._complete = False
@@ -52,23 +56,26 @@ class Programs:
         """Run the program on arrays of its exact shapes."""
         program = self._compiled.get(key)
         if program is None:
-            program = self._compile(key, late=self._complete)
+            with self._fresh():
+                program = self._compile(key, late=self._complete)
         return program(*args)
+
+    def _fresh(self) -> contextlib.AbstractContextManager[None]:
+        """Programs to be stored must not come from JAX's cache."""
+        return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
 
     def __len__(self) -> int:
         return len(self._compiled)
 
     def memory(self, key: ProgramKey) -> int:
         """Bytes of temporaries the program needs beside its arguments and results."""
-        if key not in self._compiled:
-            self._compile(key, late=False)
-        analysis = self._compiled[key].memory_analysis()
-        return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+        self.build([key], threads=1)
+        return self._memory[key]
 
     def build(self, keys: Iterable[ProgramKey], threads: int) -> None:
         """Compile `keys` in parallel (XLA compiles outside the interpreter lock)."""
         missing = [key for key in keys if key not in self._compiled]
-        with ThreadPoolExecutor(threads, thread_name_prefix="jaxserve-compile") as pool:
+        with self._fresh(), ThreadPoolExecutor(threads, "jaxserve-compile") as pool:
             list(pool.map(lambda key: self._compile(key, late=False), missing))
 
     def precompile(self, keys: Iterable[ProgramKey], threads: int) -> None:
@@ -79,13 +86,25 @@ class Programs:
     def _compile(self, key: ProgramKey, late: bool) -> Any:
         started = time.perf_counter()
         function, abstract, donated = self._builder(key)
-        self._expected.active = True
-        try:
-            with jax.default_device(self._device):
-                program = jax.jit(_named(function, key), donate_argnums=donated)
-                program = program.lower(*abstract).compile(self._options)
-        finally:
-            self._expected.active = False
+        name = f"{key[0]}_{key[1]}"
+        path, found = None, None
+        if self._stored is not None:
+            path = self._stored.path(name, abstract, donated, self._options)
+            found = self._stored.load(path)
+        if found is not None:
+            program, self._memory[key] = found
+        else:
+            self._expected.active = True
+            try:
+                with jax.default_device(self._device):
+                    program = jax.jit(_named(function, name), donate_argnums=donated)
+                    program = program.lower(*abstract).compile(self._options)
+            finally:
+                self._expected.active = False
+            analysis = program.memory_analysis()
+            self._memory[key] = 0 if analysis is None else int(analysis.temp_size_in_bytes)
+            if self._stored is not None and path is not None:
+                self._stored.store(path, program, self._memory[key])
         seconds = time.perf_counter() - started
         self._compiled[key] = program
         self.compile_seconds += seconds
@@ -93,7 +112,8 @@ class Programs:
             self.late_compiles += 1
             logger.warning("late compile of %s[%d]: %.1f s", *key, seconds)
         else:
-            logger.info("compiled %s[%d] in %.1f s", *key, seconds)
+            how = "compiled" if found is None else "loaded"
+            logger.info("%s %s[%d] in %.1f s", how, *key, seconds)
         return program
 
     def _on_compile(self, seconds: float) -> None:
@@ -103,11 +123,11 @@ class Programs:
             logger.warning("unplanned compile on the engine thread: %.2f s", seconds)
 
 
-def _named(function: Callable[..., Any], key: ProgramKey) -> Callable[..., Any]:
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function under its program's name, which traces and dumps show."""
 
     def program(*args: Any) -> Any:
         return function(*args)
 
-    program.__name__ = f"{key[0]}_{key[1]}"
+    program.__name__ = name
     return program

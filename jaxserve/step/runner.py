@@ -16,11 +16,11 @@ from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.pack import ExtendLayout
 from jaxserve.cache.pool import cache_dtype, count_pages, make_cache
 from jaxserve.config import EngineConfig
-from jaxserve.sampler.logprobs import TokenLogprobs
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import step
 from jaxserve.step.compile import ProgramKey, Programs
 from jaxserve.step.state import DeviceState, initial_state
+from jaxserve.step.stored import StoredPrograms
 from jaxserve.weights import arrange
 
 phase = jax.profiler.TraceAnnotation
@@ -39,12 +39,14 @@ class Prepared(NamedTuple):
 
 class StepResult(NamedTuple):
     """Device arrays that are on their way to the host: tokens [B] int32, the sampled rows'
-    logprobs and the packed tokens' input logprobs where somebody wants them."""
+    logprobs and the packed tokens' input logprobs where somebody wants them (see
+    pack.unpack_logprobs). top: columns of the best logprobs."""
 
     batch: Batch
     tokens: jax.Array
-    logprobs: TokenLogprobs | None = None
-    input_logprobs: TokenLogprobs | None = None
+    logprobs: jax.Array | None
+    input_logprobs: jax.Array | None
+    top: int
 
 
 class Runner:
@@ -64,7 +66,7 @@ class Runner:
         self.cache: step.Cache
         self.state: DeviceState
         self.num_pages = self._count_pages(0)
-        self.programs = Programs(self._program, self._device)
+        self.programs = self._make_programs()
         if config.platform != "cpu":
             self._fit_pool()
         self.reset()
@@ -88,7 +90,7 @@ class Runner:
             self.num_pages = pages
             del self._cache_spec
             self.programs.close()
-            self.programs = Programs(self._program, self._device)
+            self.programs = self._make_programs()
 
     def reset(self) -> None:
         """A fresh cache and state: at the start, and after a failure on the device."""
@@ -127,6 +129,14 @@ class Runner:
         keys += [("input_logprobs", t) for t in reversed(buckets.extend)]
         keys += [("copy_pages", COPY_WIDTH), ("install_sparse", 0)]
         self.programs.precompile(keys, threads=os.cpu_count() or 1)
+
+    def _make_programs(self) -> Programs:
+        stored = None
+        if self.config.program_folder is not None:
+            facts = (self.config, self.model_config)
+            stored = StoredPrograms(self.config.program_folder, self._device, facts)
+            stored.prune()
+        return Programs(self._program, self._device, stored)
 
     def _layout(self, tokens: int) -> ExtendLayout:
         rows = self.config.buckets.extend_rows(tokens)
@@ -218,12 +228,12 @@ class Runner:
                 )
                 self.state = self.state._replace(sparse=sparse)
             output, input_logprobs = self._extend(batch, prepared.upload)
-        result = StepResult(
-            batch, output.tokens, output.logprobs if batch.wants_logprobs else None, input_logprobs
-        )
-        for array in jax.tree.leaves(result[1:]):
-            array.copy_to_host_async()
-        return result
+        logprobs = output.logprobs if batch.wants_logprobs else None
+        for array in (output.tokens, logprobs, input_logprobs):
+            if array is not None:
+                array.copy_to_host_async()
+        top = self.config.max_top_logprobs
+        return StepResult(batch, output.tokens, logprobs, input_logprobs, top)
 
     def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:
         if self._upload is None or not np.array_equal(self._upload[0], upload):
@@ -236,7 +246,7 @@ class Runner:
 
     def _extend(
         self, batch: ExtendBatch, packed: np.ndarray
-    ) -> tuple[step.StepOutput, TokenLogprobs | None]:
+    ) -> tuple[step.StepOutput, jax.Array | None]:
         vector = jax.device_put(packed, self._device)
         self.cache, progress, sampled, row_params, output, hidden = self.programs(
             ("extend", batch.tokens), self.params, self.cache, *self.state, vector

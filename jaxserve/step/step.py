@@ -37,11 +37,11 @@ class StepModel:
 
 
 class StepOutput(NamedTuple):
-    """tokens [B] int32: drawn for each row; logprobs: of the rows that want them. Entries of rows
-    that do not sample are unspecified."""
+    """tokens [B] int32: drawn for each row; logprobs [B, X] int32: packed, of the rows that want
+    them. Entries of rows that do not sample are unspecified."""
 
     tokens: jax.Array
-    logprobs: lp.TokenLogprobs
+    logprobs: jax.Array
 
 
 class Packed(NamedTuple):
@@ -151,8 +151,8 @@ def extend_step(
 def input_logprobs(
     model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], row_params: RowParams,
     sparse: SparseRows, packed: jax.Array, hidden: jax.Array, *, top: int,
-) -> lp.TokenLogprobs:  # fmt: skip
-    """Logprobs, at temperature 1, of each packed token's successor, [T, ...].
+) -> jax.Array:  # fmt: skip
+    """Packed logprobs [T, X], at temperature 1, of each packed token's successor.
 
     hidden [T, D] is the extend step's. The LM head runs on a few hundred rows at a time; chunks in
     which no token is wanted are skipped. Entries of tokens that are not wanted are unspecified.
@@ -166,29 +166,26 @@ def input_logprobs(
     slots = batch.slots[owner]
     module = model.bind(params)
     rows = min(INPUT_LOGPROB_ROWS, layout.tokens)
-    named_ids = sparse.logprob_ids.shape[1]
+    width = 1 + 2 * top + sparse.logprob_ids.shape[1]
 
-    def chunk(i: jax.Array, result: lp.TokenLogprobs) -> lp.TokenLogprobs:
+    def chunk(i: jax.Array, result: jax.Array) -> jax.Array:
         # the last chunk is moved back to end at T: the overlap is computed twice, and equal
         start = jnp.minimum(i * rows, layout.tokens - rows)
 
         def part(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, rows)
 
-        def compute() -> lp.TokenLogprobs:
+        def compute() -> jax.Array:
             some_top = jnp.any(part(wants) & (row_params.ints[part(slots), NUM_TOP] > 0))
             named = sparse.logprob_ids[part(slots)]
             logits = module.logits(part(hidden))
-            return lp.token_logprobs(logits, part(targets), named, top, some_top)
+            return lp.token_logprobs(logits, part(targets), named, top, some_top).pack()
 
-        neutral = lp.zeros(rows, top, named_ids)
+        neutral = jnp.zeros((rows, width), jnp.int32)
         found = jax.lax.cond(jnp.any(part(wants)), compute, lambda: neutral)
-        parts = zip(result, found, strict=True)
-        return lp.TokenLogprobs(
-            *(jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0) for whole, new in parts)
-        )
+        return jax.lax.dynamic_update_slice_in_dim(result, found, start, 0)
 
-    result = lp.zeros(layout.tokens, top, named_ids)
+    result = jnp.zeros((layout.tokens, width), jnp.int32)
     return jax.lax.fori_loop(0, -(-layout.tokens // rows), chunk, result)
 
 
