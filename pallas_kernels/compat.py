@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,6 +47,18 @@ def _accept_triton_deprecation() -> None:
     )
 
 
+def _spare_failed_imports() -> None:
+    """Let MLIR's bindings find a Python module for the Triton dialect.
+
+    jaxlib ships none (0.10.2 to 0.12.0), and the bindings look for it again at each operation that
+    is built: thousands of failed imports a kernel, most of the time that lowering takes. An empty
+    module is the same to them, and is found once.
+    """
+    name = "jaxlib.mlir.dialects.tt"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = types.ModuleType(name)
+
+
 def triton_call(
     kernel: Callable[..., None],
     *,
@@ -60,6 +75,7 @@ def triton_call(
     from jax.experimental import pallas as pl
 
     _accept_triton_deprecation()
+    _spare_failed_imports()
     return pl.pallas_call(
         kernel,
         grid=grid,

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import jaxserve
+from tests.checkpoints import make_checkpoint
 from tests.oracles.huggingface import Reference
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -246,3 +247,21 @@ def test_input_logprobs_of_a_chunked_prompt_equal_those_of_a_whole_one(tiny_mode
     for a, b in zip(whole["input_token_logprobs"], chunked["input_token_logprobs"], strict=True):
         assert a[1] == b[1]
         assert a[0] == b[0] or a[0] == pytest.approx(b[0], abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_pages_beyond_32_bit_offsets(tmp_path):
+    """A pool whose arrays have more than 2**31 numbers gives the tokens that a small one gives."""
+    overrides = {
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 256,
+    }  # fmt: skip
+    folder = make_checkpoint(str(tmp_path), "llama", **overrides)
+    options = {**OPTIONS, "dtype": "bfloat16", "page_size": 64, "max_running_requests": 64}
+    batch = prompts(8)
+    tokens = []
+    for pool in (8192, 3 << 20):
+        wide = {"max_total_tokens": pool, "context_length": 65536, "max_running_requests": 64}
+        with jaxserve.Engine(model_path=folder, **{**options, **wide}) as engine:
+            assert engine.get_server_info()["max_total_num_tokens"] == pool
+            tokens.append(ids(engine.generate(input_ids=batch, sampling_params=GREEDY)))
+    assert tokens[0] == tokens[1]

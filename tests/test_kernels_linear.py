@@ -262,10 +262,16 @@ def test_mistakes_are_named(change, message):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("case", [*cases.EDGES, *cases.LARGE], **by_name)
-@pytest.mark.parametrize("name", ["triton", "xla"])
-def test_on_device(name, case):
+def test_triton_on_device(case):
     # fresh inputs every run: a result left in memory by another run cannot pass for this one's
-    check(case, name, "bfloat16", seed=fresh_seed())
+    check(case, "triton", "bfloat16", seed=fresh_seed())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", cases.LARGE, **by_name)
+def test_xla_on_device(case):
+    check(case, "xla", "bfloat16", seed=fresh_seed())
 
 
 @pytest.mark.gpu
@@ -298,10 +304,10 @@ def test_other_dtypes_on_device(name, case, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
+@pytest.mark.parametrize("rows", [1, 2, 64])
 def test_default_order_on_device(rows):
-    for case in cases.products("qwen-0.5b", rows):
+    for case in cases.layouts(cases.products("qwen-0.5b", rows)):
         x, w, bias, norm, residual, _ = arrays = case.inputs(7, jnp.bfloat16)
-        call = functools.partial(linear, eps=case.eps, act=case.act)
+        call = functools.partial(linear, eps=case.eps, act=case.act, transposed=case.transposed)
         got = jax.jit(call)(x, w, bias=bias, norm=norm, residual=residual)
         assert_close(got, want(*arrays, **case.options), "bfloat16")

@@ -140,18 +140,20 @@ def test_keys_and_words_are_those_of_jax():
         np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 2047, 2048, 2049, 4095, 4096, 4097, 7000, 8192, 9001])
-def test_tokens_use_the_word_of_their_place_in_a_block(vocab):
+def test_tokens_use_the_word_of_their_place_in_a_block():
+    sizes = (1, 7, 2047, 2048, 2049, 4095, 4096, 4097, 7000, 8192, 9001)
     key = noise.row_keys(*(jnp.asarray([n], jnp.int32) for n in (3, 1, 4)))
-    got = np.asarray(noise.gumbel_rows(*key, vocab))
-    token = np.arange(vocab)
+    token = np.arange(max(sizes))
     block, place = np.divmod(token, 2 * noise.HALF)
-    counters = jnp.asarray(block * noise.HALF + place % noise.HALF, jnp.uint32)
-    words = np.asarray(noise.threefry2x32(key[0], key[1], counters, jnp.zeros_like(counters)))
-    expected = noise.gumbel(jnp.asarray(words[place // noise.HALF, token]))
-    # XLA's log may differ in the last bit between the ends and the middle of an array
-    np.testing.assert_allclose(got[0], expected, rtol=3e-7, atol=3e-7)
-    assert noise.counter_count(vocab) == counters.max() + 1
+    counters = np.asarray(block * noise.HALF + place % noise.HALF, np.uint32)
+    words = np.asarray(noise.threefry2x32(key[0], key[1], counters, np.zeros_like(counters)))
+    expected = noise.gumbel(words[place // noise.HALF, token])
+    rows = jax.jit(noise.gumbel_rows, static_argnums=2)
+    for vocab in sizes:
+        # XLA's log may differ in the last bit between the ends and the middle of an array
+        got = np.asarray(rows(*key, vocab))
+        np.testing.assert_allclose(got, expected[None, :vocab], rtol=3e-7, atol=3e-7)
+        assert noise.counter_count(vocab) == counters[:vocab].max() + 1
 
 
 def test_noise_is_finite_and_exact_at_the_ends():
@@ -166,7 +168,7 @@ def test_noise_is_finite_and_exact_at_the_ends():
 
 def test_moments_of_the_noise():
     keys = noise.row_keys(*(jnp.arange(20, dtype=jnp.int32) + n for n in (5, 0, 9)))
-    gumbel = np.asarray(noise.gumbel_rows(*keys, 100_000), np.float64)
+    gumbel = np.asarray(jax.jit(noise.gumbel_rows, static_argnums=2)(*keys, 100_000), np.float64)
     exponential = np.exp(-gumbel)
     count = gumbel.size
     for value, mean, variance in (
@@ -277,13 +279,14 @@ def shapes(batch, vocab, slots=9, bias=64, named=16):
     return array((batch, vocab), jnp.float32), rows, lists
 
 
-@pytest.mark.parametrize("vocab", [151_936, 128_256])
 @pytest.mark.parametrize("batch", [1, 8, 256, 512])
-def test_lowers_for_cuda(batch, vocab):
-    for top, raw in ((20, False), (0, True)):
+def test_lowers_for_cuda(batch):
+    for vocab, top, raw in ((151_936, 20, False), (128_256, 0, True), (151_936, 3, True)):
         run = implementation("sample", "triton", interpret=False)
         run = functools.partial(run, top=top, raw_logprobs=raw)
-        assert "custom_call" in compat.lower_for_cuda(run, *shapes(batch, vocab))
+        text = compat.lower_for_cuda(run, *shapes(batch, vocab))
+        # the rounds of refine share one
+        assert text.count("custom_call @") == 3
 
 
 def test_xla_lowers_for_cuda():
@@ -353,11 +356,17 @@ def near_tie(inputs, b, tokens):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
-@pytest.mark.parametrize("name", ["triton", "xla"])
-def test_edges_on_device(name, case):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "random across blocks", "random flat across blocks", "ties across blocks", "all equal",
+        "NaN and infinities", "all banned", "one token with many biases", "penalties",
+        "no lists, no top", "more top than V",
+    ],
+)  # fmt: skip
+def test_edges_on_device(name):
     # seed 0 is free of near ties, as the tests on a CPU show
-    check(name, case)
+    check("triton", EDGES[name])
 
 
 @pytest.mark.gpu
@@ -382,6 +391,6 @@ def test_large_on_device(case):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 6, 7)], ids=str)
 def test_frequencies_on_device(setting):
     assert_drawn_from(*frequencies("triton", setting, 100, ROWS))

@@ -181,10 +181,8 @@ EDGES = (
 
 LARGE = (
     Case("qwen vocabulary", 64, 151_936, top=20),
-    Case("llama vocabulary, flat", 64, 128_256, scale=0.1, top=8),
-    Case("top_k of flat logits", 32, 151_936, scale=0.1, rows=({"top_k": 50},)),
+    Case("top_k of flat logits", 32, 128_256, scale=0.1, rows=({"top_k": 50},)),
     Case("top_p", 256, 151_936, rows=({"temperature": 0.8, "top_p": 0.95},)),
     Case("one row", 1, 151_936, rows=({"temperature": 0.8, "top_p": 0.5, **_REPORT},)),
-    Case("filters and reports", 40, 151_936, rows=_FILTERS, top=5),
 )
 """Only on a device: interpreting them would take minutes."""

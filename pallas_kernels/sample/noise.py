@@ -32,6 +32,7 @@ _LN2 = 0.6931471805599453
 _TWO_THIRDS = 0x3F2AAAAB
 
 
+@jax.jit  # as gumbel, jitted so that kernels of one width share a trace
 def threefry2x32(
     key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -85,6 +86,7 @@ def exponential(bits: jax.Array) -> jax.Array:
     return jnp.where(w < 1e-3, series, -log(jnp.maximum(1.0 - w, 2.0**-25)))
 
 
+@jax.jit
 def gumbel(bits: jax.Array) -> jax.Array:
     """Standard Gumbel float32 numbers of uint32 `bits`, in [-2.9, 22.9]."""
     return -log(exponential(bits))

@@ -1,10 +1,10 @@
 """The sampler, Pallas on the Triton backend: no sort, no host, one or two reads of the logits.
 
-draw    grid (chunks, B): everything that needs no threshold, one read of the logits
-refine  grid (chunks, B), `rounds` launches: a read each for the rows that are undecided, else none
+draw    grid (chunks, B): penalties, biases, then everything that needs no threshold; one read
+refine  grid (programs,), `rounds` launches: one more read of the rows that are undecided
 finish  grid (B,): whatever is still undecided, then logprobs and results
 
-A tile is two runs of `lanes` tokens, HALF apart, because one threefry call serves such a pair:
+A tile [2, lanes] is two runs of tokens, HALF apart: a threefry call serves such a pair.
 
     row of logits  |--lanes--|         ...       |--lanes--|         ...      |  block of 2*HALF
                         |  counters c0 .. c0+lanes   |
@@ -12,30 +12,19 @@ A tile is two runs of `lanes` tokens, HALF apart, because one threefry call serv
                         | word 0                     | word 1
 
     draw, a chunk (some tiles) of one row:
-        logits -> penalties, biases (rows that have any) -> clean -> x = scaled      (registers)
-        per lane: max, sum of exp(x - max), best x + noise (greedy: best x)           (registers)
-        per chunk, to memory: max, sum, best score and its token; and for rows that report them the
-        `num_top` best tokens, each by one more walk over the chunk (L1 hits)
+        rows with penalties or biases: logits -> changed, in memory; barrier
+        tile: logits -> clean -> x = scaled -> running max, sum of exp(x - max)       (registers)
+              x + noise -> best score and its token, in tiles that may have a better one
+        rows that report them: the `num_top` best tokens, each by one more walk (L1 hits)
+        results of the chunk --> memory, barrier, lock += 1; the last of a row begins its search
 
-What is drawn is exactly the argmax of x + noise over the kept tokens, not an approximation. Being
-kept is monotone in x: (fewer than top_k tokens above x) and (less than top_p of the mass above x)
-and (x >= max + log min_p). So let `lo` be a value that is rejected and `hi` one that is kept:
+    refine, undecided rows shared out evenly, be it one or all:
+        done      1 1 0 1 1 1 0 1       programs 0 .. c-1: the first undecided row,
+        undecided     0       1         c .. 2c-1: the second, ...; the others exit
+        results of the chunk --> memory, barrier, lock += 1; the last of a row advances its search
 
-    x   lowest ---------- lo -------- c ----- p ------ hi -------- max
-        all rejected      |      undecided             | all kept
-
-The candidate c is the best token above lo, by score. If it is kept, it is the best of the kept:
-done. If not, all up to its x is rejected, lo rises to it, and the next candidate is the best above
-the new lo. A pass over the row counts tokens and mass above four values of x: c (or lo), and three
-pivots before hi, so that (lo, hi) shrinks; a candidate at or above hi needs no pass. Candidates
-cost noise, so when one was rejected, passes without noise come first, until little is undecided:
-then the next candidate is nearly always kept. After each candidate lo has risen or the row is done,
-and every two passes without noise are followed by one with it: the loop ends.
-
-Typical cost: rows without filters, or greedy, read their logits once; top-p rows twice; 1 - top_p
-of those rows need another two or three passes. `refine` spreads a pass over the device, where
-`finish` has one program a row, which matters when one row holds up the batch. A decided row's
-programs exit.
+The search is that of search.py. Rows without filters, or greedy, are decided by draw; with top_p or
+top_k nearly all need a pass, a few of them up to four.
 """
 
 from __future__ import annotations
@@ -51,38 +40,48 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
-from pallas_kernels.sample import noise
+from pallas_kernels.sample import noise, search
 from pallas_kernels.sample.api import RowParams, Samples, SlotLists
-from pallas_kernels.softmax import LOG2E
-from pallas_kernels.triton_ops import ceil_div, divmod_by, plt
+from pallas_kernels.sample.search import FLOATS, LOWEST, NO_ID, NONE, PIVOTS, Search, Sums
+from pallas_kernels.sample.tiles import (
+    Best,
+    Inputs,
+    at_ids,
+    barrier,
+    better,
+    better_noisy,
+    change_logits,
+    clean,
+    exp,
+    first_ids,
+    load_tile,
+    nobody,
+    scale,
+    smallest_best,
+    those_after,
+    token_ids,
+)
+from pallas_kernels.triton_ops import divmod_by, plt
 from pallas_kernels.tuning import tuned
 
-LOWEST = float(jnp.finfo(jnp.float32).min)
-HIGHEST = float(jnp.finfo(jnp.float32).max)
-NONE = float("-inf")  # below every cleaned logit: "no token"
-NO_ID = 2**31 - 1
-BIAS_BLOCK = 64
-FOLD = 4
-# a pass with noise is due when the undecided mass is at most 1/16 of what is above lo, when so few
-# tokens are undecided, or after so many passes without noise
-SMALL_MASS, SMALL_COUNT, MAX_NARROWED = 1 / 16, 32, 2
+LOCK = len(Search._fields) - FLOATS - 1  # column of _Memory.ints
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """lanes: half of a tile's tokens, a power of two up to noise.HALF. programs: what a grid aims
-    at, at most one a tile. num_warps: of a program. Those without prefix are draw's. rounds:
-    launches of refine."""
+    at, by default as many as an H100 holds at once. num_warps: of a program. Those without prefix
+    are draw's. rounds: launches of refine."""
 
-    lanes: int = 512
-    programs: int = 4096
-    num_warps: int = 4
+    lanes: int = 256
+    programs: int = 2560
+    num_warps: int = 1
     rounds: int = 4
-    refine_lanes: int = 512
-    refine_programs: int = 8192
+    refine_lanes: int = 256
+    refine_programs: int = 660
     refine_warps: int = 4
-    finish_lanes: int = 1024
-    finish_warps: int = 8
+    finish_lanes: int = 256
+    finish_warps: int = 4
 
 
 def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
@@ -90,22 +89,10 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     return dataclasses.replace(Sizes(), **tuned(device, "sample", "triton", features))
 
 
-class _Inputs(NamedTuple):
-    """References to what every kernel reads; lists without columns are None. inverse [B]:
-    1 / temperature, 1 for greedy rows. key0, key1 [B] uint32: of the noise."""
-
-    logits: Any
-    rows: RowParams
-    slots: SlotLists
-    inverse: Any
-    key0: Any
-    key1: Any
-
-
 class _Partials(NamedTuple):
-    """What draw writes, [B, chunks]: largest cleaned logit, sum of exp(x - scaled largest), sum of
-    exp(logit - largest) if logprobs are raw, best score and its token, [B, chunks * top] the best
-    reported values and their tokens (NONE, NO_ID where there are fewer)."""
+    """What draw's programs find, [B, chunks]: largest cleaned logit, sum of exp(x - scaled
+    largest), sum of exp(logit - largest) if logprobs are raw, best score and its token; and
+    [B, chunks * top] the best reported values and their tokens (NONE, NO_ID beyond them)."""
 
     largest: Any
     total: Any
@@ -116,638 +103,302 @@ class _Partials(NamedTuple):
     top_ids: Any
 
 
-class _Sums(NamedTuple):
-    """What a refining pass finds: tokens and mass above each of four values of x (refine writes
-    them as [B, chunks * 4]), and the best score above the first of them with its token."""
+class _Memory(NamedTuple):
+    """Of the search, from launch to launch: ints [B, LOCK + 1] and floats [B, FLOATS] are Search's
+    but for `done`, in whose place is the lock, 0 between launches."""
 
-    counts: Any
-    masses: Any
-    score: Any
-    token: Any
+    ints: Any
+    floats: Any
 
 
-class _Row(NamedTuple):
-    """Scalars of one row."""
-
-    b: Any
-    slot: Any
-    position: Any
-    inverse: Any
-    greedy: Any
-    penalized: Any
-    num_bias: Any
-    key0: Any
-    key1: Any
+# -- programs that work together ------------------------------------------------------------------
 
 
-class _Filter(NamedTuple):
-    """Scalars: largest x, sum of exp(x - largest), and what a kept x satisfies: fewer than `count`
-    tokens and less than `mass` (in units of that sum) above it, and x >= floor."""
-
-    largest: Any
-    total: Any
-    count: Any
-    mass: Any
-    floor: Any
-
-
-class _State(NamedTuple):
-    """Scalars: where a row's search is. lo is rejected, hi is kept; tokens and mass above each.
-    x, token: the best token above lo, if `known`. narrowed: passes without noise since the last
-    with it. Refine stores it as [B, 8] float32 and [B, 8] int32."""
-
-    lo: Any
-    hi: Any
-    lo_mass: Any
-    hi_mass: Any
-    x: Any
-    lo_count: Any
-    hi_count: Any
-    token: Any
-    known: Any
-    narrowed: Any
-    done: Any
+def _last_of(memory: _Memory, b: Any, programs: Any, interpret: bool) -> Any:
+    """Whether this is the last of a row's programs to come here; it sees what the others stored.
+    The barrier orders every thread's stores before the one thread's atomic, which releases them to,
+    and acquires them from, the other programs. Interpreted programs run in sequence."""
+    barrier(interpret)
+    lock = b, jnp.int32(LOCK)
+    last = plt.atomic_add(memory.ints, lock, jnp.int32(1)) == programs - 1
+    pl.when(last)(lambda: plt.store(memory.ints.at[lock], jnp.int32(0)))
+    return last
 
 
-STATE_FLOATS = 5
-STATE_WIDTH = 8
-DONE = _State._fields.index("done") - STATE_FLOATS
+def _load_chunks(ref: Any, b: Any, chunks: Any, other: Any) -> Any:
+    """What a row's first `chunks` programs wrote, padded with `other` to a power of two. volatile:
+    from the L2, where the stores of programs elsewhere are, not from the L1."""
+    ids = first_ids(ref.shape[1])[0]
+    return plt.load(at_ids(ref, b, ids), mask=ids < chunks, other=other, volatile=True)
 
 
-def _load_row(refs: _Inputs, b: jax.Array) -> _Row:
-    rows = refs.rows
-    repetition, frequency, presence = rows.repetition[b], rows.frequency[b], rows.presence[b]
-    return _Row(
-        b=b,
-        slot=rows.slot[b],
-        position=rows.position[b],
-        inverse=refs.inverse[b],
-        greedy=rows.top_k[b] == 1,
-        penalized=(frequency != 0) | (presence != 0) | (repetition != 1),
-        num_bias=rows.num_bias[b],
-        key0=refs.key0[b],
-        key1=refs.key1[b],
-    )
+def _load_x(logits: Any, b: Any, token: Any, inverse: Any) -> Any:
+    return scale(clean(plt.load(logits.at[b, token], volatile=True)), inverse)
 
 
-# -- logits ---------------------------------------------------------------------------------------
+def _store_search(memory: _Memory, done: Any, b: Any, found: Search) -> None:
+    for i, value in enumerate(found[:FLOATS]):
+        memory.floats[b, i] = value
+    for i, value in enumerate(found[FLOATS:-1]):
+        memory.ints[b, i] = value
+    done[b] = found.done
 
 
-class _Run(NamedTuple):
-    """Token ids, all in [low, high) where they are < V, and whether they are."""
-
-    ids: Any
-    low: Any
-    high: Any
-    inside: Any
-
-
-def _penalize(refs: _Inputs, row: _Row, run: _Run, x: Any) -> Any:
-    view = refs.slots.counts.at[jnp.full_like(run.ids, row.slot), run.ids]
-    count = plt.load(view, mask=run.inside, other=0)
-    seen = count > 0
-    lowered = x - refs.rows.frequency[row.b] * count.astype(jnp.float32)
-    lowered = jnp.where(seen, lowered - refs.rows.presence[row.b], x)
-    repetition = refs.rows.repetition[row.b]
-    scaled = jnp.where(lowered < 0, lowered * repetition, lowered / repetition)
-    return jnp.where(seen, scaled, x)
-
-
-def _add_bias(refs: _Inputs, row: _Row, run: _Run, x: Any) -> Any:
-    """Entries are looked at BIAS_BLOCK at a time; one by one only where some lie in the run."""
-    slots = refs.slots
-    count = jnp.minimum(row.num_bias, slots.bias_ids.shape[1])
-
-    def block(j: Any, x: Any) -> Any:
-        first = j * BIAS_BLOCK
-        entries = first + jnp.arange(BIAS_BLOCK, dtype=jnp.int32)
-        live = entries < count
-        where = jnp.full_like(entries, row.slot), entries
-        bias_ids = plt.load(slots.bias_ids.at[where], mask=live, other=-1)
-        hits = live & (bias_ids >= run.low) & (bias_ids < run.high)
-
-        def entry(e: Any, x: Any) -> Any:
-            active = row.position < slots.bias_until[row.slot, e]
-            match = (run.ids == slots.bias_ids[row.slot, e]) & active
-            return jnp.where(match, x + slots.bias_values[row.slot, e], x)
-
-        def each(x: Any) -> Any:
-            return lax.fori_loop(first, jnp.minimum(first + BIAS_BLOCK, count), entry, x)
-
-        return lax.cond(jnp.sum(hits.astype(jnp.int32)) > 0, each, lambda x: x, x)
-
-    return lax.fori_loop(0, ceil_div(count, BIAS_BLOCK), block, x)
-
-
-def _load_logits(refs: _Inputs, row: _Row, runs: tuple[_Run, ...]) -> tuple[Any, ...]:
-    """Logits of each run, penalized, biased and cleaned: what every launch means by a logit. NONE
-    outside the vocabulary. All loads come first, so that they wait for memory together."""
-
-    def load(run: _Run) -> Any:
-        view = refs.logits.at[jnp.full_like(run.ids, row.b), run.ids]
-        return plt.load(view, mask=run.inside, other=0.0)
-
-    def each(change: Any) -> Any:
-        return lambda *xs: tuple(change(refs, row, run, x) for run, x in zip(runs, xs, strict=True))
-
-    def same(*xs: Any) -> Any:
-        return xs
-
-    xs = tuple(load(run) for run in runs)
-    xs = lax.cond(row.penalized, each(_penalize), same, *xs)
-    if refs.slots.bias_ids is not None:
-        xs = lax.cond(row.num_bias > 0, each(_add_bias), same, *xs)
-    cleaned = []
-    for run, x in zip(runs, xs, strict=True):
-        x = jnp.where(x == x, x, LOWEST)
-        x = jnp.minimum(jnp.maximum(x, LOWEST), HIGHEST)
-        cleaned.append(jnp.where(run.inside, x, NONE))
-    return tuple(cleaned)
-
-
-def _scale(row: _Row, logits: Any) -> Any:
-    """Clipping keeps a hot row's largest logits apart from infinity. NONE stays NONE."""
-    x = jnp.minimum(jnp.maximum(logits * row.inverse, LOWEST), HIGHEST)
-    return jnp.where(logits == NONE, NONE, x)
-
-
-def _tile(i: Any, lanes: int) -> tuple[Any, Any, Any]:
-    """Of tile i: first counter, and the first token of either run."""
-    counter = i * lanes
-    block, _ = divmod_by(counter, noise.HALF)
-    low = counter + block * noise.HALF
-    return counter, low, low + noise.HALF
-
-
-def _load_tile(refs: _Inputs, row: _Row, i: Any, lanes: int) -> tuple[Any, Any, Any, Any]:
-    """(logits, ids) of the low run and of the high run of tile i."""
-    vocab = refs.logits.shape[1]
-    lane = jnp.arange(lanes, dtype=jnp.int32)
-    runs = tuple(
-        _Run(first + lane, first, first + lanes, first + lane < vocab)
-        for first in _tile(i, lanes)[1:]
-    )
-    low, high = _load_logits(refs, row, runs)
-    return low, runs[0].ids, high, runs[1].ids
-
-
-def _tile_noise(row: _Row, i: Any, lanes: int) -> tuple[Any, Any]:
-    """Gumbel noise of the low run and of the high run of tile i."""
-    counters = (_tile(i, lanes)[0] + jnp.arange(lanes, dtype=jnp.int32)).astype(jnp.uint32)
-    key0, key1 = jnp.full_like(counters, row.key0), jnp.full_like(counters, row.key1)
-    words = noise.threefry2x32(key0, key1, counters, jnp.zeros_like(counters))
-    return noise.gumbel(words[0]), noise.gumbel(words[1])
-
-
-# -- best of many ---------------------------------------------------------------------------------
-
-
-class _Best(NamedTuple):
-    """Per lane, the best score so far and its id. Ids only grow from call to call of `better`, so a
-    tie keeps the smaller one; that is why low and high runs have one each."""
-
-    score: Any
-    ids: Any
-
-
-def _nothing(lanes: int) -> _Best:
-    return _Best(jnp.full((lanes,), NONE, jnp.float32), jnp.full((lanes,), NO_ID, jnp.int32))
-
-
-def _better(best: _Best, score: Any, ids: Any) -> _Best:
-    better = score > best.score
-    return _Best(jnp.where(better, score, best.score), jnp.where(better, ids, best.ids))
-
-
-def _smallest_best(score: Any, ids: Any) -> tuple[Any, Any]:
-    """The largest score and the smallest of the ids that have it."""
-    most = jnp.max(score)
-    return most, jnp.min(jnp.where(score == most, ids, NO_ID))
-
-
-def _winner(low: _Best, high: _Best) -> tuple[Any, Any]:
-    score = jnp.maximum(low.score, high.score)
-    low_ids = jnp.where(low.score == score, low.ids, NO_ID)
-    high_ids = jnp.where(high.score == score, high.ids, NO_ID)
-    return _smallest_best(score, jnp.minimum(low_ids, high_ids))
-
-
-def _after(values: Any, ids: Any, last: tuple[Any, Any]) -> Any:
-    """`values`, NONE where they do not come after `last` (value, id) in order of falling value and
-    rising id."""
-    value, i = last
-    return jnp.where((values < value) | ((values == value) & (ids > i)), values, NONE)
+def _load_search(memory: _Memory, done: Any, b: Any) -> Search:
+    floats = [memory.floats[b, i] for i in range(FLOATS)]
+    ints = [memory.ints[b, i] for i in range(LOCK)]
+    return Search._make([*floats, *ints, done[b]])
 
 
 # -- draw -----------------------------------------------------------------------------------------
 
 
-def _draw_kernel(refs, out, *, lanes, tiles, per_chunk, top, raw):
+def _draw_kernel(
+    logits_in, ints_in, refs, logits, memory, done, reported, parts, *, lanes, tiles, per_chunk,
+    chunks, top, raw, interpret,
+):  # fmt: skip
+    del logits_in, ints_in  # they go in and out
+    rows = refs.rows
     chunk, b = pl.program_id(0), pl.program_id(1)
     begin = chunk * per_chunk
     end = jnp.minimum(begin + per_chunk, tiles)
 
     def run():
-        row = _load_row(refs, b)
+        inverse, greedy = refs.inverse[b], rows.top_k[b] == 1
+        change_logits(logits, refs, b, begin, end, lanes, interpret)
 
         def tile(i, carry):
-            largest, total, raw_total, best_low, best_high = carry
-            low, low_ids, high, high_ids = _load_tile(refs, row, i, lanes)
-            low_x, high_x = _scale(row, low), _scale(row, high)
-            new = jnp.maximum(largest, jnp.maximum(low, high))
-            scaled = _scale(row, new)
-            total = total * _exp(_scale(row, largest) - scaled)
-            total += _exp(low_x - scaled) + _exp(high_x - scaled)
+            largest, total, raw_total, best = carry
+            ids = token_ids(i, lanes)
+            cleaned, x = load_tile(logits, b, ids, inverse)
+            new = jnp.maximum(largest, jnp.max(cleaned))
+            most = scale(new, inverse)
+            weight = exp(x - most)
+            total = total * exp(scale(largest, inverse) - most) + jnp.sum(weight, axis=0)
             if raw:
-                raw_total = raw_total * _exp(largest - new) + _exp(low - new) + _exp(high - new)
-
-            def noisy():
-                low_noise, high_noise = _tile_noise(row, i, lanes)
-                return low_x + low_noise, high_x + high_noise
-
-            low_score, high_score = lax.cond(row.greedy, lambda: (low, high), noisy)
-            best_low = _better(best_low, low_score, low_ids)
-            best_high = _better(best_high, high_score, high_ids)
-            return new, total, raw_total, best_low, best_high
+                cleaned = jnp.where(ids < logits.shape[1], cleaned, NONE)
+                raw_total = raw_total * exp(largest - new) + jnp.sum(exp(cleaned - new), axis=0)
+            best = better_noisy(best, refs, b, i, x, weight, most, greedy)
+            return new, total, raw_total, best
 
         zeros = jnp.zeros((lanes,), jnp.float32)
-        lowest = jnp.full((lanes,), LOWEST, jnp.float32)
-        start = lowest, zeros, zeros if raw else None, _nothing(lanes), _nothing(lanes)
-        largest, total, raw_total, best_low, best_high = lax.fori_loop(begin, end, tile, start)
-        most = jnp.max(largest)
-        score, token = _winner(best_low, best_high)
-        out.largest[b, chunk] = most
-        out.total[b, chunk] = jnp.sum(total * _exp(_scale(row, largest) - _scale(row, most)))
-        out.score[b, chunk] = score
-        out.token[b, chunk] = token
+        start = jnp.float32(LOWEST), zeros, zeros if raw else None, nobody()
+        largest, total, raw_total, best = lax.fori_loop(begin, end, tile, start)
+        parts.largest[b, chunk] = largest
+        parts.total[b, chunk] = jnp.sum(total)
+        parts.score[b, chunk], parts.token[b, chunk] = best
         if raw:
-            out.raw_total[b, chunk] = jnp.sum(raw_total * _exp(largest - most))
+            parts.raw_total[b, chunk] = jnp.sum(raw_total)
         if top:
-            count = jnp.minimum(refs.rows.num_top[b], top)
-            count = jnp.where(refs.rows.wants_logprob[b] > 0, count, 0)
+            store_top(inverse)
+        pl.when(_last_of(memory, b, chunks, interpret))(functools.partial(merge, inverse))
 
-            def pick(j, last):
-                def walk(i, carry):
-                    low, low_ids, high, high_ids = _load_tile(refs, row, i, lanes)
-                    if not raw:
-                        low, high = _scale(row, low), _scale(row, high)
-                    best_low = _better(carry[0], _after(low, low_ids, last), low_ids)
-                    return best_low, _better(carry[1], _after(high, high_ids, last), high_ids)
+    def store_top(inverse):
+        count = jnp.where(rows.wants_logprob[b] > 0, jnp.minimum(rows.num_top[b], top), 0)
 
-                value, i = _winner(*lax.fori_loop(begin, end, walk, (_nothing(lanes),) * 2))
-                out.top_values[b, chunk * top + j] = value
-                out.top_ids[b, chunk * top + j] = i
-                return value, i
+        def pick(j, last):
+            def walk(i, best):
+                ids = token_ids(i, lanes)
+                cleaned, x = load_tile(logits, b, ids, inverse)
+                if raw:
+                    x = jnp.where(ids < logits.shape[1], cleaned, NONE)
+                return better(best, those_after(x, ids, last), ids)
 
-            lax.fori_loop(0, count, pick, (jnp.float32(jnp.inf), jnp.int32(-1)))
+            best = lax.fori_loop(begin, end, walk, nobody())
+            at = chunk * top + j
+            parts.top_values[b, at], parts.top_ids[b, at] = best
+            return best
 
-    pl.when(refs.rows.live[b] != 0)(run)
+        lax.fori_loop(0, count, pick, (jnp.float32(jnp.inf), jnp.int32(-1)))
 
+    def merge(inverse):
+        largest = _load_chunks(parts.largest, b, chunks, LOWEST)
+        most = jnp.max(largest)
+        scaled = scale(most, inverse)
+        total = _load_chunks(parts.total, b, chunks, 0.0)
+        total = jnp.sum(total * exp(scale(largest, inverse) - scaled))
+        reported[b, 0], reported[b, 1] = scaled, total
+        if raw:
+            raw_total = _load_chunks(parts.raw_total, b, chunks, 0.0) * exp(largest - most)
+            reported[b, 0], reported[b, 1] = most, jnp.sum(raw_total)
+        score = _load_chunks(parts.score, b, chunks, NONE)
+        _, token = smallest_best(score, _load_chunks(parts.token, b, chunks, NO_ID))
+        begun = search.begin(
+            scaled, total, jnp.int32(logits.shape[1]), rows.top_k[b], rows.top_p[b],
+            rows.min_p[b], token, _load_x(logits, b, token, inverse),
+        )  # fmt: skip
+        _store_search(memory, done, b, begun)
 
-def _exp(x: Any) -> Any:
-    return jnp.exp2(x * LOG2E)
-
-
-def _load_chunks(
-    ref: Any, b: Any, chunks: int, other: Any, stride: int = 1, column: int = 0
-) -> Any:
-    """One number per chunk, padded with `other` to a power of two."""
-    ids = jnp.arange(pl.next_power_of_2(chunks), dtype=jnp.int32)
-    view = ref.at[jnp.full_like(ids, b), ids * stride + column]
-    return plt.load(view, mask=ids < chunks, other=other)
-
-
-# -- the search -----------------------------------------------------------------------------------
-
-
-def _load_filter(refs: _Inputs, row: _Row, parts: _Partials, chunks: int) -> _Filter:
-    vocab = refs.logits.shape[1]
-    rows, b = refs.rows, row.b
-    largest = _scale(row, _load_chunks(parts.largest, b, chunks, LOWEST))
-    most = jnp.max(largest)
-    total = jnp.sum(_load_chunks(parts.total, b, chunks, 0.0) * _exp(largest - most))
-    top_k, top_p, min_p = rows.top_k[b], rows.top_p[b], rows.min_p[b]
-    return _Filter(
-        largest=most,
-        total=total,
-        count=jnp.where(row.greedy | (top_k >= vocab), NO_ID, top_k),
-        mass=jnp.where(row.greedy | (top_p >= 1), jnp.inf, top_p * total),
-        floor=jnp.where(row.greedy | (min_p <= 0), NONE, most + jnp.log(min_p)),
-    )
+    live = rows.live[b] != 0
+    pl.when(live)(run)
+    pl.when(~live & (chunk == 0))(lambda: plt.store(done.at[b], jnp.int32(1)))
 
 
-def _load_x(refs: _Inputs, row: _Row, token: Any) -> Any:
-    run = _Run(token, token, token + 1, token < refs.logits.shape[1])
-    return _scale(row, *_load_logits(refs, row, (run,)))
-
-
-def _begin(refs: _Inputs, row: _Row, parts: _Partials, want: _Filter, chunks: int) -> _State:
-    """The state after draw."""
-    vocab = refs.logits.shape[1]
-    score = _load_chunks(parts.score, row.b, chunks, NONE)
-    _, token = _smallest_best(score, _load_chunks(parts.token, row.b, chunks, NO_ID))
-    x = _load_x(refs, row, token)
-    counted = (want.count < vocab) | (want.mass < jnp.inf)
-    # without top-k and top-p, all from `floor` on is kept; else only the largest is known to be
-    hi = jnp.where(counted, want.largest, jnp.maximum(want.floor, LOWEST))
-    below = want.floor - jnp.maximum(jnp.abs(want.floor) * 2.0**-22, 1e-37)
-    known = x >= want.floor
-    everything = jnp.int32(vocab), want.total
-    return _State(
-        lo=jnp.where(known, NONE, below),
-        hi=hi,
-        lo_count=everything[0],
-        lo_mass=everything[1],
-        hi_count=jnp.where(counted, 0, everything[0]),
-        hi_mass=jnp.where(counted, 0.0, everything[1]),
-        x=x,
-        token=token,
-        known=known.astype(jnp.int32),
-        narrowed=jnp.int32(0),
-        done=(x >= hi).astype(jnp.int32),
-    )
-
-
-def _plan(state: _State, want: _Filter) -> tuple[tuple[Any, ...], Any]:
-    """The next pass: four values of x to count above, and whether it looks for a candidate."""
-    known = state.known != 0
-    base = jnp.where(known, state.x, state.lo)
-
-    def crossing(at_lo: Any, at_hi: Any, wanted: Any) -> Any:
-        """Where between lo and hi the amount above falls to `wanted`, if its log falls evenly."""
-        fall = jnp.log(at_lo) - jnp.log(jnp.minimum(at_hi, at_lo * 0.5))
-        return (jnp.log(at_lo) - jnp.log(wanted)) / fall
-
-    # the largest x has nothing above it, itself weighs 1: half of that keeps the logs finite
-    lo_count = jnp.maximum(state.lo_count.astype(jnp.float32), 1.0)
-    hi_count = jnp.maximum(state.hi_count.astype(jnp.float32), 0.5)
-    lo_mass, hi_mass = jnp.maximum(state.lo_mass, 1.0), jnp.maximum(state.hi_mass, 0.5)
-    by_count = crossing(lo_count, hi_count, want.count.astype(jnp.float32))
-    by_mass = crossing(lo_mass, hi_mass, jnp.minimum(want.mass, HIGHEST))
-    guess = jnp.minimum(jnp.maximum(jnp.maximum(by_count, by_mass), 0.1), 0.9)
-    guess = jnp.where(known, 0.5, guess)
-    around = jnp.where(known, 0.25, jnp.minimum(guess, 1.0 - guess) * 0.25)
-
-    def between(fraction: Any) -> Any:
-        pivot = base * (1.0 - fraction) + state.hi * fraction
-        return jnp.where((pivot > base) & (pivot < state.hi), pivot, base)
-
-    pivots = base, between(guess - around), between(guess + around), between(jnp.float32(0.5))
-    undecided_mass = state.lo_mass - state.hi_mass
-    few = state.lo_count - state.hi_count <= SMALL_COUNT
-    settled = few | (undecided_mass <= state.lo_mass * SMALL_MASS)
-    return pivots, ~known & (settled | (state.narrowed >= MAX_NARROWED))
-
-
-def _fold(x: Any) -> Any:
-    """Sums of FOLD neighbours, which one thread holds: fewer registers carry the eight sums."""
-    return jnp.sum(x.reshape(-1, FOLD), axis=1)
+# -- refine ---------------------------------------------------------------------------------------
 
 
 def _pass(
-    refs: _Inputs, row: _Row, want: _Filter, pivots: Any, noisy: Any, begin: Any, end: Any,
-    lanes: int,
-) -> _Sums:  # fmt: skip
-    """Count tokens and mass above each pivot in tiles [begin, end), and if `noisy` find the best
-    score above the first pivot; tiles without such a token need no noise."""
+    logits: Any, refs: Inputs, b: Any, found: Search, begin: Any, end: Any, lanes: int
+) -> Sums:
+    """What search.advance wants to know, of the tokens of tiles [begin, end)."""
+    inverse = refs.inverse[b]
+    cube = (PIVOTS, 2, lanes)
+    bars = lax.broadcast_in_dim(search.pivots(found), cube, (0,))
 
     def tile(i, carry):
-        counts, masses, best_low, best_high = carry
-        low, low_ids, high, high_ids = _load_tile(refs, row, i, lanes)
-        low, high = _scale(row, low), _scale(row, high)
-        low_mass, high_mass = _exp(low - want.largest), _exp(high - want.largest)
-        counts = tuple(
-            count + _fold((low > p).astype(jnp.int32) + (high > p).astype(jnp.int32))
-            for count, p in zip(counts, pivots, strict=True)
-        )
-        masses = tuple(
-            mass + _fold(jnp.where(low > p, low_mass, 0.0) + jnp.where(high > p, high_mass, 0.0))
-            for mass, p in zip(masses, pivots, strict=True)
-        )
+        counts, masses, best = carry
+        _, x = load_tile(logits, b, token_ids(i, lanes), inverse)
+        weight = exp(x - found.largest)
+        above = lax.broadcast_in_dim(x, cube, (1, 2)) > bars
+        counts += jnp.sum(above.astype(jnp.int32), axis=1)
+        masses += jnp.sum(jnp.where(above, lax.broadcast_in_dim(weight, cube, (1, 2)), 0.0), axis=1)
 
-        def look(best_low, best_high):
-            low_noise, high_noise = _tile_noise(row, i, lanes)
-            low_score = jnp.where(low > pivots[0], low + low_noise, NONE)
-            high_score = jnp.where(high > pivots[0], high + high_noise, NONE)
-            return _better(best_low, low_score, low_ids), _better(best_high, high_score, high_ids)
+        def look() -> Best:
+            candidate = x > found.base
+            return lax.cond(
+                jnp.max(candidate.astype(jnp.int32)) > 0,
+                lambda: better_noisy(
+                    best, refs, b, i, jnp.where(candidate, x, NONE),
+                    jnp.where(candidate, weight, 0.0), found.largest, None,
+                ),
+                lambda: best,
+            )  # fmt: skip
 
-        some = noisy & (jnp.max(jnp.maximum(low, high)) > pivots[0])
-        best_low, best_high = lax.cond(some, look, lambda *best: best, best_low, best_high)
-        return counts, masses, best_low, best_high
+        return counts, masses, lax.cond(found.noisy != 0, look, lambda: best)
 
-    start = (
-        (jnp.zeros((lanes // FOLD,), jnp.int32),) * 4,
-        (jnp.zeros((lanes // FOLD,), jnp.float32),) * 4,
-        _nothing(lanes),
-        _nothing(lanes),
-    )
-    counts, masses, best_low, best_high = lax.fori_loop(begin, end, tile, start)
-    return _Sums(
-        tuple(jnp.sum(count) for count in counts),
-        tuple(jnp.sum(mass) for mass in masses),
-        *_winner(best_low, best_high),
-    )
+    zeros = jnp.zeros((PIVOTS, lanes), jnp.int32)
+    start = zeros, zeros.astype(jnp.float32), nobody()
+    counts, masses, best = lax.fori_loop(begin, end, tile, start)
+    return Sums(jnp.sum(counts, axis=1), jnp.sum(masses, axis=1), *best)
 
 
-def _advance(
-    refs: _Inputs, row: _Row, want: _Filter, state: _State, pivots: Any, noisy: Any, sums: _Sums
-) -> _State:
-    """The state after a pass over the whole row."""
-    lo, lo_count, lo_mass = state.lo, state.lo_count, state.lo_mass
-    hi, hi_count, hi_mass = state.hi, state.hi_count, state.hi_mass
-    for pivot, count, mass in zip(pivots, sums.counts, sums.masses, strict=True):
-        enough = (count >= want.count) | (mass >= want.mass)
-        rejected = (enough | (pivot < want.floor)) & (pivot >= lo)
-        kept = jnp.maximum(pivot, want.floor)
-        lower = ~enough & (kept < hi)
-        lo = jnp.where(rejected, pivot, lo)
-        lo_count, lo_mass = jnp.where(rejected, count, lo_count), jnp.where(rejected, mass, lo_mass)
-        hi = jnp.where(lower, kept, hi)
-        hi_count, hi_mass = jnp.where(lower, count, hi_count), jnp.where(lower, mass, hi_mass)
-    vocab = refs.logits.shape[1]
-    token = jnp.where(noisy, jnp.minimum(sums.token, vocab - 1), state.token)
-    x = lax.cond(noisy, lambda: _load_x(refs, row, token), lambda: state.x)
-    candidate = noisy | (state.known != 0)
-    return _State(
-        lo=lo,
-        hi=hi,
-        lo_count=lo_count,
-        lo_mass=lo_mass,
-        hi_count=hi_count,
-        hi_mass=hi_mass,
-        x=x,
-        token=token,
-        known=(candidate & (x > lo)).astype(jnp.int32),
-        narrowed=jnp.where(noisy, 0, state.narrowed + 1),
-        done=(candidate & (x >= hi)).astype(jnp.int32),
-    )
+def _advance(logits: Any, refs: Inputs, b: Any, found: Search, sums: Sums) -> Search:
+    token = jnp.minimum(sums.token, logits.shape[1] - 1)  # NO_ID after a pass without noise
+    x = _load_x(logits, b, token, refs.inverse[b])
+    return search.advance(found, sums._replace(token=token), x)
 
 
-def _load_state(floats: Any, ints: Any, b: Any) -> _State:
-    at = range(len(_State._fields) - STATE_FLOATS)
-    return _State(*(floats[b, i] for i in range(STATE_FLOATS)), *(ints[b, i] for i in at))
+def _of_pivots(ref: Any, b: Any, chunks: Any) -> Any:
+    """View [PIVOTS, n] of what n chunks of row b have for each pivot."""
+    shape = (PIVOTS, *chunks.shape)
+    place = lax.broadcasted_iota(jnp.int32, shape, 0)
+    return ref.at[jnp.full_like(place, b), place, lax.broadcast_in_dim(chunks, shape, (1,))]
 
 
-def _load_sums(sums: _Sums, b: Any, chunks: int) -> _Sums:
-    score = _load_chunks(sums.score, b, chunks, NONE)
-    return _Sums(
-        tuple(jnp.sum(_load_chunks(sums.counts, b, chunks, 0, 4, i)) for i in range(4)),
-        tuple(jnp.sum(_load_chunks(sums.masses, b, chunks, 0.0, 4, i)) for i in range(4)),
-        *_smallest_best(score, _load_chunks(sums.token, b, chunks, NO_ID)),
-    )
-
-
-def _refine_kernel(refs, parts, before, out, *, lanes, tiles, per_chunk, chunks, drawn):
-    chunk, b = pl.program_id(0), pl.program_id(1)
-    floats, ints, sums = out
-
-    def store(state: _State) -> None:
-        for i, value in enumerate(state[:STATE_FLOATS]):
-            floats[b, i] = value
-        for i, value in enumerate(state[STATE_FLOATS:]):
-            ints[b, i] = value
+def _refine_kernel(
+    memory_in, logits, refs, before, memory, done, parts, *, lanes, tiles, interpret
+):  # fmt: skip
+    del memory_in  # goes in and out
+    program, programs, batch = pl.program_id(0), pl.num_programs(0), logits.shape[0]
+    rows, inside = first_ids(batch)
+    decided = plt.load(before.at[rows], mask=inside, other=1)
+    rank = jnp.cumsum(1 - decided)
+    count = jnp.max(rank)
+    share = lax.div(programs, jnp.maximum(count, 1))
+    per_chunk = lax.div(tiles + share - 1, share)
+    chunks = lax.div(tiles + per_chunk - 1, per_chunk)
 
     def run():
-        row = _load_row(refs, b)
-        want = _load_filter(refs, row, parts, drawn)
-        state = _resume(refs, row, parts, want, before, chunks, drawn)
+        nth = lax.div(program, chunks)
+        chunk = program - nth * chunks
+        b = jnp.min(jnp.where((rank == nth + 1) & (decided == 0), rows, NO_ID))
+        found = _load_search(memory, before, b)
+        begin = chunk * per_chunk
+        end = jnp.minimum(begin + per_chunk, tiles)
+        sums = _pass(logits, refs, b, found, begin, end, lanes)
+        here = lax.broadcast(chunk, (1,))
+        plt.store(_of_pivots(parts.counts, b, here), sums.counts[:, None])
+        plt.store(_of_pivots(parts.masses, b, here), sums.masses[:, None])
+        parts.score[b, chunk], parts.token[b, chunk] = sums.score, sums.token
 
-        def search():
-            pivots, noisy = _plan(state, want)
-            begin = chunk * per_chunk
-            end = jnp.minimum(begin + per_chunk, tiles)
-            found = _pass(refs, row, want, pivots, noisy, begin, end, lanes)
-            for i in range(4):
-                sums.counts[b, chunk * 4 + i] = found.counts[i]
-                sums.masses[b, chunk * 4 + i] = found.masses[i]
-            sums.score[b, chunk] = found.score
-            sums.token[b, chunk] = found.token
+        def merge():
+            ids, _ = first_ids(parts.score.shape[1])
+            mask = lax.broadcast(ids < chunks, (PIVOTS,))
+            counts = plt.load(_of_pivots(parts.counts, b, ids), mask=mask, other=0, volatile=True)
+            masses = plt.load(_of_pivots(parts.masses, b, ids), mask=mask, other=0.0, volatile=True)
+            score = _load_chunks(parts.score, b, chunks, NONE)
+            best = smallest_best(score, _load_chunks(parts.token, b, chunks, NO_ID))
+            merged = Sums(jnp.sum(counts, axis=1), jnp.sum(masses, axis=1), *best)
+            _store_search(memory, done, b, _advance(logits, refs, b, found, merged))
 
-        pl.when(chunk == 0)(lambda: store(state))
-        pl.when(state.done == 0)(search)
+        pl.when(_last_of(memory, b, chunks, interpret))(merge)
 
-    live = refs.rows.live[b] != 0
-    if before is None:
-        pl.when(live)(run)
-        return
-    done = before[1][b, DONE] != 0
-    pl.when(live & ~done)(run)
-    pl.when(live & done & (chunk == 0))(lambda: store(_load_state(before[0], before[1], b)))
-
-
-def _resume(
-    refs: _Inputs, row: _Row, parts: _Partials, want: _Filter, before: Any, chunks: int, drawn: int
-) -> _State:
-    """The state that the launches so far have reached, to which every program of a row comes alike.
-    before: None right after draw, else what the last refine wrote, whose pass is not yet in its
-    state. chunks: of refine, drawn: of draw."""
-    if before is None:
-        return _begin(refs, row, parts, want, drawn)
-    floats, ints, sums = before
-    state = _load_state(floats, ints, row.b)
-
-    def advance(state: _State) -> _State:
-        plan = _plan(state, want)
-        return _advance(refs, row, want, state, *plan, _load_sums(sums, row.b, chunks))
-
-    return lax.cond(state.done != 0, lambda state: state, advance, state)
+    pl.when(program < count * chunks)(run)
+    # an undecided row gets its own from the last of its programs
+    keep = inside & (decided != 0)
+    pl.when(program == 0)(lambda: plt.store(done.at[rows], decided, mask=keep))
 
 
 # -- finish ---------------------------------------------------------------------------------------
 
 
-def _finish_kernel(refs, parts, before, out, *, lanes, tiles, chunks, drawn, top, raw):
+def _finish_kernel(
+    logits, refs, memory, done, reported, parts, out, *, lanes, tiles, chunks, top, raw
+):
     b = pl.program_id(0)
-    named_count = 0 if refs.slots.named_ids is None else refs.slots.named_ids.shape[1]
-    named_ids = jnp.arange(pl.next_power_of_2(max(named_count, 1)), dtype=jnp.int32)
-    at_named = jnp.full_like(named_ids, b), named_ids
-    top_ids = jnp.arange(pl.next_power_of_2(max(top, 1)), dtype=jnp.int32)
-    at_top = jnp.full_like(top_ids, b), top_ids
+    live = refs.rows.live[b] != 0
+    wants = live & (refs.rows.wants_logprob[b] != 0)
+
+    def run():
+        def step(found: Search) -> Search:
+            sums = _pass(logits, refs, b, found, jnp.int32(0), jnp.int32(tiles), lanes)
+            return _advance(logits, refs, b, found, sums)
+
+        start = _load_search(memory, done, b)
+        token = lax.while_loop(lambda found: found.done == 0, step, start).token
+        out.tokens[b] = token
+        pl.when(wants)(lambda: report(token))
+
+    def report(token):
+        most, log_sum = reported[b, 0], jnp.log(reported[b, 1])
+
+        def logprob(x: Any) -> Any:
+            return jnp.maximum(x - most - log_sum, LOWEST)
+
+        def at(ids: Any) -> Any:
+            return logprob(load_tile(logits, b, ids, refs.inverse[b])[0 if raw else 1])
+
+        out.logprob[b] = at(token)
+        if out.named is not None:
+            ids, inside = first_ids(out.named.shape[1])
+            asked = ids < refs.rows.num_named[b]
+            view = at_ids(refs.slots.named_ids, refs.rows.slot[b], ids)
+            values = at(plt.load(view, mask=asked & inside, other=0))
+            plt.store(at_ids(out.named, b, ids), values, mask=inside)
+        if top:
+            report_top(logprob)
+
+    def report_top(logprob):
+        """The best of the chunks' best, one after the other."""
+        count = jnp.minimum(refs.rows.num_top[b], top)
+        flat, inside = first_ids(chunks * top)
+        written = inside & (divmod_by(flat, top)[1] < count)
+        values = plt.load(at_ids(parts.top_values, b, flat), mask=written, other=NONE)
+        ids = plt.load(at_ids(parts.top_ids, b, flat), mask=written, other=NO_ID)
+
+        def pick(j, last):
+            value, i = smallest_best(those_after(values, ids, last), ids)
+            found = (j < count) & (value > NONE)
+            out.top_values[b, j] = jnp.where(found, logprob(value), 0.0)
+            out.top_ids[b, j] = jnp.where(found, i, 0)
+            return value, i
+
+        lax.fori_loop(0, top, pick, (jnp.float32(jnp.inf), jnp.int32(-1)))
 
     def silence():
         """What nobody asked for is still finite."""
         out.logprob[b] = jnp.float32(0.0)
-        if named_count:
-            zeros = jnp.zeros(named_ids.shape, jnp.float32)
-            plt.store(out.named.at[at_named], zeros, mask=named_ids < named_count)
-        if top:
-            zeros = jnp.zeros(top_ids.shape, jnp.float32)
-            plt.store(out.top_values.at[at_top], zeros, mask=top_ids < top)
-            plt.store(out.top_ids.at[at_top], zeros.astype(jnp.int32), mask=top_ids < top)
+        for array in (out.named, out.top_values, out.top_ids):
+            if array is not None:
+                ids, inside = first_ids(array.shape[1])
+                plt.store(at_ids(array, b, ids), jnp.zeros(ids.shape, array.dtype), mask=inside)
 
-    def run():
-        row = _load_row(refs, b)
-        want = _load_filter(refs, row, parts, drawn)
-
-        def step(state: _State) -> _State:
-            plan = _plan(state, want)
-            return _advance(
-                refs, row, want, state, *plan,
-                _pass(refs, row, want, *plan, jnp.int32(0), jnp.int32(tiles), lanes),
-            )  # fmt: skip
-
-        start = _resume(refs, row, parts, want, before, chunks, drawn)
-        token = lax.while_loop(lambda state: state.done == 0, step, start).token
-        out.tokens[b] = token
-
-        def report():
-            if raw:
-                largest = _load_chunks(parts.largest, b, drawn, LOWEST)
-                most = jnp.max(largest)
-                total = jnp.sum(_load_chunks(parts.raw_total, b, drawn, 0.0) * _exp(largest - most))
-            else:
-                most, total = want.largest, want.total
-            log_sum = jnp.log(total)
-
-            def logprob(x: Any) -> Any:
-                return jnp.maximum(x - most - log_sum, LOWEST)
-
-            def at(ids: Any) -> Any:
-                vocab = refs.logits.shape[1]
-                run = _Run(ids, jnp.int32(0), jnp.int32(vocab), ids < vocab)
-                (logits,) = _load_logits(refs, row, (run,))
-                return logprob(logits if raw else _scale(row, logits))
-
-            out.logprob[b] = at(token)
-            if named_count:
-                asked = named_ids < refs.rows.num_named[b]
-                where = jnp.full_like(named_ids, row.slot), named_ids
-                inside = named_ids < named_count
-                ids = plt.load(refs.slots.named_ids.at[where], mask=asked & inside, other=0)
-                plt.store(out.named.at[at_named], at(ids), mask=inside)
-            if top:
-                _store_top(refs, parts, b, logprob, out, top, drawn)
-
-        pl.when(refs.rows.wants_logprob[b] != 0)(report)
-
-    live, wants = refs.rows.live[b] != 0, refs.rows.wants_logprob[b] != 0
-
-    def pad():
-        out.tokens[b] = jnp.int32(0)
-
-    pl.when(~(live & wants))(silence)
+    pl.when(~wants)(silence)
     pl.when(live)(run)
-    pl.when(~live)(pad)
+    pl.when(~live)(lambda: plt.store(out.tokens.at[b], jnp.int32(0)))
 
 
-def _store_top(refs, parts, b, logprob, out, top, chunks):
-    """The best of the chunks' best, one after the other."""
-    count = jnp.minimum(refs.rows.num_top[b], top)
-    flat = jnp.arange(pl.next_power_of_2(chunks * top), dtype=jnp.int32)
-    _, column = divmod_by(flat, top)
-    written = (flat < chunks * top) & (column < count)
-    where = jnp.full_like(flat, b), flat
-    values = plt.load(parts.top_values.at[where], mask=written, other=NONE)
-    ids = plt.load(parts.top_ids.at[where], mask=written, other=NO_ID)
-
-    def pick(j, last):
-        value, i = _smallest_best(_after(values, ids, last), ids)
-        found = (j < count) & (value > NONE)
-        out.top_values[b, j] = jnp.where(found, logprob(value), 0.0)
-        out.top_ids[b, j] = jnp.where(found, i, 0)
-        return value, i
-
-    lax.fori_loop(0, top, pick, (jnp.float32(jnp.inf), jnp.int32(-1)))
+# -- launches -------------------------------------------------------------------------------------
 
 
 def sample(
@@ -760,23 +411,21 @@ def sample(
     sizes: Sizes | None = None,
     interpret: bool = False,
 ) -> Samples:
-    """See pallas_kernels.sample. interpret: run on any backend, slowly."""
+    """See pallas_kernels.sample. Rows with penalties or biases are changed in the logits' own
+    memory: if the caller's program needs that afterwards, or may not overwrite it, XLA copies it
+    first. interpret: run on any backend, slowly."""
     batch, vocab = logits.shape
     if sizes is None:
         sizes = default_sizes(current_device(), {"batch": batch, "vocab": vocab})
     counters = noise.counter_count(vocab)
-
-    def share(lanes: int, programs: int) -> tuple[int, int, int]:
-        """(tiles of a row, tiles of a chunk, chunks)."""
-        tiles = pl.cdiv(counters, lanes)
-        per_chunk = pl.cdiv(tiles, max(1, programs // batch))
-        return tiles, per_chunk, pl.cdiv(tiles, per_chunk)
-
-    tiles, per_chunk, drawn = share(sizes.lanes, sizes.programs)
-    refine_tiles, refine_per_chunk, chunks = share(sizes.refine_lanes, sizes.refine_programs)
+    tiles = pl.cdiv(counters, sizes.lanes)
+    per_chunk = pl.cdiv(tiles, max(1, sizes.programs // batch))
+    chunks = pl.cdiv(tiles, per_chunk)
+    refine_tiles = pl.cdiv(counters, sizes.refine_lanes)
+    programs = max(sizes.refine_programs, batch)
+    most = min(refine_tiles, programs)  # chunks of refine, when one row is undecided
     width = slots.named_ids.shape[1]
-    inputs = _Inputs(
-        logits,
+    inputs = Inputs(
         rows,
         SlotLists(*(array if array.size else None for array in slots)),
         1.0 / jnp.where(rows.top_k == 1, 1.0, rows.temperature),
@@ -790,41 +439,42 @@ def sample(
         return jax.ShapeDtypeStruct((batch, *shape), jnp.int32)
 
     call = functools.partial(triton_call, num_stages=1, interpret=interpret)
-    (parts,) = call(
+    memory = _Memory(ints(LOCK + 1), floats(FLOATS))
+    draw = call(
         functools.partial(
-            _draw_kernel, lanes=sizes.lanes, tiles=tiles, per_chunk=per_chunk, top=top,
-            raw=raw_logprobs,
+            _draw_kernel, lanes=sizes.lanes, tiles=tiles, per_chunk=per_chunk, chunks=chunks,
+            top=top, raw=raw_logprobs, interpret=interpret,
         ),
         name="sample_draw",
-        grid=(drawn, batch),
-        out_shape=[_Partials(
-            largest=floats(drawn),
-            total=floats(drawn),
-            raw_total=floats(drawn) if raw_logprobs else None,
-            score=floats(drawn),
-            token=ints(drawn),
-            top_values=floats(drawn * top) if top else None,
-            top_ids=ints(drawn * top) if top else None,
-        )],
+        grid=(chunks, batch),
+        out_shape=(floats(vocab), memory, ints(), floats(2), _Partials(
+            largest=floats(chunks),
+            total=floats(chunks),
+            raw_total=floats(chunks) if raw_logprobs else None,
+            score=floats(chunks),
+            token=ints(chunks),
+            top_values=floats(chunks * top) if top else None,
+            top_ids=ints(chunks * top) if top else None,
+        )),
         num_warps=sizes.num_warps,
-    )(inputs)  # fmt: skip
-    sums = _Sums(ints(chunks * 4), floats(chunks * 4), floats(chunks), ints(chunks))
-    before = None
-    for _ in range(sizes.rounds):
-        (before,) = call(
-            functools.partial(
-                _refine_kernel, lanes=sizes.refine_lanes, tiles=refine_tiles,
-                per_chunk=refine_per_chunk, chunks=chunks, drawn=drawn,
-            ),
-            name="sample_refine",
-            grid=(chunks, batch),
-            out_shape=[(floats(STATE_WIDTH), ints(STATE_WIDTH), sums)],
-            num_warps=sizes.refine_warps,
-        )(inputs, parts, before)  # fmt: skip
-    (found,) = call(
+        aliases={0: 0, 1: 1},
+    )  # fmt: skip
+    refine = jax.jit(call(  # jitted: traced and lowered once for all rounds
+        functools.partial(
+            _refine_kernel, lanes=sizes.refine_lanes, tiles=refine_tiles, interpret=interpret
+        ),
+        name="sample_refine",
+        grid=(programs,),
+        out_shape=(memory, ints(), Sums(
+            ints(PIVOTS, most), floats(PIVOTS, most), floats(most), ints(most)
+        )),
+        num_warps=sizes.refine_warps,
+        aliases={0: 0, 1: 1},
+    ))  # fmt: skip
+    finish = call(
         functools.partial(
             _finish_kernel, lanes=sizes.finish_lanes, tiles=pl.cdiv(counters, sizes.finish_lanes),
-            chunks=chunks, drawn=drawn, top=top, raw=raw_logprobs,
+            chunks=chunks, top=top, raw=raw_logprobs,
         ),
         name="sample_finish",
         grid=(batch,),
@@ -836,7 +486,13 @@ def sample(
             named=floats(width) if width else None,
         )],
         num_warps=sizes.finish_warps,
-    )(inputs, parts, before)  # fmt: skip
+    )  # fmt: skip
+
+    unlocked = jnp.zeros(memory.ints.shape, jnp.int32)
+    logits, memory, done, reported, parts = draw(logits, unlocked, inputs)
+    for _ in range(sizes.rounds):
+        memory, done, _ = refine(memory, logits, inputs, done)
+    (found,) = finish(logits, inputs, memory, done, reported, parts)
     return Samples(
         found.tokens,
         found.logprob,
