@@ -14,6 +14,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 
 from benchmarks import machine, trace, workloads
-from benchmarks.offline_throughput import generate
+from benchmarks.engine import dummy_engine, generate
 
 HOST_PHASES = ("schedule", "prepare", "dispatch", "wait", "commit")
 
@@ -82,11 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of Engine options")
     options = parser.parse_args()
-    sampling = {"temperature": 0.8, "top_p": 0.95} if options.sampled else {"temperature": 0}
-
-    import random
-
-    import jaxserve
+    sampling = workloads.sampling("uniform_s" if options.sampled else "uniform")
 
     def requests(seed: int) -> list[tuple[list[int], int]]:
         draw = random.Random(seed)
@@ -95,22 +92,18 @@ def main() -> None:
                   for _ in range(options.rows)]  # fmt: skip
         return [(ids, options.steps) for ids in prompt]
 
-    with tempfile.TemporaryDirectory() as root:
-        model = workloads.write_model(options.model, Path(root))
-        engine = jaxserve.Engine(
-            model_path=str(model), load_format="dummy", skip_tokenizer_init=True, **options.engine
-        )
-        generate(engine, requests(1), sampling)
-        before = engine.get_server_info()
-        untraced = generate(engine, requests(2), sampling)
-        after = engine.get_server_info()
-        profile = jax.profiler.ProfileOptions()
-        profile.python_tracer_level = 0
-        with jax.profiler.trace(f"{root}/trace", profiler_options=profile):
-            traced = generate(engine, requests(3), sampling)
-        engine.shutdown()
-        programs = by_program(trace.kernels(f"{root}/trace"))
-        phases = trace.host_phases(f"{root}/trace", HOST_PHASES)
+    with tempfile.TemporaryDirectory() as folder:
+        with dummy_engine(options.model, options.engine) as (engine, _):
+            generate(engine, requests(1), sampling)
+            before = engine.get_server_info()
+            untraced = generate(engine, requests(2), sampling)
+            after = engine.get_server_info()
+            profile = jax.profiler.ProfileOptions()
+            profile.python_tracer_level = 0
+            with jax.profiler.trace(folder, profiler_options=profile):
+                traced = generate(engine, requests(3), sampling)
+        programs = by_program(trace.kernels(folder))
+        phases = trace.host_phases(folder, HOST_PHASES)
     result: dict[str, Any] = {
         **machine.describe(),
         "benchmark": "profile",
@@ -133,11 +126,12 @@ def main() -> None:
     }
     print(f"{options.model} B={options.rows}: {untraced * 1e3:.1f} ms, traced {traced * 1e3:.1f}")
     for name, program in sorted(programs.items(), key=lambda p: -p[1].busy):
-        facts = summary(program, options.steps - 1 if "decode" in name else 1)
+        decode = "decode" in name
+        facts = summary(program, options.steps - 1 if decode else 1)
         result["programs"][name] = facts
         print(
-            f"\n{name}: {facts['runs']} runs, {facts['launches']:.1f} launches, "
-            f"busy {facts['busy_us']:.1f} us a run, elapsed {facts['elapsed_us']:.1f}"
+            f"\n{name}, {'a step' if decode else 'in all'}: {facts['launches']:.1f} launches, "
+            f"busy {facts['busy_us']:.1f} us, elapsed {facts['elapsed_us']:.1f}"
         )
         for kernel in facts["kernels"][: options.top]:
             print(

@@ -55,8 +55,3 @@ class Buckets:
     @property
     def max_extend_rows(self) -> int:
         return self.extend_rows(self.max_tokens)
-
-    @property
-    def sampler_rows(self) -> tuple[int, ...]:
-        """Every B that the sampler is called with."""
-        return tuple(sorted({*self.decode, *(self.extend_rows(t) for t in self.extend)}))
