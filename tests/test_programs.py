@@ -150,6 +150,14 @@ def test_gpu_pool_takes_its_fraction_less_the_weights():
     assert tight * each == pytest.approx(80 * GIB * 0.95 - 35 * GIB, abs=each * 2)
 
 
+def test_a_fraction_above_the_usual_share_is_of_the_whole_device():
+    dtype = jnp.dtype(jnp.bfloat16)
+    device = Device(int(80 * GIB * 0.98))  # what JAX then takes
+    pages = count_pages(resolve(mem_fraction_static=0.98), MODEL, dtype, device, 15 * GIB, 0)
+    each = page_bytes(MODEL, 64, dtype)
+    assert pages * each == pytest.approx(80 * GIB * 0.98 - 15 * GIB, abs=each * 2)
+
+
 def test_a_second_engine_leaves_the_first_ones_memory_alone():
     dtype = jnp.dtype(jnp.bfloat16)
     weights = 15 * GIB

@@ -71,8 +71,8 @@ def count_pages(
         room = free * CPU_SHARE if asked else min(free * CPU_SHARE, most_bytes)
     else:
         limit = stats["bytes_limit"]
-        total = limit / ALLOCATOR_FRACTION
         fraction = config.mem_fraction or GPU_FRACTION
+        total = limit / max(ALLOCATOR_FRACTION, fraction)  # as api.startup asked JAX to take
         others = max(stats.get("bytes_in_use", 0) - weight_bytes, 0)
         room = min(total * fraction, limit - program_bytes - others) - weight_bytes
     fits = int(room // each)
