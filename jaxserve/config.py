@@ -47,6 +47,11 @@ class EngineConfig:
     """Where whole programs are kept, see step.stored; None is nowhere."""
 
     @property
+    def other_kernels(self) -> str | None:
+        """Implementation of everything else: XLA's where attention is, or the default."""
+        return "xla" if self.attention == "xla" else None
+
+    @property
     def table_width(self) -> int:
         return -(-self.context_length // self.page_size)
 

@@ -17,9 +17,15 @@ def check_dtype(name: str, array: Any, like: Any = None) -> None:
         raise ValueError(f"{name} has dtype {array.dtype}: expected {like.dtype}, as the others")
 
 
+def check_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(
+            f"{name} is {array.dtype}{list(array.shape)}: expected {np.dtype(dtype)}{list(shape)}"
+        )
+
+
 def check_int32(name: str, array: Any, shape: tuple[int, ...]) -> None:
-    if array.dtype != np.int32 or array.shape != shape:
-        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}: expected int32{list(shape)}")
+    check_array(name, array, shape, np.int32)
 
 
 def check_pages(k_pages: Any, v_pages: Any) -> None:

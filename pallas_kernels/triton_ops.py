@@ -66,7 +66,8 @@ def check_pages(pages: jax.Array) -> None:
     in pages of one byte an element (JAX 0.10 to 0.12)."""
     if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
         raise NotImplementedError(
-            f"{pages.dtype.name} pages of {pages.size} bytes: between 2 and 4 GiB the offsets wrap"
+            f"{pages.dtype.name} pages of {pages.size} bytes: the offsets wrap: they "
+            "overflow 32 bits"
         )
 
 

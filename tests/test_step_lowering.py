@@ -36,7 +36,7 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16")
     names = tuple(declaration.specs)
     whole = step.StepModel(
         bind=lambda params: declaration.bind(dict(zip(names, params, strict=True))),
-        ops=PagedOps(None, PAGES, "gpu"),
+        ops=PagedOps(None, None, PAGES, "gpu"),
         sampler=Sampler(config.max_top_logprobs, False, None),
         page_size=config.page_size,
     )

@@ -32,24 +32,21 @@ class Cache(NamedTuple):
 class PagedOps:
     """`models.ops.Ops` of the engine.
 
-    attention: name of the attention kernels' implementation, None for the device's default order.
-    Where it is "xla", everything else is computed by XLA too. num_pages P: of one layer.
+    attention, others: names of the implementations of attention and of everything else, None for
+    the device's default order. num_pages P: of one layer.
     """
 
     attention: str | None
+    others: str | None
     num_pages: int
     platform: str
-
-    @property
-    def _others(self) -> str | None:
-        return "xla" if self.attention == "xla" else None
 
     def linear(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         """See `Ops.linear`."""
         transposed = kept_transposed(kernel, self.platform)
         return linear(
             x, kernel.T if transposed else kernel, transposed=transposed,
-            implementation=self._others, **options,
+            implementation=self.others, **options,
         )  # fmt: skip
 
     def attend(
@@ -62,7 +59,7 @@ class PagedOps:
         first_page = jnp.full(1, spec.layer * self.num_pages, jnp.int32)
         q, k, v = rope_kv_write(
             qkv, cos, sin, cache.k, cache.v, meta.slots, num_heads=spec.num_heads, q_norm=q_norm,
-            k_norm=k_norm, eps=spec.eps, first_page=first_page, implementation=self._others,
+            k_norm=k_norm, eps=spec.eps, first_page=first_page, implementation=self.others,
         )  # fmt: skip
         options = {
             "scale": spec.scale, "window": spec.window, "first_page": first_page,

@@ -147,12 +147,8 @@ class Runner:
         config = self.config
         return step.StepModel(
             bind=self._bind,
-            ops=PagedOps(config.attention, self.num_pages, config.platform),
-            sampler=Sampler(
-                config.max_top_logprobs,
-                config.raw_logprobs,
-                "xla" if config.attention == "xla" else None,
-            ),
+            ops=PagedOps(config.attention, config.other_kernels, self.num_pages, config.platform),
+            sampler=Sampler(config.max_top_logprobs, config.raw_logprobs, config.other_kernels),
             page_size=config.page_size,
         )
 

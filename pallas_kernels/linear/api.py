@@ -115,5 +115,4 @@ def _check_weights(x: jax.Array, w: jax.Array, scale: jax.Array | None, size_out
         return
     if w.dtype not in QUANTIZED:
         raise ValueError(f"w has dtype {w.dtype}: expected int8 or float8_e4m3fn to be scaled")
-    if scale.dtype != np.float32 or scale.shape != (size_out,):
-        raise ValueError(f"scale is {scale.dtype}{list(scale.shape)}: expected float32[{size_out}]")
+    checks.check_array("scale", scale, (size_out,), np.float32)

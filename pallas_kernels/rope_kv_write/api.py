@@ -63,7 +63,10 @@ def rope_kv_write(
     Returns (q [T, N, H] in qkv's dtype, k_pages, v_pages). Raises ValueError for arguments that do
     not fit together, NotImplementedError with every reason when no implementation can do the case.
     """
-    _check_pages(qkv, k_pages, v_pages)
+    checks.check_dtype("qkv", qkv)
+    if k_pages.dtype != FP8:
+        checks.check_dtype("k_pages", k_pages, qkv)
+    checks.check_pages(k_pages, v_pages)
     kv_heads, head_dim = k_pages.shape[2:]
     tokens = slots.shape[0]
     expected = (tokens, (num_heads + 2 * kv_heads) * head_dim)
@@ -75,11 +78,7 @@ def rope_kv_write(
     if head_dim % 2:
         raise ValueError(f"k_pages {list(k_pages.shape)}: expected an even head dim to rotate")
     for name, array in (("cos", cos), ("sin", sin)):
-        if array.dtype != np.float32 or array.shape != (tokens, head_dim // 2):
-            raise ValueError(
-                f"{name} is {array.dtype}{list(array.shape)}: expected float32"
-                f"{[tokens, head_dim // 2]}"
-            )
+        checks.check_array(name, array, (tokens, head_dim // 2), np.float32)
     checks.check_int32("slots", slots, (tokens,))
     if first_page is not None:
         checks.check_int32("first_page", first_page, (1,))
@@ -106,18 +105,3 @@ def rope_kv_write(
         implementation=implementation,
         dtype=qkv.dtype,
     )
-
-
-def _check_pages(qkv: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> None:
-    checks.check_dtype("qkv", qkv)
-    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
-        raise ValueError(
-            f"k_pages {list(k_pages.shape)} and v_pages {list(v_pages.shape)}: expected both to be "
-            "[pages, page size, KV heads, head dim]"
-        )
-    for name, array in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if array.dtype != k_pages.dtype or array.dtype not in (qkv.dtype, FP8):
-            raise ValueError(
-                f"{name} has dtype {array.dtype}: expected both pages in {qkv.dtype}, as qkv, or "
-                "both in float8_e4m3fn"
-            )

@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.rope_kv_write.pages import FP8, to_pages
-from pallas_kernels.triton_ops import column, plt, row
+from pallas_kernels.triton_ops import check_pages, column, plt, row
 from pallas_kernels.tuning import tuned
 
 VECTOR = 8
@@ -167,9 +167,7 @@ def _refuse(qkv: jax.Array, k_pages: jax.Array, device: Device) -> None:
         raise NotImplementedError(
             f"converting to float8_e4m3fn needs compute capability 8.9, this is {device.capability}"
         )
-    if 1 << 31 < k_pages.size <= 1 << 32:
-        # Pallas takes 64-bit offsets for arrays above 2**32 bytes only (jax 0.10 to 0.12)
-        raise NotImplementedError(f"offsets into {k_pages.size} one-byte numbers overflow 32 bits")
+    check_pages(k_pages)
 
 
 def rope_kv_write(

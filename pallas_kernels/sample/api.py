@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pallas_kernels import checks
 from pallas_kernels.device import Device
 from pallas_kernels.registry import Implementation, Operation, cuda_only
 
@@ -120,15 +121,16 @@ def sample(
         raise ValueError(f"logits {logits.dtype}{list(logits.shape)}: expected float32[B, V]")
     batch, vocab = logits.shape
     for name, array in rows._asdict().items():
-        _expect(f"rows.{name}", array, (batch,), np.float32 if name in FLOATS else np.int32)
+        dtype = np.float32 if name in FLOATS else np.int32
+        checks.check_array(f"rows.{name}", array, (batch,), dtype)
     slot_count = slots.counts.shape[0]
-    _expect("slots.counts", slots.counts, (slot_count, vocab), np.int32)
+    checks.check_int32("slots.counts", slots.counts, (slot_count, vocab))
     bias = (slot_count, *slots.bias_ids.shape[1:2])
-    _expect("slots.bias_ids", slots.bias_ids, bias, np.int32)
-    _expect("slots.bias_values", slots.bias_values, bias, np.float32)
-    _expect("slots.bias_until", slots.bias_until, bias, np.int32)
+    checks.check_int32("slots.bias_ids", slots.bias_ids, bias)
+    checks.check_array("slots.bias_values", slots.bias_values, bias, np.float32)
+    checks.check_int32("slots.bias_until", slots.bias_until, bias)
     named = (slot_count, *slots.named_ids.shape[1:2])
-    _expect("slots.named_ids", slots.named_ids, named, np.int32)
+    checks.check_int32("slots.named_ids", slots.named_ids, named)
     if top < 0:
         raise ValueError(f"top={top}: expected at least 0")
     return OPERATION(
@@ -140,10 +142,3 @@ def sample(
         implementation=implementation,
         dtype=logits.dtype,
     )
-
-
-def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: type) -> None:
-    if array.shape != shape or array.dtype != dtype:
-        raise ValueError(
-            f"{name} is {array.dtype}{list(array.shape)}: expected {np.dtype(dtype)}{list(shape)}"
-        )
