@@ -15,10 +15,10 @@ from jaxserve.scheduler.sequence import Sequence
 
 
 class HostLogprobs:
-    """A step's packed logprobs on the host, with `top` columns of the best."""
+    """Packed logprobs [B, X] on the host, with `top` columns of the best."""
 
-    def __init__(self, packed: Any, top: int):
-        parts = unpack_logprobs(np.asarray(packed), top)
+    def __init__(self, packed: np.ndarray, top: int):
+        parts = unpack_logprobs(packed, top)
         self._chosen, self._top, self._top_ids, self._named = parts
 
     def add(self, row: int, request: Request, out: Logprobs) -> None:
@@ -35,19 +35,21 @@ class HostLogprobs:
 
 
 def commit(result: Any, scheduler: Scheduler) -> int:
-    """Read a StepResult (this waits for the device) and hand its tokens out.
+    """Read a StepResult (this waits for the device) and hand its tokens out, step by step.
 
-    Requests that ended or were aborted since the step was scheduled are passed over: their extra
-    token is dropped. Returns how many tokens were kept.
+    Requests that ended or were aborted since the step was scheduled, or in an earlier step of the
+    same result, are passed over: their extra tokens are dropped. Returns how many were kept.
     """
     batch, tokens = result.batch, np.asarray(result.tokens)
-    logprobs = None
+    logprobs: list[HostLogprobs | None] = [None] * len(tokens)
     if result.logprobs is not None:
-        logprobs = HostLogprobs(result.logprobs, result.top)
+        logprobs = [HostLogprobs(packed, result.top) for packed in np.asarray(result.logprobs)]
     if isinstance(batch, DecodeBatch):
-        return _commit_decode(batch, tokens, logprobs, scheduler)
+        return sum(
+            _commit_decode(batch, *step, scheduler) for step in zip(tokens, logprobs, strict=True)
+        )
     if result.input_logprobs is not None:
-        host = HostLogprobs(result.input_logprobs, result.top)
+        host = HostLogprobs(np.asarray(result.input_logprobs), result.top)
         for row in batch.rows:
             if not row.sequence.request.finished:
                 _read_input_logprobs(row, host)
@@ -55,7 +57,7 @@ def commit(result: Any, scheduler: Scheduler) -> int:
     kept = 0
     for row, sequence in batch.sampled:
         if not sequence.request.finished:
-            kept += _accept(sequence, row, int(tokens[row]), logprobs, scheduler)
+            kept += _accept(sequence, row, int(tokens[0, row]), logprobs[0], scheduler)
     return kept
 
 
