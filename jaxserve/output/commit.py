@@ -41,23 +41,23 @@ def commit(result: Any, scheduler: Scheduler) -> int:
     same result, are passed over: their extra tokens are dropped. Returns how many were kept.
     """
     batch, tokens = result.batch, np.asarray(result.tokens)
-    logprobs: list[HostLogprobs | None] = [None] * len(tokens)
-    if result.logprobs is not None:
-        logprobs = [HostLogprobs(packed, result.top) for packed in np.asarray(result.logprobs)]
+    packed = None if result.logprobs is None else np.asarray(result.logprobs)
+    kept = 0
     if isinstance(batch, DecodeBatch):
-        return sum(
-            _commit_decode(batch, *step, scheduler) for step in zip(tokens, logprobs, strict=True)
-        )
+        for step, drawn in enumerate(tokens):
+            logprobs = None if packed is None else HostLogprobs(packed[step], result.top)
+            kept += _commit_decode(batch, drawn, logprobs, scheduler)
+        return kept
+    logprobs = None if packed is None else HostLogprobs(packed[0], result.top)
     if result.input_logprobs is not None:
         host = HostLogprobs(np.asarray(result.input_logprobs), result.top)
         for row in batch.rows:
             if not row.sequence.request.finished:
                 _read_input_logprobs(row, host)
     _complete_input_logprobs(batch)
-    kept = 0
     for row, sequence in batch.sampled:
         if not sequence.request.finished:
-            kept += _accept(sequence, row, int(tokens[0, row]), logprobs[0], scheduler)
+            kept += _accept(sequence, row, int(tokens[0, row]), logprobs, scheduler)
     return kept
 
 

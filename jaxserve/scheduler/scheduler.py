@@ -127,13 +127,14 @@ class Scheduler:
 
     def _schedule_decode(self) -> Batch | None:
         rows, progress = self.rows, self.slots
-        left = rows.limit - progress.scheduled[rows.slots]
-        if left.min(initial=1) <= 0:
-            for row in np.flatnonzero(left <= 0).tolist():
-                self._leave(rows.sequences[row])
-            left = left[left > 0]
         # whoever waits now finds no slot or page: all others are admitted and prefilled already
-        steps = self._steps if left.min(initial=self._steps) == self._steps else 1
+        steps = self._steps
+        left = rows.limit - progress.scheduled.take(rows.slots)
+        if left.min(initial=steps) < steps:
+            complete = left <= 0
+            for row in np.flatnonzero(complete).tolist():
+                self._leave(rows.sequences[row])
+            steps = steps if (left[~complete] >= steps).all() else 1
         new_pages: list[tuple[int, int]] = []
         starved = self._grow(new_pages, steps)
         if starved and steps > 1:
@@ -150,8 +151,7 @@ class Scheduler:
         if not self.running:
             return self._schedule_extend()
         rows = self.rows
-        progress.kv_len[rows.slots] += steps
-        progress.scheduled[rows.slots] += steps
+        progress.advance(rows.slots, steps)
         bucket = self.buckets.decode_rows(len(rows.slots))
         return DecodeBatch(rows, bucket, tuple(new_pages), steps)
 
@@ -177,7 +177,7 @@ class Scheduler:
         """Give a page to each running sequence whose last one has no room for `steps` tokens, in
         row order. True when pages ran out on the way."""
         slots, sequences = self.rows.slots, self.rows.sequences
-        full = self.slots.kv_len[slots] + steps > self.slots.capacity[slots]
+        full = self.slots.kv_len.take(slots) + steps > self.slots.capacity.take(slots)
         for row in np.flatnonzero(full).tolist():
             if not self.pages.available:
                 return True
