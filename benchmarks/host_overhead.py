@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +79,7 @@ def measure(rows: int, queued: int, steps: int, at_once: int = 1) -> dict[str, A
     total = [sum(parts) for parts in zip(*times.values(), strict=True)]
     mean = 1e6 * sum(total) / (dispatches * at_once)
 
-    def median(seconds: list[float]) -> float:
+    def median(seconds: Sequence[float]) -> float:
         """Microseconds a step."""
         return round(1e6 * sorted(seconds)[dispatches // 2] / at_once, 1)
 
