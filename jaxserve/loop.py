@@ -49,6 +49,7 @@ class EngineLoop:
             max_rows=config.max_rows,
             max_prefill_tokens=config.max_prefill_tokens,
             max_prefill_rows=config.max_prefill_rows,
+            steps_per_dispatch=config.steps_per_dispatch,
         )
         self._in_flight: deque[StepResult] = deque()
         self._depth = 1 if config.overlap else 0
@@ -62,8 +63,10 @@ class EngineLoop:
         """Build an engine for ServerArgs `args` around converters.LoadedModel `loaded`, compile
         what is to be compiled beforehand, and start its thread."""
         started = time.perf_counter()
-        platform = next(iter(next(iter(loaded.params.values())).devices())).platform
-        config = EngineConfig.resolve(args, loaded.config, platform)
+        params = loaded.params.values()
+        platform = next(iter(next(iter(params)).devices())).platform
+        weight_bytes = sum(x.nbytes for x in params)
+        config = EngineConfig.resolve(args, loaded.config, platform, weight_bytes)
         runner = Runner(config, loaded)
         if config.precompile:
             runner.precompile()
@@ -272,6 +275,7 @@ class EngineLoop:
             "available_tokens": scheduler.pages.available * size,
             "max_total_num_tokens": scheduler.pages.num_pages * size,
             "max_running_requests": self.config.max_rows,
+            "num_continuous_decode_steps": self.config.steps_per_dispatch,
             "late_compiles": programs.late_compiles,
             "programs": len(programs),
             "compile_seconds": programs.compile_seconds,

@@ -192,6 +192,13 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             choices=("fcfs",),
             known=("lpm", "dfs-weight", "lof", "random", "priority", "routing-key"),
         ),
+        "num_continuous_decode_steps": Option(
+            "integer",
+            "decode steps in one program; None: 1 on CPU, up to 4 for small models on GPU",
+            1,
+            8,
+            optional=True,
+        ),
         "page_size": Option(
             "integer", "KV tokens per page; None: 64 on GPU, 16 on CPU", 1, optional=True
         ),

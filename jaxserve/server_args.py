@@ -50,6 +50,7 @@ class ServerArgs:
     max_prefill_tokens: int = 16384
     prefill_max_requests: int | None = None
     schedule_policy: str = "fcfs"
+    num_continuous_decode_steps: int | None = None
     page_size: int | None = None
     disable_radix_cache: bool = False
     disable_overlap_schedule: bool = False

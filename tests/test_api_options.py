@@ -113,6 +113,9 @@ def test_the_defaults_pass_their_own_checks(name):
         ("max_prefill_tokens", None),
         ("prefill_max_requests", 0),
         ("schedule_policy", "fifo"),
+        ("num_continuous_decode_steps", 0),
+        ("num_continuous_decode_steps", 9),
+        ("num_continuous_decode_steps", 2.5),
         ("page_size", 0),
         ("page_size", True),
         ("stream_interval", 0),
@@ -231,7 +234,7 @@ def test_the_command_line():
     args = parse(
         "--model m --tp 1 --page-size 16 --cuda-graph-bs 1 2 --mem-fraction-static 0.5"
         " --incremental-streaming-output --no-precompile --skip-tokenizer-init"
-        " --quantization fp8 --kv-cache-dtype fp8_e4m3"
+        " --quantization fp8 --kv-cache-dtype fp8_e4m3 --num-continuous-decode-steps 2"
     )
     assert args == ServerArgs(
         "m",
@@ -243,6 +246,7 @@ def test_the_command_line():
         skip_tokenizer_init=True,
         quantization="fp8",
         kv_cache_dtype="fp8_e4m3",
+        num_continuous_decode_steps=2,
     )
     with pytest.warns(UserWarning, match="disable_cuda_graph"):
         assert parse("--model m --disable-cuda-graph") == ServerArgs("m")

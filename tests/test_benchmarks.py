@@ -17,9 +17,11 @@ import pytest
 
 from benchmarks import (
     engine,
+    host_overhead,
     latency,
     machine,
     offline_throughput,
+    profile,
     report,
     runs,
     startup,
@@ -288,6 +290,25 @@ def test_compiling_in_a_timed_run_fails_the_run(monkeypatch):
     pretend(monkeypatch, late=1)
     with pytest.raises(SystemExit, match="lat1: 2 programs were compiled"):
         runs.run([latency.BENCHMARK], "tiny", ["lat1"], None, {}, repeats=1)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_host_overhead_is_per_step(at_once):
+    case = host_overhead.measure(rows=4, queued=2, steps=64, at_once=at_once)
+    assert case["steps_at_once"] == at_once
+    assert 0 < case["median_us_per_step"] < 1000
+    assert case["mean_us_per_token"] == pytest.approx(case["mean_us_per_step"] / 4, rel=0.02)
+
+
+def test_a_profile_is_per_decode_step():
+    """2 prompts, then 7 programs of 4 steps and 3 of one."""
+    before = {"extend_steps": 5, "decode_steps": 100, "num_continuous_decode_steps": 4}
+    after = before | {"extend_steps": 7, "decode_steps": 131}
+    assert profile.runs_of("jit_decode_many_8", before, after, 12) == (28, "a step")
+    assert profile.runs_of("jit_decode_8", before, after, 12) == (3, "a step")
+    assert profile.runs_of("jit_extend_512", before, after, 12) == (1, "in all")
+    single = after | {"num_continuous_decode_steps": 1}
+    assert profile.runs_of("jit_decode_8", before, single, 2 + 31) == (31, "a step")
 
 
 # -- floors ---------------------------------------------------------------------------------------

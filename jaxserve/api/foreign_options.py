@@ -118,7 +118,6 @@ NO_OP: Mapping[str, Any] = MappingProxyType(
         "otlp_traces_endpoint": "localhost:4317",
         # scheduling knobs without a counterpart
         "schedule_conservativeness": 1.0,
-        "num_continuous_decode_steps": 1,
         "enable_mixed_chunk": False,
         "enable_dynamic_chunking": False,
         "enable_prefill_delayer": False,

@@ -27,9 +27,9 @@ class Stats:
         self.seconds[phase] += seconds
 
     def dispatched(self, batch: Batch) -> None:
-        """A step was queued on the device."""
+        """A step, or several decode steps at once, were queued on the device."""
         if isinstance(batch, DecodeBatch):
-            self.decode_steps += 1
+            self.decode_steps += batch.steps
         else:
             self.extend_steps += 1
 

@@ -1,7 +1,8 @@
 """What runs next: admission, packing of prefill chunks, decode growth, retraction. No jax.
 
 Prefill goes first: waiting requests are packed into `extend` steps while slots and pages last, then
-every running sequence decodes one token a step. When a decode step needs more pages than are free,
+every running sequence decodes one token a step; several steps are scheduled at once while everybody
+has that many tokens to go, and pages for them. When a decode step needs more pages than are free,
 the youngest sequences are retracted: they give back their pages, keep their tokens, and are
 recomputed later. Results are read up to one step late, so a step may still be in flight for a
 sequence; `schedule` then asks for a drain instead of retracting it.
@@ -34,12 +35,13 @@ class Scheduler:
     waiting: not admitted, oldest first (retracted ones at the front). prefilling: admitted, part of
     the prompt still to run. running: decoding, in the order of a batch's rows. A sequence whose
     last token is scheduled but not read is in none of them, and stays in `live`. slots: progress of
-    everything admitted.
+    everything admitted. steps_per_dispatch: decode steps scheduled at once where possible, at most
+    the page size.
     """
 
     def __init__(
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
-        max_prefill_tokens: int, max_prefill_rows: int | None = None,
+        max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
     ):  # fmt: skip
         self.pages = pages
         self.page_size = page_size
@@ -52,6 +54,7 @@ class Scheduler:
         self._rows: Rows | None = None
         self._arrivals = 0
         self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
+        self._steps = steps_per_dispatch
 
     # -- requests come and go ---------------------------------------------------------------------
 
@@ -124,25 +127,33 @@ class Scheduler:
 
     def _schedule_decode(self) -> Batch | None:
         rows, progress = self.rows, self.slots
-        complete = progress.scheduled[rows.slots] >= rows.limit
-        if complete.any():
+        # whoever waits now finds no slot or page: all others are admitted and prefilled already
+        steps = self._steps
+        left = rows.limit - progress.scheduled.take(rows.slots)
+        if left.min(initial=steps) < steps:
+            complete = left <= 0
             for row in np.flatnonzero(complete).tolist():
                 self._leave(rows.sequences[row])
+            steps = steps if (left[~complete] >= steps).all() else 1
         new_pages: list[tuple[int, int]] = []
-        starved = self._grow(new_pages)
+        starved = self._grow(new_pages, steps)
+        if starved and steps > 1:
+            self._shrink(new_pages)
+            steps = 1
+            starved = self._grow(new_pages, steps)
         while starved:
             if any(s.in_flight for s in self.live.values()):
                 self._shrink(new_pages)
                 raise DrainNeeded
             self._shrink(new_pages)
             self.retract(max(self.running, key=lambda s: s.arrival))
-            starved = self._grow(new_pages)
+            starved = self._grow(new_pages, steps)
         if not self.running:
             return self._schedule_extend()
         rows = self.rows
-        progress.kv_len[rows.slots] += 1
-        progress.scheduled[rows.slots] += 1
-        return DecodeBatch(rows, self.buckets.decode_rows(len(rows.slots)), tuple(new_pages))
+        progress.advance(rows.slots, steps)
+        bucket = self.buckets.decode_rows(len(rows.slots))
+        return DecodeBatch(rows, bucket, tuple(new_pages), steps)
 
     @property
     def rows(self) -> Rows:
@@ -162,11 +173,11 @@ class Scheduler:
 
     # -- pages and slots --------------------------------------------------------------------------
 
-    def _grow(self, new_pages: list[tuple[int, int]]) -> bool:
-        """Give a page to each running sequence whose last one is full, in row order. True when
-        pages ran out on the way."""
+    def _grow(self, new_pages: list[tuple[int, int]], steps: int) -> bool:
+        """Give a page to each running sequence whose last one has no room for `steps` tokens, in
+        row order. True when pages ran out on the way."""
         slots, sequences = self.rows.slots, self.rows.sequences
-        full = self.slots.kv_len[slots] == self.slots.capacity[slots]
+        full = self.slots.kv_len.take(slots) + steps > self.slots.capacity.take(slots)
         for row in np.flatnonzero(full).tolist():
             if not self.pages.available:
                 return True
