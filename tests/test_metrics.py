@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 import threading
@@ -178,6 +179,15 @@ def test_a_stopped_engine_is_down(tiny_models):
     engine = jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS)
     registry = engine.metrics
     engine.shutdown()
+    assert samples(registry) == {("up",): 0}
+
+
+def test_a_registry_keeps_no_engine_alive(tiny_models):
+    engine = jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS)
+    registry = engine.metrics
+    assert samples(registry)["up",] == 1
+    del engine
+    gc.collect()
     assert samples(registry) == {("up",): 0}
 
 

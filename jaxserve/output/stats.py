@@ -117,7 +117,8 @@ class Stats:
     def committed(self, tokens: int) -> None:
         """A step's `tokens` were handed out."""
         self.generated_tokens += tokens
-        self._throughput.add(tokens)
+        if tokens:  # the step behind the last request of all brings none
+            self._throughput.add(tokens)
 
     def ended(self, request: Request) -> None:
         """A request has left the scheduler. Aborted and failed ones count in no latency."""
