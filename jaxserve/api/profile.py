@@ -24,8 +24,9 @@ class ProfileSpec:
 
     folder: exists, and may be given to TensorBoard or xprof. name: the trace's own folder lies
     under it, in plugins/profile. first_step: the trace begins once that many steps have run.
-    steps: how many it is to hold, None until stop_profile. host, device, python: what is traced.
-    hlo: whether the programs are in it too, with the shapes of their operations.
+    steps: how many it is to hold, None until stop_profile. host, python: whether the loop's phases
+    and Python's calls are in it (the device always is: JAX has no switch for it). hlo: whether the
+    programs are, with the shapes of their operations.
     """
 
     folder: str
@@ -33,7 +34,6 @@ class ProfileSpec:
     first_step: int
     steps: int | None
     host: bool
-    device: bool
     python: bool
     hlo: bool
 
@@ -70,7 +70,7 @@ class ProfileSpec:
         folder = _folder(output_dir)
         if (Path(folder) / "plugins" / "profile" / name).exists():
             raise InvalidRequestError(f"output_dir={folder!r} has a profile {name!r} already")
-        return cls(folder, name, first, steps, "CPU" in kinds, "GPU" in kinds, python, hlo)
+        return cls(folder, name, first, steps, "CPU" in kinds, python, hlo)
 
 
 def _activities(given: Any) -> tuple[str, ...]:

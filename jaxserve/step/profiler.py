@@ -77,7 +77,6 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.session_id = spec.name
         options.host_tracer_level = HOST_LEVEL if spec.host else 0
-        options.device_tracer_level = int(spec.device)
         options.python_tracer_level = int(spec.python)
         options.enable_hlo_proto = spec.hlo
         try:
