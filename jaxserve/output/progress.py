@@ -21,14 +21,17 @@ class ProgressLog:
         self._scheduler = scheduler
         self._stats = stats
         self._interval = interval
+        self._due = interval
 
     def dispatched(self, batch: Batch) -> None:
         """A step was queued on the device, and counted."""
         if not isinstance(batch, DecodeBatch):
             if logger.isEnabledFor(logging.INFO):
                 self._extend(batch)
-        elif self._stats.decode_steps % self._interval == 0 and logger.isEnabledFor(logging.INFO):
-            self._decode()
+        elif self._stats.decode_steps >= self._due:
+            self._due += self._interval
+            if logger.isEnabledFor(logging.INFO):
+                self._decode()
 
     def _extend(self, batch: ExtendBatch) -> None:
         first = [row for row in batch.rows if row.fresh]
