@@ -52,6 +52,8 @@ class EngineConfig:
     raw_logprobs: bool
     max_total_tokens: int | None
     mem_fraction: float | None
+    log_interval: int = dataclasses.field(repr=False)
+    """Decode steps from one line of the log to the next. Outside the repr, which names programs."""
     program_folder: Path | None = dataclasses.field(repr=False)
     """Where whole programs are kept, see step.stored; None is nowhere."""
 
@@ -113,6 +115,7 @@ class EngineConfig:
             raw_logprobs=args.return_original_logprob,
             max_total_tokens=args.max_total_tokens,
             mem_fraction=args.mem_fraction_static,
+            log_interval=args.decode_log_interval,
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
 

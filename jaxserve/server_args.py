@@ -60,6 +60,9 @@ class ServerArgs:
     stream_output: bool = False
     enable_metrics: bool = False
     log_level: str = "info"
+    log_requests: bool = False
+    log_requests_level: int = 2
+    decode_log_interval: int = 40
     device: str | None = None
     attention_backend: str | None = None
     cuda_graph_bs: tuple[int, ...] | None = None

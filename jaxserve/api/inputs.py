@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ class RequestBuilder:
     def build(self, given: Arguments) -> Inputs:
         """The requests of a call, in result order. Raises InvalidRequestError (for a batch, naming
         the row), NotSupportedError and UnknownOptionError; nothing has happened then."""
+        created = time.perf_counter()
         single = batch.is_single(given.prompt, given.input_ids)
         ids = self._prompt_ids(given, single)
         params, explicit = self._sampling_params(given.sampling_params, len(ids))
@@ -80,7 +82,7 @@ class RequestBuilder:
         mailbox = Mailbox()
         requests: list[Request] = []
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
-            requests += self._samples(row, names, index, mailbox, given.stream)
+            requests += self._samples(row, names, index, mailbox, given.stream, created)
         return Inputs(requests, mailbox, single and samples == 1)
 
     def render_chat(
@@ -169,7 +171,13 @@ class RequestBuilder:
         return specs
 
     def _samples(
-        self, row: Row, names: list[str], prompt: int, mailbox: Mailbox, stream: bool
+        self,
+        row: Row,
+        names: list[str],
+        prompt: int,
+        mailbox: Mailbox,
+        stream: bool,
+        created: float,
     ) -> list[Request]:
         """The n requests of one prompt: the same seed, different sample indices."""
         seed = row.params.sampling_seed
@@ -193,6 +201,7 @@ class RequestBuilder:
                 logprobs=row.logprobs,
                 stream_interval=interval,
                 stop_matcher=self._stop_matcher(row),
+                created=created,
             )
             for sample, name in enumerate(names)
         ]

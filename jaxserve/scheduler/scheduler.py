@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -42,7 +42,9 @@ class Scheduler:
     def __init__(
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
+        on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
+        """on_finish: called with each request that has left, its outputs complete."""
         self.pages = pages
         self.page_size = page_size
         self.buckets = buckets
@@ -53,6 +55,7 @@ class Scheduler:
         self.slots = Slots(max_rows)
         self._rows: Rows | None = None
         self._arrivals = 0
+        self._on_finish = on_finish
         self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
         self._steps = steps_per_dispatch
 
@@ -71,6 +74,7 @@ class Scheduler:
         self._drop_from_queues(sequence)
         if sequence.admitted:
             self._release(sequence)
+        self._on_finish(request)
 
     def retract(self, sequence: Sequence) -> None:
         """Take an admitted sequence off the device; it runs again later from its tokens."""
