@@ -263,7 +263,7 @@ def test_all_cases_run_on_one_engine_into_a_file_each(monkeypatch, tmp_path, cap
     assert prefix["benchmark"] == "offline_throughput" and lat1["benchmark"] == "latency"
     assert (prefix["case"], prefix["requests"], prefix["scale"]) == ("prefix", 5, 0.02)
     assert prefix["engine"] == {"page_size": 8} and prefix["startup_seconds"] == 33.0
-    floor = machine.Floor.of(workloads.SHAPES["tiny"])
+    floor = machine.Floor.of(workloads.SHAPES["tiny"], {})
     least = floor.decode_bytes(128 + 128) / 1e9
     assert lat1["share_of_floor"] == pytest.approx(least / 0.002, rel=1e-3)
     assert lat1["gb_per_s"] == pytest.approx(floor.decode_bytes(256) / 0.002 / 1e9, abs=0.06)
@@ -338,6 +338,18 @@ def test_floor_against_counting_one_token_at_a_time():
     assert work.seconds(machine.Ceilings(bandwidth=100.0, rate=10.0)) == pytest.approx(
         flops / 10 + moved / 100
     )
+
+
+def test_quantized_layers_and_pages_are_read_in_bytes():
+    shape = workloads.SHAPES["tiny"]
+    plain = machine.Floor.of(shape, {})
+    whole = machine.Floor.of(shape, {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"})
+    size, kv_token = plain.itemsize, 2 * 2 * 2 * 16
+    head = plain.head_weights * size
+    assert whole.decode_bytes(0) == plain.layer_weights + head
+    assert plain.decode_bytes(0) == plain.layer_weights * size + head
+    assert whole.decode_bytes(3) - whole.decode_bytes(0) == 3 * kv_token
+    assert plain.decode_bytes(3) - plain.decode_bytes(0) == 3 * kv_token * size
 
 
 def test_a_single_prompt_has_no_shared_part():
