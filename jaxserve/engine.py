@@ -180,10 +180,11 @@ class Engine(UnsupportedMethods):
 
     # -- control ----------------------------------------------------------------------------------
 
-    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+    def abort_request(self, rid: str | None = "", abort_all: bool = False) -> None:
         """Ends the requests whose id starts with `rid`, or all. Their calls return what there is,
-        with finish_reason type "abort". Unknown ids and "" are ignored."""
-        self._loop.abort(rid, abort_all)
+        with finish_reason type "abort". Unknown ids, "" and None are ignored. Raises
+        InvalidRequestError."""
+        self.tokenizer_manager.abort_request(rid, abort_all)
 
     def flush_cache(self) -> FlushResult:
         """Forgets cached prefixes; `.success` is False while requests are queued or running."""

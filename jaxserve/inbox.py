@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import deque
 from collections.abc import Callable
 
 from jaxserve.errors import EngineDeadError, EngineShutdownError
@@ -24,7 +23,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._tasks: deque[Task] = deque()
+        self._tasks: list[Task] = []
         self._closed: BaseException | None = None
 
     def put(self, task: Task) -> None:
@@ -42,9 +41,7 @@ class Inbox:
                 self._changed.wait()
             if self._closed is not None:
                 return None
-            tasks = list(self._tasks)
-            self._tasks.clear()
-            return tasks
+            return self._take()
 
     def close(self, reason: BaseException) -> BaseException:
         """Refuse further tasks and cancel those left. The first reason stays, and is returned."""
@@ -52,12 +49,16 @@ class Inbox:
             if self._closed is None:
                 self._closed = reason
             reason = self._closed
-            tasks = list(self._tasks)
-            self._tasks.clear()
+            tasks = self._take()
             self._changed.notify_all()
         for task in tasks:
             task.cancel(stop_error(reason))
         return reason
+
+    def _take(self) -> list[Task]:
+        # Not a copy: the collector may drop a call, and put its abort, at any allocation.
+        tasks, self._tasks = self._tasks, []
+        return tasks
 
 
 def stop_error(reason: BaseException) -> BaseException:

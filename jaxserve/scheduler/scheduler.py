@@ -81,17 +81,23 @@ class Scheduler:
         assert sequence.in_flight == 0, "a retracted sequence's tokens must all have been read"
         self._drop_from_queues(sequence)
         self._release(sequence)
-        sequence.request.num_retractions += 1
-        if sequence.request.input_logprobs is None:
-            sequence.request.pending_input_logprobs.clear()
+        sequence.request.count_retraction()
         self.waiting.appendleft(sequence)
 
     def retract_all(self) -> None:
-        """After the device lost its KV: everything admitted starts over, oldest first."""
-        admitted = [s for s in self.live.values() if s.admitted]
-        for sequence in sorted(admitted, key=lambda s: s.arrival, reverse=True):
-            self.slots.scheduled[sequence.slot] = self.slots.produced[sequence.slot]
-            self.retract(sequence)
+        """After a failure: everything admitted starts over, in the order of arrival. Slots, pages
+        and queues are made anew, because the failure may have left them half changed."""
+        for sequence in self.live.values():
+            if sequence.admitted:
+                sequence.drain()
+                sequence.request.count_retraction()
+                sequence.pages, sequence.slot = [], -1
+        self.slots.reset()
+        self.pages.reset()
+        self.waiting = deque(self.live.values())
+        self.prefilling.clear()
+        self.running.clear()
+        self._rows = None
 
     @property
     def idle(self) -> bool:
