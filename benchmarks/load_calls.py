@@ -45,8 +45,9 @@ class Plan:
 class Ledger:
     """Hands out plans, and keeps what came of them. Thread-safe.
 
-    violations: what must not have happened. active: calls in progress, with their beginnings.
-    on_progress: called with the number of requests whose calls have ended.
+    violations: what must not have happened. left: ids whose calls have ended. active: calls in
+    progress, with their beginnings. on_progress: called with the number of requests whose calls
+    have ended.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Ledger:
         self.retractions = 0
         self.violations: list[str] = []
         self.active: dict[int, tuple[Plan, float]] = {}
+        self.left: set[str] = set()
         self._cases = cases
         self._left = requests
         self._ended = 0
@@ -138,6 +140,7 @@ class Ledger:
             if outcome in ("wait", "stream") and self._faults.doomed.intersection(plan.rids):
                 self.violations.append(f"{plan.rids} should have failed")
             self._faults.doomed.difference_update(plan.rids)
+            self.left.update(plan.rids)
             self._ended += len(plan.rids)
             ended = self._ended
         self._on_progress(ended)
@@ -211,11 +214,10 @@ def call_in_thread(engine: jaxserve.Engine, ledger: Ledger) -> None:
             arguments = plan.arguments
             if plan.end == "invalid":
                 arguments = arguments | {"sampling_params": {"top_p": 0}}
-            outcome = engine.generate(**arguments)
-            if plan.end == "wait":
-                ledger.finished(plan, outcome)
-            elif arguments["stream"]:
-                _read(engine, ledger, plan, outcome)
+            if arguments["stream"]:
+                _read(engine, ledger, plan, engine.generate(**arguments))
+            else:
+                ledger.finished(plan, engine.generate(**arguments))
 
 
 def _read(engine: jaxserve.Engine, ledger: Ledger, plan: Plan, stream: Any) -> None:
@@ -248,8 +250,7 @@ async def call_in_task(engine: jaxserve.Engine, ledger: Ledger) -> None:
             if plan.end == "invalid":
                 arguments = arguments | {"sampling_params": {"top_p": 0}}
             if arguments["stream"]:
-                stream = await engine.async_generate(**arguments)
-                await _aread(engine, ledger, plan, stream)
+                await _aread(engine, ledger, plan, await engine.async_generate(**arguments))
                 continue
             call = engine.async_generate(**arguments)
             if plan.end == "timeout":

@@ -70,9 +70,9 @@ class Call:
         self._mailbox = mailbox
         self._outputs = {output.request: output for output in outputs}
         self._unfinished: set[Request] = set()
-        self._owner = owner
         self._log = log
         self._rids = [request.rid for request in self._outputs]
+        self._owner = owner
         try:
             ids.reserve(self._rids, mailbox)
             self._unfinished.update(self._outputs)
