@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm import tqdm
@@ -101,8 +102,8 @@ class Engine(UnsupportedMethods):
         call, single = self._begin(given)
         if given.stream:
             return Stream(call)
-        with _progress(call, given.progress) as bar:
-            results = call.results(bar.update)
+        with _progress(call, given.progress) as finished:
+            results = call.results(finished)
         return results[0] if single else results
 
     async def async_generate(
@@ -125,8 +126,8 @@ class Engine(UnsupportedMethods):
         call, single = self._begin(given)
         if given.stream:
             return AsyncStream(call)
-        with _progress(call, given.progress) as bar:
-            results = await call.aresults(bar.update)
+        with _progress(call, given.progress) as finished:
+            results = await call.aresults(finished)
         return results[0] if single else results
 
     def chat(
@@ -275,5 +276,16 @@ class Engine(UnsupportedMethods):
         self.shutdown()
 
 
-def _progress(call: Call, shown: bool) -> tqdm:
-    return tqdm(total=call.size, desc="Requests", unit="req", disable=not shown)
+class _Bar(tqdm):
+    monitor_interval = 0
+    """No monitor: that is a thread which outlives the engine."""
+
+
+@contextlib.contextmanager
+def _progress(call: Call, shown: bool) -> Iterator[Callable[[], object]]:
+    """What to call when a request has finished: it moves a bar if one is to be shown."""
+    if not shown:
+        yield lambda: None
+        return
+    with _Bar(total=call.size, desc="Requests", unit="req") as bar:
+        yield bar.update

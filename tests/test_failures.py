@@ -251,3 +251,11 @@ def test_everybody_hears_of_the_end_though_the_scheduler_is_broken(tiny_models, 
         assert isinstance(outcome[0], EngineDeadError)
         assert isinstance(outcome[0].__cause__, ZeroDivisionError)
     engine.shutdown()
+
+
+def test_shutdown_leaves_no_thread(tiny_models):
+    before = set(threading.enumerate())
+    with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
+        for shown in (False, True):
+            engine.generate("hello", SHORT, progress=shown)
+    assert set(threading.enumerate()) <= before
