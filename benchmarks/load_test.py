@@ -87,6 +87,7 @@ def run(model: str, load: Load, options: dict[str, Any] | None = None) -> dict[s
     engine = jaxserve.Engine(model_path=model, **options)
     cases = make_cases(engine, load.cases, VOCAB, load.seed)
     engine.flush_cache()
+    others = _requests_in_memory()
     faults = Faults(engine, load.every, load.text_rate, load.seed)
     memory = Memory(load.requests)
     ledger = Ledger(cases, load.requests, faults, load.seed, memory.progress)
@@ -94,7 +95,7 @@ def run(model: str, load: Load, options: dict[str, Any] | None = None) -> dict[s
     _call(engine, ledger, load)
     seconds = time.perf_counter() - began
     memory.take("100%")
-    info = _check_engine(engine, ledger, faults)
+    info = _check_engine(engine, ledger, faults, others)
     engine.shutdown()
     left = [thread.name for thread in set(threading.enumerate()) - threads]
     if left:
@@ -156,15 +157,22 @@ def _call(engine: jaxserve.Engine, ledger: Ledger, load: Load) -> None:
             return
 
 
-def _check_engine(engine: jaxserve.Engine, ledger: Ledger, faults: Faults) -> dict[str, Any]:
-    """The engine's counters, when everybody has left."""
+def _requests_in_memory() -> int:
+    gc.collect()
+    return sum(type(x) is Request for x in gc.get_objects())
+
+
+def _check_engine(
+    engine: jaxserve.Engine, ledger: Ledger, faults: Faults, others: int
+) -> dict[str, Any]:
+    """The engine's counters, when everybody has left. others: requests in memory that are not the
+    run's."""
     try:
         flushed, info = engine.flush_cache().success, engine.get_server_info()
     except RuntimeError as error:
         ledger.violate(None, f"the engine has not survived: {error!r}")
         return {}
     scheduler = engine._loop._scheduler
-    gc.collect()
     facts = {
         "flush_cache()": (flushed, True),
         "available tokens": (info["available_tokens"], info["max_total_num_tokens"]),
@@ -172,7 +180,7 @@ def _check_engine(engine: jaxserve.Engine, ledger: Ledger, faults: Faults) -> di
         "free slots": (scheduler.slots.available, info["max_running_requests"]),
         "reserved request ids": (len(engine._live_ids._holders), 0),
         "unheard failures": (len(faults.doomed - ledger.left), 0),
-        "requests in memory": (sum(type(x) is Request for x in gc.get_objects()), 0),
+        "requests left in memory": (max(_requests_in_memory() - others, 0), 0),
         "late compilations": (info["late_compiles"], 0),
     }
     for name, (found, expected) in facts.items():
