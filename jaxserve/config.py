@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.batch.buckets import DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
@@ -43,6 +44,10 @@ class EngineConfig:
     raw_logprobs: bool
     max_total_tokens: int | None
     mem_fraction: float | None
+    policy: Policy = dataclasses.field(repr=False)
+    radix_eviction: str | None = dataclasses.field(repr=False)
+    """Of the prefix cache; None is no prefix cache. What concerns the host only is left out of the
+    repr, which names the stored programs."""
     program_folder: Path | None = dataclasses.field(repr=False)
     """Where whole programs are kept, see step.stored; None is nowhere."""
 
@@ -80,6 +85,14 @@ class EngineConfig:
         if tokens == -1:
             tokens = args.max_prefill_tokens
         tokens = min(tokens, -(-context // 8) * 8 * rows)
+        policy = Policy(
+            schedule=args.schedule_policy,
+            conservativeness=args.schedule_conservativeness,
+            priorities=args.enable_priority_scheduling,
+            low_first=args.schedule_low_priority_values_first,
+            threshold=args.priority_scheduling_preemption_threshold,
+            default_priority=args.default_priority_value,
+        )
         folder = cache_folder(args.compilation_cache_dir)
         return cls(
             platform=platform,
@@ -100,6 +113,8 @@ class EngineConfig:
             raw_logprobs=args.return_original_logprob,
             max_total_tokens=args.max_total_tokens,
             mem_fraction=args.mem_fraction_static,
+            policy=policy,
+            radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
 

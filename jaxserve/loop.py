@@ -49,6 +49,8 @@ class EngineLoop:
             max_rows=config.max_rows,
             max_prefill_tokens=config.max_prefill_tokens,
             max_prefill_rows=config.max_prefill_rows,
+            policy=config.policy,
+            eviction=config.radix_eviction,
         )
         self._in_flight: deque[StepResult] = deque()
         self._depth = 1 if config.overlap else 0
@@ -89,9 +91,11 @@ class EngineLoop:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, all or none. EngineDeadError, EngineShutdownError: the engine is gone.
-        InvalidRequestError: max_queued_requests would be exceeded."""
+        InvalidRequestError: max_queued_requests would be exceeded. (With priorities the worst of
+        the queue fail with it instead, when their turn to be queued comes.)"""
         most, waiting = self.config.max_queued, len(self._scheduler.waiting)
-        if most is not None and waiting + len(requests) > most:
+        shedding = self.config.policy.priorities
+        if most is not None and not shedding and waiting + len(requests) > most:
             raise InvalidRequestError(
                 f"the queue is full: max_queued_requests={most}, {waiting} requests wait and "
                 f"{len(requests)} more were submitted"
@@ -100,6 +104,12 @@ class EngineLoop:
         def run() -> None:
             for request in requests:
                 self._scheduler.add(request)
+            while shedding and most is not None and len(self._scheduler.waiting) > most:
+                worst = self._scheduler.waiting.last().request
+                self._fail(worst, InvalidRequestError(
+                    f"the queue is full: max_queued_requests={most}, and the others in it go "
+                    f"before the request {worst.rid!r} of priority {worst.priority}"
+                ))  # fmt: skip
 
         def cancel(error: BaseException) -> None:
             for request in requests:
@@ -144,9 +154,15 @@ class EngineLoop:
         return future.result()
 
     def flush_cache(self) -> bool:
-        """Forget cached prefixes; False while requests are queued or running. (There is no prefix
-        cache yet: pages of finished requests are free at once.)"""
-        return self.call(lambda: self._scheduler.idle)
+        """Forget cached prefixes; False, and nothing is forgotten, while requests are queued or
+        running."""
+
+        def run() -> bool:
+            if self._scheduler.idle:
+                self._scheduler.forget_prefixes()
+            return self._scheduler.idle
+
+        return self.call(run)
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, see docs/api.md."""
@@ -209,6 +225,7 @@ class EngineLoop:
             logger.exception("a batch could not be prepared; its requests fail")
             for sequence in batch.sequences:
                 self._fail(sequence.request, error)
+            self._scheduler.forget_prefixes()  # some were to be computed by this batch
             return
         try:
             with self._phase("dispatch"):
@@ -267,9 +284,14 @@ class EngineLoop:
     def _collect_stats(self) -> dict[str, Any]:
         scheduler, programs = self._scheduler, self._runner.programs
         size = self.config.page_size
+        admission = scheduler.admission
         return {
             "page_size": size,
             "available_tokens": scheduler.pages.available * size,
+            "cached_prefix_tokens": scheduler.pages.cached * size,
+            "prompt_tokens": admission.prompt_tokens,
+            "cached_tokens": admission.cached_tokens,
+            "cache_hit_rate": admission.cached_tokens / max(admission.prompt_tokens, 1),
             "max_total_num_tokens": scheduler.pages.num_pages * size,
             "max_running_requests": self.config.max_rows,
             "late_compiles": programs.late_compiles,

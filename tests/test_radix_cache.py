@@ -164,6 +164,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.allocator._references == model.references
         assert self.cache.available == model.available
         assert self.cache.tree.evictable == sum(not locks[prefix] for prefix in model.cached)
+        assert self.cache.cached == len(model.cached)
         heap = [entry[3] for entry in self.cache.tree._heap]
         assert len(heap) == len(set(heap)) and all(node.queued for node in heap)
 

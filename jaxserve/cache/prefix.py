@@ -48,6 +48,11 @@ class PrefixCache:
         """Pages that can be allocated now: free, or cached and used by nobody."""
         return self.allocator.available + self.tree.evictable
 
+    @property
+    def cached(self) -> int:
+        """Pages that the tree has."""
+        return self.tree.size
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages, each with one reference. OutOfPagesError takes none."""
         short = count - self.allocator.available

@@ -55,10 +55,12 @@ class RadixTree:
 
     A locked node, and so each of its ancestors, stays. Of the others the least recently used leaf
     goes first (`policy` "lru"), or the least often matched one ("lfu", ties by last use), its last
-    page first. evictable: pages in nodes that nobody has locked. version: counts insertions.
+    page first. size: pages. evictable: those in nodes that nobody has locked. version: counts
+    insertions.
     """
 
     def __init__(self, page_size: int, policy: str = "lru"):
+        self.size = 0
         self.evictable = 0
         self.version = 0
         self._page_size = page_size
@@ -159,6 +161,7 @@ class RadixTree:
                 taken = min(count - len(freed), len(node.pages))
                 freed += node.pages[-taken:]
                 del node.pages[-taken:]
+                self.size -= taken
                 self.evictable -= taken
                 if not node.pages:
                     heapq.heappop(heap)
@@ -170,7 +173,7 @@ class RadixTree:
         pages = [page for node in self._nodes() for page in node.pages]
         self._roots.clear()
         self._heap.clear()
-        self.evictable = 0
+        self.size = self.evictable = 0
         self.version += 1
         return pages
 
@@ -245,6 +248,7 @@ class RadixTree:
 
     def _attach(self, parent: Node, tokens: bytes, pages: Sequence[int]) -> Node:
         child = parent.children[tokens[: self._page_bytes]] = Node(parent, tokens, pages)
+        self.size += len(pages)
         self.evictable += len(pages)
         self.version += 1
         return child
