@@ -253,13 +253,14 @@ class Scheduler:
     def _preempt(self) -> None:
         """Retract running sequences, the last in the order first, until the first of the queue has
         room; only those whose priority is worse by more than the threshold."""
-        if self._no_victims == self._circumstances:
+        circumstances = (self._circumstances, len(self.running))
+        if self._no_victims == circumstances:
             return
         first = self.waiting.first()
         victims = [s for s in self.running if s.rank - first.rank > self.policy.threshold]
         victims.sort(key=lambda s: s.order)
         if not victims:
-            self._no_victims = self._circumstances
+            self._no_victims = circumstances
         while victims and not self.admission.has_room(first):
             if self.slots.in_flight:
                 raise DrainNeeded
