@@ -334,6 +334,16 @@ def test_what_was_retracted_is_mostly_still_there():
     assert request.output_ids == expected_tokens(request) and request.cached_tokens == 0
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_last_output_is_never_cached(depth):
+    """Whether its KV is computed depends on what is in flight when it is read."""
+    machine = Machine(pages=20, page_size=8, rows=2, tokens=64, depth=depth)
+    machine.scheduler.add(make_request("r", [5] * 16, 16))
+    machine.scheduler.add(make_request("s", [6] * 16, 99, stops=[next_token("s", 0, 31)]))
+    machine.run_dry()
+    assert machine.scheduler.pages.cached == 3 + 3
+
+
 def test_conservativeness_leaves_room_to_grow():
     counts = []
     for conservativeness in (0, 1, 3, 100):
