@@ -43,7 +43,7 @@ def measure(engine: Any, case: Case) -> Measured:
         "end_to_end_tokens_per_s": round(rows * output / statistics.median(whole), 1),
         **differences(before, info, counts),
     }
-    floor = machine.Floor.of(workloads.SHAPES[case.model])
+    floor = machine.Floor.of(workloads.SHAPES[case.model], case.options)
     moved = floor.decode_bytes(rows * (prompt + output // 2))
     return Measured(facts, per_token, machine.Work(0, moved))
 

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -138,27 +139,37 @@ class Work:
 class Floor:
     """The least work a model shape needs: bytes of a decode step, FLOPs of a prefill."""
 
-    def __init__(self, config: dict[str, Any], itemsize: int):
+    def __init__(
+        self, config: dict[str, Any], itemsize: int, layer_itemsize: int | None = None,
+        kv_itemsize: int | None = None,
+    ):  # fmt: skip
+        """itemsize: bytes of a number, of the layers' kernels and of keys and values too unless
+        given."""
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]
         heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
         head_dim = config.get("head_dim") or hidden // heads
         attention = hidden * (heads + 2 * kv) * head_dim + heads * head_dim * hidden
+        self.itemsize, self.layer_itemsize = itemsize, layer_itemsize or itemsize
         self.layer_weights = layers * (attention + 3 * hidden * config["intermediate_size"])
         self.head_weights = config["vocab_size"] * hidden
-        self.kv_bytes = layers * 2 * kv * head_dim * itemsize
+        self.kv_bytes = layers * 2 * kv * head_dim * (kv_itemsize or itemsize)
         self.score_flops = layers * 4 * heads * head_dim
-        self.itemsize = itemsize
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Floor:
-        """In the dtype the engine picks here: float32 on a CPU, else bfloat16."""
-        return cls(config, 4 if jax.default_backend() == "cpu" else 2)
+    def of(cls, config: dict[str, Any], options: Mapping[str, Any]) -> Floor:
+        """In the dtype the engine picks here, float32 on a CPU, else bfloat16, and as quantized by
+        its `options`."""
+        return cls(
+            config,
+            4 if jax.default_backend() == "cpu" else 2,
+            layer_itemsize=1 if options.get("quantization") else None,
+            kv_itemsize=1 if options.get("kv_cache_dtype") == "fp8_e4m3" else None,
+        )
 
     def decode_bytes(self, cached_tokens: int) -> int:
         """Weights once, and the K and V of `cached_tokens` tokens in total."""
-        return (
-            self.layer_weights + self.head_weights
-        ) * self.itemsize + self.kv_bytes * cached_tokens
+        weights = self.layer_weights * self.layer_itemsize + self.head_weights * self.itemsize
+        return weights + self.kv_bytes * cached_tokens
 
     def prefill_flops(self, prompt: int, cached: int = 0) -> int:
         """One prompt whose first `cached` tokens are there already, causal, the LM head on its last

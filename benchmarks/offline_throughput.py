@@ -44,7 +44,7 @@ def measure(engine: Any, case: Case) -> Measured:
         "output_tokens_per_s": round(outputs / seconds, 1),
         **differences(before, info, counts),
     }
-    floor = machine.Floor.of(workloads.SHAPES[case.model])
+    floor = machine.Floor.of(workloads.SHAPES[case.model], case.options)
     return Measured(facts, seconds, floor.work(timed, info["max_running_requests"]))
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import random
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,20 @@ def summary(program: Program, runs: int) -> dict[str, Any]:
     }
 
 
+def runs_of(
+    name: str, before: Mapping[str, Any], after: Mapping[str, Any], dispatches: int
+) -> tuple[int, str]:
+    """(by how much the figures of program `name` are divided, what they are then of): decode steps,
+    of which one program may have several, and all runs of any other program together. before,
+    after: `get_server_info()`, between which there were `dispatches` of steps of any kind."""
+    if "decode" not in name:
+        return 1, "in all"
+    extend, decode = (after[key] - before[key] for key in ("extend_steps", "decode_steps"))
+    at_once = after["num_continuous_decode_steps"]
+    several = at_once * (decode - (dispatches - extend)) // max(at_once - 1, 1)
+    return (several if "decode_many" in name else decode - several), "a step"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(workloads.SHAPES))
@@ -102,6 +117,7 @@ def main() -> None:
             profile.python_tracer_level = 0
             with jax.profiler.trace(folder, profiler_options=profile):
                 traced = generate(engine, requests(3), sampling)
+            end = engine.get_server_info()
         programs = by_program(trace.kernels(folder))
         phases = trace.host_phases(folder, HOST_PHASES)
     result: dict[str, Any] = {
@@ -126,11 +142,11 @@ def main() -> None:
     }
     print(f"{options.model} B={options.rows}: {untraced * 1e3:.1f} ms, traced {traced * 1e3:.1f}")
     for name, program in sorted(programs.items(), key=lambda p: -p[1].busy):
-        decode = "decode" in name
-        facts = summary(program, options.steps - 1 if decode else 1)
+        runs, each = runs_of(name, after, end, len(phases["dispatch"]))
+        facts = summary(program, runs)
         result["programs"][name] = facts
         print(
-            f"\n{name}, {'a step' if decode else 'in all'}: {facts['launches']:.1f} launches, "
+            f"\n{name}, {each}: {facts['launches']:.1f} launches, "
             f"busy {facts['busy_us']:.1f} us, elapsed {facts['elapsed_us']:.1f}"
         )
         for kernel in facts["kernels"][: options.top]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import workloads
 from benchmarks.machine import short_name
+from benchmarks.runs import variant
 
 HERE = Path(__file__).parent
 Result = dict[str, Any]
@@ -36,7 +37,8 @@ class Figure:
 
     @property
     def model(self) -> str:
-        return self.result["model"]
+        """Quantized ones are models of their own."""
+        return " ".join([self.result["model"], *variant(self.result.get("engine", {}))])
 
     @property
     def throughput(self) -> bool:
@@ -126,7 +128,7 @@ def read(folder: Path) -> list[Device]:
         device = devices.setdefault(name, Device(name, {}, {}))
         device.results.setdefault(kind, []).append(result)
         if kind in ("offline_throughput", "latency"):
-            key = (name, result["model"], Figure(result, {}).case)
+            key = (name, Figure(result, {}).model, Figure(result, {}).case)
             if key in seen:
                 raise ValueError(f"{seen[key]} and {path.name} are both {' '.join(key)}")
             seen[key] = path.name

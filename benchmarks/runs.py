@@ -17,12 +17,14 @@ from benchmarks.engine import Requests, dummy_engine
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One case of workloads.CASES on a shape; `scale` < 1 keeps a share of the requests."""
+    """One case of workloads.CASES on a shape; `scale` < 1 keeps a share of the requests. options:
+    the engine's."""
 
     model: str
     name: str
     repeats: int
     scale: float = 1.0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -63,22 +65,29 @@ class Benchmark:
     measure: Callable[[Any, Case], Measured]
 
 
+def variant(options: Mapping[str, Any]) -> list[str]:
+    """What makes an engine with `options` compute another way: how it is quantized."""
+    weights, pages = options.get("quantization"), options.get("kv_cache_dtype", "auto")
+    return [*([weights] if weights else []), *([f"kv-{pages}"] if pages != "auto" else [])]
+
+
 def run(
     benchmarks: Sequence[Benchmark], model: str, cases: Sequence[str], out_dir: Path | None,
     options: Mapping[str, Any], repeats: int | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Measures `cases` in their order on one engine with `options`. Writes each result to
-    DEVICE_MODEL_CASE.json in `out_dir`: at once, and again with the ceilings, which are measured
-    when the engine is gone; then prints it too. A case that fails does not keep the others from
-    running. SystemExit: a case failed, or something was compiled in a timed run (on a CPU the
-    engine compiles on first use unless its options say precompile)."""
+    DEVICE_MODEL[_VARIANT]_CASE.json in `out_dir`: at once, and again with the ceilings, which are
+    measured when the engine is gone; then prints it too. A case that fails does not keep the
+    others from running. SystemExit: a case failed, or something was compiled in a timed run (on a
+    CPU the engine compiles on first use unless its options say precompile)."""
     owners = {case: benchmark for benchmark in benchmarks for case in benchmark.cases}
     done: list[tuple[dict[str, Any], Measured]] = []
     troubles: list[str] = []
 
     def write(result: dict[str, Any]) -> None:
         if out_dir:
-            name = f"{machine.short_name(result)}_{model}_{result['case']}.json"
+            parts = machine.short_name(result), model, *variant(options), result["case"]
+            name = "_".join(parts) + ".json"
             out_dir.mkdir(parents=True, exist_ok=True)
             (out_dir / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -87,7 +96,7 @@ def run(
         description = machine.describe()
         for name in cases:
             owner = owners[name]
-            case = Case(model, name, repeats or owner.repeats, scale)
+            case = Case(model, name, repeats or owner.repeats, scale, options)
             try:
                 # Whatever ran before must not help: a prefix cache forgets it.
                 assert engine.flush_cache().success

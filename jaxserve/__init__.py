@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         JaxserveError,
         ModelLoadError,
         NotSupportedError,
+        ProfileError,
         UnknownOptionError,
     )
     from jaxserve.sampling_params import SamplingParams
@@ -33,6 +34,7 @@ __all__ = [
     "JaxserveError",
     "ModelLoadError",
     "NotSupportedError",
+    "ProfileError",
     "SamplingParams",
     "ServerArgs",
     "UnknownOptionError",

@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 GPU_PAGE, CPU_PAGE = 64, 16
 GPU_ROWS, CPU_ROWS = 512, 32
 GPU_TOKENS, CPU_TOKENS = 8192, 1024
+DISPATCH_SECONDS = 1.2e-3
+"""What queueing a program costs the host of a GPU (0.65-1.2 ms)."""
+READ_BANDWIDTH = 3.0e12
+"""Bytes/s at which a decode step reads the weights (H100)."""
+MOST_STEPS = 4
+"""In one decode program, unless the user asks for more: tokens arrive that many at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Sizes of one engine. page_size S; max_rows R: requests that run at once; table_width W:
-    pages a row can have; bias_capacity, max_logprob_ids, max_top_logprobs: per-request limits of
-    the sparse lists and of top logprobs."""
+    pages a row can have; steps_per_dispatch: decode steps in one program where possible, 1 to 8 and
+    so never more than S (each row bucket then has two decode programs, with one step and with
+    these); bias_capacity, max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists
+    and of top logprobs."""
 
     platform: str
     page_size: int
@@ -34,6 +42,7 @@ class EngineConfig:
     max_prefill_tokens: int
     max_prefill_rows: int | None
     max_queued: int | None
+    steps_per_dispatch: int
     overlap: bool
     precompile: bool
     attention: str | None
@@ -44,10 +53,12 @@ class EngineConfig:
     raw_logprobs: bool
     max_total_tokens: int | None
     mem_fraction: float | None
+    log_interval: int = dataclasses.field(repr=False)
+    """Decode steps from one line of the log to the next. What concerns the host only is outside the
+    repr, which names programs."""
     policy: Policy = dataclasses.field(repr=False)
     radix_eviction: str | None = dataclasses.field(repr=False)
-    """Of the prefix cache; None is no prefix cache. What concerns the host only is left out of the
-    repr, which names the stored programs."""
+    """Of the prefix cache; None is no prefix cache."""
     program_folder: Path | None = dataclasses.field(repr=False)
     """Where whole programs are kept, see step.stored; None is nowhere."""
 
@@ -61,7 +72,9 @@ class EngineConfig:
         return -(-self.context_length // self.page_size)
 
     @classmethod
-    def resolve(cls, args: ServerArgs, model: ModelConfig, platform: str) -> EngineConfig:
+    def resolve(
+        cls, args: ServerArgs, model: ModelConfig, platform: str, weight_bytes: int
+    ) -> EngineConfig:
         """Fill in what the user left open. InvalidRequestError names an option that cannot be."""
         gpu = platform != "cpu"
         context = args.context_length or model.max_position_embeddings
@@ -85,6 +98,7 @@ class EngineConfig:
         if tokens == -1:
             tokens = args.max_prefill_tokens
         tokens = min(tokens, -(-context // 8) * 8 * rows)
+        steps = args.num_continuous_decode_steps or (steps_per_dispatch(weight_bytes) if gpu else 1)
         policy = Policy(
             schedule=args.schedule_policy,
             conservativeness=args.schedule_conservativeness,
@@ -103,6 +117,7 @@ class EngineConfig:
             max_prefill_tokens=args.max_prefill_tokens,
             max_prefill_rows=args.prefill_max_requests,
             max_queued=args.max_queued_requests,
+            steps_per_dispatch=steps,
             overlap=not args.disable_overlap_schedule,
             precompile=gpu if args.precompile is None else args.precompile,
             attention=attention,
@@ -113,10 +128,19 @@ class EngineConfig:
             raw_logprobs=args.return_original_logprob,
             max_total_tokens=args.max_total_tokens,
             mem_fraction=args.mem_fraction_static,
+            log_interval=args.decode_log_interval,
             policy=policy,
             radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
+
+
+def steps_per_dispatch(weight_bytes: int) -> int:
+    """Decode steps that a GPU needs in one program so as not to wait for the host, at most
+    MOST_STEPS: a step takes at least the time to read the weights."""
+    step_seconds = weight_bytes / READ_BANDWIDTH
+    enough = (n for n in range(1, MOST_STEPS) if n * step_seconds >= DISPATCH_SECONDS)
+    return next(enough, MOST_STEPS)
 
 
 def cache_folder(option: str | None) -> str:

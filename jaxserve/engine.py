@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import importlib.util
 import logging
+import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm import tqdm
 
@@ -15,11 +18,16 @@ from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.call import AsyncStream, Call, LiveIds, Stream
 from jaxserve.api.info import FlushResult, TokenizerManager
 from jaxserve.api.inputs import RequestBuilder
+from jaxserve.api.profile import ProfileSpec
+from jaxserve.api.request_log import RequestLog
 from jaxserve.api.startup import start
 from jaxserve.api.unsupported import UnsupportedMethods
-from jaxserve.errors import InvalidRequestError, UnknownOptionError
+from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
 from jaxserve.server_args import ServerArgs
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 Result = dict[str, Any]
 
@@ -62,6 +70,9 @@ class Engine(UnsupportedMethods):
         self.tokenizer_manager = TokenizerManager(args, started.tokenizer, self._loop.abort)
         self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
         self._live_ids = LiveIds()
+        self._request_log: RequestLog | None = None
+        if args.log_requests:
+            self._request_log = RequestLog(args.log_requests_level, started.tokenizer)
 
     # -- generation -------------------------------------------------------------------------------
 
@@ -162,7 +173,9 @@ class Engine(UnsupportedMethods):
             weight_version=args.weight_version,
         )
         outputs = [Output(request, options) for request in inputs.requests]
-        call = Call(self._loop, self._live_ids, outputs, inputs.mailbox, owner=self)
+        call = Call(
+            self._loop, self._live_ids, outputs, inputs.mailbox, owner=self, log=self._request_log
+        )
         return call, inputs.single
 
     # -- control ----------------------------------------------------------------------------------
@@ -183,6 +196,66 @@ class Engine(UnsupportedMethods):
     def get_model_info(self) -> dict[str, Any]:
         """What is loaded."""
         return info.model_info(self.server_args, self._load_format, self._quantization)
+
+    @functools.cached_property
+    def metrics(self) -> CollectorRegistry:
+        """The counters as a registry of prometheus_client, this engine's own:
+        `prometheus_client.start_http_server(port, registry=engine.metrics)` serves it.
+
+        Raises InvalidRequestError without enable_metrics=True, NotSupportedError without the
+        `metrics` extra.
+        """
+        if not self.server_args.enable_metrics:
+            raise InvalidRequestError("engine.metrics needs enable_metrics=True, got False")
+        if importlib.util.find_spec("prometheus_client") is None:
+            raise NotSupportedError(
+                "engine.metrics needs the prometheus_client package: pip install jaxserve[metrics]"
+            )
+        from jaxserve.api import prometheus
+
+        args = self.server_args
+        return prometheus.registry(self._loop.stats, args.served_model_name or args.model_path)
+
+    def start_profile(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        *,
+        start_step: int | None = None,
+        num_steps: int | None = None,
+        activities: Sequence[str] | None = None,
+        with_stack: bool | None = None,
+        record_shapes: bool | None = None,
+        profile_id: str | None = None,
+        profile_prefix: str | None = None,
+        profile_by_stage: bool = False,
+        profile_stages: Sequence[str] | None = None,
+        merge_profiles: bool = False,
+    ) -> str:
+        """Starts a trace of JAX's profiler, in which the loop's phases and the steps' programs
+        have names; returns the folder that it will be written to. Arguments: docs/api.md.
+
+        Raises ProfileError (a RuntimeError) while a profile runs in this process,
+        InvalidRequestError, NotSupportedError.
+        """
+        spec = ProfileSpec.make(
+            output_dir=output_dir,
+            start_step=start_step,
+            num_steps=num_steps,
+            activities=activities,
+            with_stack=with_stack,
+            record_shapes=record_shapes,
+            profile_id=profile_id,
+            profile_prefix=profile_prefix,
+            profile_by_stage=profile_by_stage,
+            profile_stages=profile_stages,
+            merge_profiles=merge_profiles,
+        )
+        self._loop.start_profile(spec)
+        return spec.folder
+
+    def stop_profile(self) -> None:
+        """Ends the profile and writes it. ProfileError: there is none, or num_steps ended it."""
+        self._loop.stop_profile()
 
     def get_all_child_pids(self) -> list[int]:
         """Always empty: jaxserve has no child processes."""

@@ -21,6 +21,10 @@ class ModelLoadError(JaxserveError, ValueError):
     """A checkpoint is missing, damaged or does not fit its config."""
 
 
+class ProfileError(JaxserveError, RuntimeError):
+    """A profile cannot start or stop now: one runs already, or none does."""
+
+
 class EngineDeadError(JaxserveError, RuntimeError):
     """The engine thread has stopped after a failure; `__cause__` is that failure."""
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.batch.batch import Batch
 from jaxserve.cache.pages import PageAllocator
@@ -23,10 +23,15 @@ from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, InvalidRequestError
 from jaxserve.inbox import Inbox, Task, stop_error
 from jaxserve.output import commit as output
+from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
 from jaxserve.request import Request, Update
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
+from jaxserve.step.profiler import Profiler
 from jaxserve.step.runner import Runner, StepResult, phase
+
+if TYPE_CHECKING:
+    from jaxserve.api.profile import ProfileSpec
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,6 +47,7 @@ class EngineLoop:
         self.config = config
         self.startup_seconds = 0.0
         self._runner = runner
+        self._stats = Stats()
         self._scheduler = Scheduler(
             buckets=config.buckets,
             pages=PageAllocator(runner.num_pages),
@@ -51,11 +57,14 @@ class EngineLoop:
             max_prefill_rows=config.max_prefill_rows,
             policy=config.policy,
             eviction=config.radix_eviction,
+            steps_per_dispatch=config.steps_per_dispatch,
+            on_finish=self._stats.ended,
         )
+        self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)
+        self._profiler = Profiler()
         self._in_flight: deque[StepResult] = deque()
         self._depth = 1 if config.overlap else 0
         self._failures = 0
-        self._stats = Stats()
         self._inbox = Inbox()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
@@ -64,8 +73,10 @@ class EngineLoop:
         """Build an engine for ServerArgs `args` around converters.LoadedModel `loaded`, compile
         what is to be compiled beforehand, and start its thread."""
         started = time.perf_counter()
-        platform = next(iter(next(iter(loaded.params.values())).devices())).platform
-        config = EngineConfig.resolve(args, loaded.config, platform)
+        params = loaded.params.values()
+        platform = next(iter(next(iter(params)).devices())).platform
+        weight_bytes = sum(x.nbytes for x in params)
+        config = EngineConfig.resolve(args, loaded.config, platform, weight_bytes)
         runner = Runner(config, loaded)
         if config.precompile:
             runner.precompile()
@@ -100,6 +111,10 @@ class EngineLoop:
                 f"the queue is full: max_queued_requests={most}, {waiting} requests wait and "
                 f"{len(requests)} more were submitted"
             )
+
+        now = time.perf_counter()
+        for request in requests:
+            request.submitted_time = now
 
         def run() -> None:
             for request in requests:
@@ -168,6 +183,14 @@ class EngineLoop:
         """Counters and sizes, see docs/api.md."""
         return self.call(self._collect_stats)
 
+    def start_profile(self, spec: ProfileSpec) -> None:
+        """Trace from the next step on. ProfileError: a profile runs already."""
+        self.call(lambda: self._profiler.start(spec, self._stats.steps))
+
+    def stop_profile(self) -> None:
+        """End the trace and write it; steps wait for that. ProfileError: there is none."""
+        self.call(self._profiler.stop)
+
     def shutdown(self) -> None:
         """Stop the thread, fail waiting requests with EngineShutdownError, free device memory."""
         self._inbox.close(EngineShutdownError("the engine was shut down"))
@@ -199,7 +222,11 @@ class EngineLoop:
     def _admit(self) -> bool:
         """Do what callers asked for; sleep while nothing runs. False: the engine is to stop."""
         while True:
-            tasks = self._inbox.take(block=self._scheduler.idle and not self._in_flight)
+            idle = self._scheduler.idle and not self._in_flight
+            since = time.perf_counter()
+            tasks = self._inbox.take(block=idle)
+            if idle:
+                self._stats.rested(time.perf_counter() - since)
             if tasks is None:
                 return False
             for task in tasks:
@@ -233,6 +260,7 @@ class EngineLoop:
         except Exception as error:
             self._recover(error)
         self._stats.dispatched(batch)
+        self._progress.dispatched(batch)
 
     def _commit(self) -> None:
         result = self._in_flight.popleft()
@@ -246,6 +274,8 @@ class EngineLoop:
             kept = output.commit(result, self._scheduler)
         self._failures = 0
         self._stats.committed(kept)
+        if self._profiler.active:
+            self._profiler.stepped(self._stats.steps)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -270,6 +300,7 @@ class EngineLoop:
     def _fail(self, request: Request, error: BaseException) -> None:
         """End one request with an exception for its caller."""
         request.finish_reason = {**ABORTED, "message": str(error), "status_code": 500}
+        request.finish_time = time.perf_counter()
         self._scheduler.finish(request)
         request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
 
@@ -279,21 +310,23 @@ class EngineLoop:
         for request in list(self._scheduler.live):
             self._fail(request, stop_error(reason))
         self._in_flight.clear()
+        self._profiler.close()
         self._runner.close()
 
     def _collect_stats(self) -> dict[str, Any]:
         scheduler, programs = self._scheduler, self._runner.programs
-        size = self.config.page_size
-        admission = scheduler.admission
+        size, pages = self.config.page_size, scheduler.pages.num_pages
+        free = scheduler.pages.available
         return {
             "page_size": size,
-            "available_tokens": scheduler.pages.available * size,
+            "num_pages": pages,
+            "num_used_pages": pages - free,
+            "token_usage": 1 - free / pages,
+            "available_tokens": free * size,
             "cached_prefix_tokens": scheduler.pages.cached * size,
-            "prompt_tokens": admission.prompt_tokens,
-            "cached_tokens": admission.cached_tokens,
-            "cache_hit_rate": admission.cached_tokens / max(admission.prompt_tokens, 1),
-            "max_total_num_tokens": scheduler.pages.num_pages * size,
+            "max_total_num_tokens": pages * size,
             "max_running_requests": self.config.max_rows,
+            "num_continuous_decode_steps": self.config.steps_per_dispatch,
             "late_compiles": programs.late_compiles,
             "programs": len(programs),
             "compile_seconds": programs.compile_seconds,
@@ -301,5 +334,5 @@ class EngineLoop:
             "num_running": len(scheduler.live) - len(scheduler.waiting),
             "num_waiting": len(scheduler.waiting),
             "memory_usage": self._runner.memory_usage(),
-            **self._stats.as_dict(),
+            **self._stats.as_dict(scheduler.live),
         }

@@ -211,6 +211,13 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "abort_on_priority_when_disabled": Option(
             "flag", "refuse requests with a priority when priorities are off"
         ),
+        "num_continuous_decode_steps": Option(
+            "integer",
+            "decode steps in one program; None: 1 on CPU, up to 4 for small models on GPU",
+            1,
+            8,
+            optional=True,
+        ),
         "page_size": Option(
             "integer", "KV tokens per page; None: 64 on GPU, 16 on CPU", 1, optional=True
         ),
@@ -227,12 +234,19 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         # Streaming, observation.
         "stream_interval": Option("integer", "tokens between streamed chunks", 1),
         "stream_output": Option("flag", "streams give deltas instead of the text so far"),
-        "enable_metrics": Option("flag", "adds times of each request to meta_info"),
+        "enable_metrics": Option(
+            "flag", "times of each request in meta_info; engine.metrics for Prometheus"
+        ),
         "log_level": Option(
             "text",
             "level of the 'jaxserve' logger",
             choices=("debug", "info", "warning", "error", "critical"),
         ),
+        "log_requests": Option("flag", "log each request, at level info"),
+        "log_requests_level": Option(
+            "integer", "0: counts; 1: and parameters; 2: and 2,048 characters; 3: and all", 0, 3
+        ),
+        "decode_log_interval": Option("integer", "decode steps between lines of the log", 1),
         # Device, programs, kernels.
         "device": Option(
             "text", "cpu or cuda; None: what JAX finds", optional=True, choices=("cpu", "cuda")

@@ -103,6 +103,10 @@ class Request:
     stop_matcher: Any = None
     """text.stop.StopMatcher when stop strings or regexes were given, else None."""
     created: float = dataclasses.field(default_factory=time.perf_counter)
+    """When the call began, before its prompts were tokenized. This and the other times are
+    readings of time.perf_counter()."""
+    submitted_time: float | None = None
+    """When it was put into the engine's queue."""
 
     output_ids: list[int] = dataclasses.field(default_factory=list)
     reported: int = 0

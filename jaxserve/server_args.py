@@ -56,6 +56,7 @@ class ServerArgs:
     priority_scheduling_preemption_threshold: int = 10
     default_priority_value: int | None = None
     abort_on_priority_when_disabled: bool = False
+    num_continuous_decode_steps: int | None = None
     page_size: int | None = None
     disable_radix_cache: bool = False
     radix_eviction_policy: str = "lru"
@@ -66,6 +67,9 @@ class ServerArgs:
     stream_output: bool = False
     enable_metrics: bool = False
     log_level: str = "info"
+    log_requests: bool = False
+    log_requests_level: int = 2
+    decode_log_interval: int = 40
     device: str | None = None
     attention_backend: str | None = None
     cuda_graph_bs: tuple[int, ...] | None = None

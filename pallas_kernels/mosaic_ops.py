@@ -67,11 +67,15 @@ def start_softmax(rows: int, width: int) -> tuple[jax.Array, jax.Array, jax.Arra
     )
 
 
-def scores_of(q_tile: Any, k_tile: Any, rows: int, block: int) -> jax.Array:
-    """q_tile [rows, H] x k_tile [block, H] -> [rows, block] float32; both in shared memory."""
+def scores_of(
+    q_tile: Any, k_tile: Any, rows: int, block: int, issued: Callable[[], None] = lambda: None
+) -> jax.Array:
+    """q_tile [rows, H] x k_tile [block, H] -> [rows, block] float32; both in shared memory. issued
+    is called when the product is queued, before it is waited for."""
 
     def product(acc_ref: Any) -> jax.Array:
         plgpu.wgmma(acc_ref, q_tile, k_tile.transpose((1, 0)))
+        issued()
         return acc_ref[...]
 
     return pl.run_scoped(product, plgpu.ACC((rows, block), jnp.float32))
@@ -122,53 +126,6 @@ def weigh(
     shrink = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores - spread(new_top, scores.shape))
     return weights, new_top, total * shrink + weights.sum(axis=1), shrink
-
-
-def next_step(
-    acc: jax.Array, weights: jax.Array, v_tile: Any, q_tile: Any, k_tile: Any,
-    state: tuple[jax.Array, ...], *, soften: Callable[[jax.Array], tuple[jax.Array, ...]],
-    issued: Callable[[], None], k_read: Callable[[], None], v_read: Callable[[], None],
-    ahead: bool, staging: Any,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    """(acc + weights x v_tile, *soften(q_tile x k_tile)): a tile's values, the next tile's scores.
-
-    ahead: both products run at once, and the softmax (`soften`, results as in `state`) beside the
-    values' product; otherwise the values are done first. issued is called when the tensor cores
-    have all their work, k_read and v_read when a tile may be overwritten. staging: see add_values.
-    """
-    rows, block = acc.shape[0], k_tile.shape[0]
-    if staging is not None:
-        acc = add_values(acc, weights, v_tile, staging)
-        v_read()
-        scores = scores_of(q_tile, k_tile, rows, block)
-        issued()
-        k_read()
-        return acc, *soften(scores)
-
-    def values(refs: Any) -> None:
-        acc_ref, *state_refs = refs
-
-        def product(scores_ref: Any) -> tuple[jax.Array, ...]:
-            plgpu.wgmma(scores_ref, q_tile, k_tile.transpose((1, 0)))
-            if ahead:
-                plgpu.wgmma(acc_ref, weights, v_tile)
-            issued()
-            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=int(ahead))
-            k_read()
-            return soften(scores)
-
-        if not ahead:
-            plgpu.wgmma(acc_ref, weights, v_tile)
-            plgpu.wgmma_wait(0)
-            v_read()
-        results = pl.run_scoped(product, plgpu.ACC((rows, block), jnp.float32))
-        for ref, result in zip(state_refs, results, strict=True):
-            ref[...] = result
-
-    out = pl.run_state(values)((plgpu.ACC.init(acc), *state))
-    if ahead:
-        v_read()
-    return tuple(out)
 
 
 def zero_outside(v_tile: Any, first_token: jax.Array, low: Any, high: Any) -> None:

@@ -120,6 +120,8 @@ class FakeLoop:
         with self._changed:
             if self.dead is not None:
                 raise self.dead
+            for request in requests:
+                request.submitted_time = time.perf_counter()
             self.submitted += requests
             self._live += requests
             self._changed.notify()

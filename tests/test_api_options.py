@@ -72,6 +72,9 @@ def test_the_defaults_are_upstreams():
         "allow_auto_truncate": False,
         "random_seed": None,
         "log_level": "info",
+        "log_requests": False,
+        "log_requests_level": 2,
+        "decode_log_interval": 40,
         "device": None,
         "attention_backend": None,
         "tp_size": 1,
@@ -124,11 +127,18 @@ def test_the_defaults_pass_their_own_checks(name):
         ("radix_eviction_policy", "mru"),
         ("priority_scheduling_preemption_threshold", -1),
         ("default_priority_value", 0.5),
+        ("num_continuous_decode_steps", 0),
+        ("num_continuous_decode_steps", 9),
+        ("num_continuous_decode_steps", 2.5),
         ("page_size", 0),
         ("page_size", True),
         ("stream_interval", 0),
         ("random_seed", -1),
         ("log_level", "loud"),
+        ("log_requests", 1),
+        ("log_requests_level", 4),
+        ("log_requests_level", -1),
+        ("decode_log_interval", 0),
         ("device", "tpu"),
         ("attention_backend", "magic"),
         ("cuda_graph_bs", []),
@@ -248,7 +258,7 @@ def test_the_command_line():
     args = parse(
         "--model m --tp 1 --page-size 16 --cuda-graph-bs 1 2 --mem-fraction-static 0.5"
         " --incremental-streaming-output --no-precompile --skip-tokenizer-init"
-        " --quantization fp8 --kv-cache-dtype fp8_e4m3"
+        " --quantization fp8 --kv-cache-dtype fp8_e4m3 --num-continuous-decode-steps 2"
     )
     assert args == ServerArgs(
         "m",
@@ -260,6 +270,7 @@ def test_the_command_line():
         skip_tokenizer_init=True,
         quantization="fp8",
         kv_cache_dtype="fp8_e4m3",
+        num_continuous_decode_steps=2,
     )
     with pytest.warns(UserWarning, match="disable_cuda_graph"):
         assert parse("--model m --disable-cuda-graph") == ServerArgs("m")

@@ -271,8 +271,6 @@ def test_flushing_a_busy_engine_fails(fakes):
         ("score", []),
         ("open_session", [100]),
         ("close_session", ["s"]),
-        ("start_profile", []),
-        ("stop_profile", []),
         ("start_expert_distribution_record", []),
         ("stop_expert_distribution_record", []),
         ("dump_expert_distribution_record", []),

@@ -17,9 +17,11 @@ import pytest
 
 from benchmarks import (
     engine,
+    host_overhead,
     latency,
     machine,
     offline_throughput,
+    profile,
     report,
     runs,
     startup,
@@ -261,7 +263,7 @@ def test_all_cases_run_on_one_engine_into_a_file_each(monkeypatch, tmp_path, cap
     assert prefix["benchmark"] == "offline_throughput" and lat1["benchmark"] == "latency"
     assert (prefix["case"], prefix["requests"], prefix["scale"]) == ("prefix", 5, 0.02)
     assert prefix["engine"] == {"page_size": 8} and prefix["startup_seconds"] == 33.0
-    floor = machine.Floor.of(workloads.SHAPES["tiny"])
+    floor = machine.Floor.of(workloads.SHAPES["tiny"], {})
     least = floor.decode_bytes(128 + 128) / 1e9
     assert lat1["share_of_floor"] == pytest.approx(least / 0.002, rel=1e-3)
     assert lat1["gb_per_s"] == pytest.approx(floor.decode_bytes(256) / 0.002 / 1e9, abs=0.06)
@@ -288,6 +290,25 @@ def test_compiling_in_a_timed_run_fails_the_run(monkeypatch):
     pretend(monkeypatch, late=1)
     with pytest.raises(SystemExit, match="lat1: 2 programs were compiled"):
         runs.run([latency.BENCHMARK], "tiny", ["lat1"], None, {}, repeats=1)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_host_overhead_is_per_step(at_once):
+    case = host_overhead.measure(rows=4, queued=2, steps=64, at_once=at_once)
+    assert case["steps_at_once"] == at_once
+    assert 0 < case["median_us_per_step"] < 1000
+    assert case["mean_us_per_token"] == pytest.approx(case["mean_us_per_step"] / 4, rel=0.02)
+
+
+def test_a_profile_is_per_decode_step():
+    """2 prompts, then 7 programs of 4 steps and 3 of one."""
+    before = {"extend_steps": 5, "decode_steps": 100, "num_continuous_decode_steps": 4}
+    after = before | {"extend_steps": 7, "decode_steps": 131}
+    assert profile.runs_of("jit_decode_many_8", before, after, 12) == (28, "a step")
+    assert profile.runs_of("jit_decode_8", before, after, 12) == (3, "a step")
+    assert profile.runs_of("jit_extend_512", before, after, 12) == (1, "in all")
+    single = after | {"num_continuous_decode_steps": 1}
+    assert profile.runs_of("jit_decode_8", before, single, 2 + 31) == (31, "a step")
 
 
 # -- floors ---------------------------------------------------------------------------------------
@@ -317,6 +338,18 @@ def test_floor_against_counting_one_token_at_a_time():
     assert work.seconds(machine.Ceilings(bandwidth=100.0, rate=10.0)) == pytest.approx(
         flops / 10 + moved / 100
     )
+
+
+def test_quantized_layers_and_pages_are_read_in_bytes():
+    shape = workloads.SHAPES["tiny"]
+    plain = machine.Floor.of(shape, {})
+    whole = machine.Floor.of(shape, {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"})
+    size, kv_token = plain.itemsize, 2 * 2 * 2 * 16
+    head = plain.head_weights * size
+    assert whole.decode_bytes(0) == plain.layer_weights + head
+    assert plain.decode_bytes(0) == plain.layer_weights * size + head
+    assert whole.decode_bytes(3) - whole.decode_bytes(0) == 3 * kv_token
+    assert plain.decode_bytes(3) - plain.decode_bytes(0) == 3 * kv_token * size
 
 
 def test_a_single_prompt_has_no_shared_part():

@@ -97,7 +97,7 @@ def test_triton_interpreted(case, dtype):
     [
         ("two warpgroups", "bfloat16", {"block": 64, "stages": 2, "programs": 2}),
         ("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
-        ("smollm mixed", "bfloat16", {"block": 64, "stages": 3, "ahead": 0}),
+        ("smollm mixed", "bfloat16", {"block": 64, "stages": 3}),
         ("group of 8", "float16", {"programs": 1}),
         ("page boundaries", "bfloat16", {"programs": 2}),
         ("page boundaries", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 1}),
@@ -106,7 +106,7 @@ def test_triton_interpreted(case, dtype):
         ("causal edges", "bfloat16", {"block": 64, "programs": 2}),
         ("window edges", "bfloat16", {"block": 64, "programs": 1}),
         ("many short", "bfloat16", {"block": 64, "stages": 3, "programs": 3}),
-        ("many short", "bfloat16", {"block": 64, "ahead": 0, "turns": 0, "programs": 2}),
+        ("many short", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
         ("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
         ("nothing to do", "bfloat16", {}),
         ("head dim 80", "bfloat16", {}),
@@ -158,9 +158,8 @@ def test_plan_covers_every_token_once():
 
 
 MOSAIC_SIZES = [
-    {"block": block, "stages": stages, "ahead": ahead, "turns": turns}
+    {"block": block, "stages": stages, "turns": turns}
     for block, stages in ((64, 4), (128, 2))
-    for ahead in (0, 1)
     for turns in (0, 1)
 ]
 MODELS = {

@@ -27,9 +27,10 @@ OPTIONS = {
 SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def precompiled(tiny_models):
-    with jaxserve.Engine(model_path=tiny_models("llama"), precompile=True, **OPTIONS) as engine:
+@pytest.fixture(scope="module", params=[1, 4])
+def precompiled(request, tiny_models):
+    options = {**OPTIONS, "precompile": True, "num_continuous_decode_steps": request.param}
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         yield engine
 
 
@@ -37,6 +38,7 @@ def precompiled(tiny_models):
 def large_cache(tiny_models):
     """A cache next to which a program's other temporaries are small."""
     options = {**OPTIONS, "context_length": 8192, "max_total_tokens": 65536}
+    options["num_continuous_decode_steps"] = 4
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         yield engine
 
@@ -88,8 +90,10 @@ def test_a_program_first_used_after_precompilation_is_counted(tiny_models, caplo
 
 
 @pytest.mark.parametrize(
-    "key", [("decode", 1), ("decode", 2), ("decode", 8), ("extend", 64), ("copy_pages", 16)]
-)
+    "key",
+    [("decode", 1), ("decode", 2), ("decode", 8), ("decode_many", 1), ("decode_many", 8),
+     ("extend", 64), ("copy_pages", 16)],
+)  # fmt: skip
 def test_the_cache_is_updated_in_place(large_cache, key):
     """No copy of the pages in the compiled program, and temporaries far below them."""
     runner = large_cache._loop._runner
@@ -121,6 +125,7 @@ MODEL = ModelConfig.from_hf(
     }
 )  # fmt: skip
 GIB = 1 << 30
+WEIGHT_BYTES = 15 * GIB
 
 
 @dataclasses.dataclass
@@ -135,7 +140,7 @@ class Device:
 
 
 def resolve(platform="gpu", **options):
-    return EngineConfig.resolve(ServerArgs("x", **options), MODEL, platform)
+    return EngineConfig.resolve(ServerArgs("x", **options), MODEL, platform, WEIGHT_BYTES)
 
 
 def test_gpu_pool_takes_its_fraction_less_the_weights():
@@ -195,6 +200,19 @@ def test_decode_buckets_follow_cuda_graph_options():
     assert resolve(cuda_graph_max_bs=48).buckets.decode[-1] == 48
     assert resolve(cuda_graph_bs=[1, 7, 30]).buckets.decode == (1, 7, 30)
     assert resolve(max_running_requests=10).buckets.decode == (1, 2, 4, 8, 10)
+
+
+def test_several_decode_steps_are_for_small_models_on_a_gpu_unless_asked_for():
+    def steps(platform, weight_bytes, **options):
+        args = ServerArgs("x", **options)
+        return EngineConfig.resolve(args, MODEL, platform, weight_bytes).steps_per_dispatch
+
+    assert steps("gpu", GIB) == 4
+    assert steps("gpu", 15 * GIB) == 1
+    assert steps("cpu", GIB) == 1
+    for platform in ("cpu", "gpu"):
+        for asked in (1, 8):
+            assert steps(platform, GIB, num_continuous_decode_steps=asked) == asked
 
 
 # -- programs on disk -----------------------------------------------------------------------------

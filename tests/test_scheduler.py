@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.batch.batch import Batch, ExtendBatch
+from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.output.commit import commit, finish
@@ -55,11 +55,12 @@ class Result:
 class Machine:
     """Scheduler, device and commit, with `depth` steps in flight."""
 
-    def __init__(self, pages, page_size, rows, tokens, depth, **options):
+    def __init__(self, pages, page_size, rows, tokens, depth, steps=1, **options):
         self.device = PagedDevice(page_size)
         self.scheduler = Scheduler(
             buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
-            max_rows=rows, max_prefill_tokens=tokens, **options,
+            max_rows=rows, max_prefill_tokens=tokens, steps_per_dispatch=steps,
+            **options,
         )  # fmt: skip
         self.scheduler.slots.__init__(rows, pending=16)  # so that outputs outgrow it
         self.depth = depth
@@ -137,15 +138,18 @@ POLICIES = [
     rows=st.integers(1, 12),
     tokens=st.sampled_from([8, 24, 64, 200]),
     depth=st.sampled_from([0, 1]),
+    steps=st.sampled_from([1, 1, 3, 4, 8]),
     aborts=st.booleans(),
     eviction=st.sampled_from([None, "lru", "lru", "lfu"]),
     policy=st.sampled_from(POLICIES),
 )
 def test_random_traffic_reads_its_own_tokens(
-    seed, pages, page_size, rows, tokens, depth, aborts, eviction, policy
+    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy
 ):
     random_ = random.Random(seed)
-    machine = Machine(pages, page_size, rows, tokens, depth, eviction=eviction, policy=policy)
+    machine = Machine(
+        pages, page_size, rows, tokens, depth, steps, eviction=eviction, policy=policy
+    )
     requests, aborted = [], set()
     capacity = pages * page_size
     for number in range(random_.randint(1, 12)):
@@ -195,14 +199,70 @@ def test_random_traffic_reads_its_own_tokens(
         assert request.cached_tokens % page_size == 0
 
 
-def test_retraction_happens_and_is_invisible():
-    machine = Machine(pages=8, page_size=8, rows=4, tokens=64, depth=1)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_retraction_happens_and_is_invisible(steps):
+    machine = Machine(pages=8, page_size=8, rows=4, tokens=64, depth=1, steps=steps)
     requests = [make_request(f"r{i}", [1] * 7, 40) for i in range(4)]
     for request in requests:
         machine.scheduler.add(request)
     machine.run_dry()
     assert sum(r.num_retractions for r in requests) > 0
     assert all(r.output_ids == expected_tokens(r) for r in requests)
+
+
+def decode_batches(machine):
+    """All batches until the machine comes to rest, but for those of prompts."""
+    found = []
+    while not machine.scheduler.idle or machine.in_flight:
+        batch = machine.step()
+        if isinstance(batch, DecodeBatch):
+            found.append(batch)
+    return found
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_steps_are_scheduled_at_once_while_everybody_has_so_many_to_go(depth):
+    machine = Machine(pages=40, page_size=8, rows=4, tokens=64, depth=depth, steps=4)
+    long, short = make_request("long", [1] * 7, 22), make_request("short", [2] * 13, 7)
+    machine.scheduler.add(long)
+    machine.scheduler.add(short)
+    batches = decode_batches(machine)
+    rows = [(len(batch.sequences), batch.steps) for batch in batches]
+    assert rows == [(2, 4), (2, 1), (2, 1), *[(1, 4)] * 3, (1, 1), (1, 1), (1, 1)]
+    pages = [page for batch in batches for page in batch.new_pages]
+    assert len(pages) == 3 + 1  # 7 + 21 tokens in pages of 8, 13 + 6 in one more than before
+    assert [r.output_ids for r in (long, short)] == [expected_tokens(r) for r in (long, short)]
+
+
+def test_single_steps_use_up_the_last_pages_before_anybody_is_retracted():
+    machine = Machine(pages=4, page_size=8, rows=2, tokens=64, depth=1, steps=4)
+    requests = [make_request(f"r{i}", [i] * length, 30 - length) for i, length in ((0, 6), (1, 8))]
+    for request in requests:
+        machine.scheduler.add(request)
+    steps = [batch.steps for batch in decode_batches(machine)]
+    assert 1 in steps and 4 in steps
+    assert [r.output_ids for r in requests] == [expected_tokens(r) for r in requests]
+    assert sum(r.num_retractions for r in requests) == 1
+
+
+@pytest.mark.parametrize("interval", [0, 1])
+def test_tokens_after_an_end_inside_a_dispatch_are_dropped(interval):
+    machine = Machine(pages=40, page_size=8, rows=4, tokens=64, depth=1, steps=4)
+    stop = next_token("ends", 0, 5 + 6)  # its seventh token at the latest, amid a dispatch
+    requests = [
+        make_request("ends", [1] * 5, 40, stops=[stop], interval=interval),
+        make_request("stays", [1] * 5, 41, interval=interval),
+    ]
+    for request in requests:
+        machine.scheduler.add(request)
+    batches = decode_batches(machine)
+    assert [r.output_ids for r in requests] == [expected_tokens(r) for r in requests]
+    assert len(requests[0].output_ids) <= 7
+    assert {batch.steps for batch in batches} == {4}
+    for request in requests:
+        expected = len(request.output_ids) if interval else 1
+        assert len(request.mailbox.updates) == expected
+    assert machine.scheduler.pages.available == 40
 
 
 def test_samples_of_a_prompt_prefill_once():

@@ -27,14 +27,14 @@ H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 PAGES = 64
 
 
-def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16"):
+def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
     """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
     monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
     model = ModelConfig.from_hf({**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 4096})
-    config = EngineConfig.resolve(ServerArgs("x", context_length=2048), model, "gpu")
+    config = EngineConfig.resolve(ServerArgs("x", context_length=2048), model, "gpu", 0)
     declaration = registry.declare(model, jnp.bfloat16, quantization)
     names = tuple(declaration.specs)
-    whole = step.StepModel(
+    stepped = step.StepModel(
         bind=lambda params: declaration.bind(dict(zip(names, params, strict=True))),
         ops=PagedOps(None, None, PAGES, "gpu"),
         sampler=Sampler(config.max_top_logprobs, False, None),
@@ -45,10 +45,11 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16")
     )
     state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
     if kind == "decode":
-        function, upload = functools.partial(step.decode_step, whole), (2, size)
+        function = functools.partial(step.decode_steps, stepped, steps)
+        upload = (2, size)
     else:
         layout = ExtendLayout(size, config.buckets.extend_rows(size), config.table_width)
-        function, upload = functools.partial(step.extend_step, whole, layout), (layout.size,)
+        function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)
     params = tuple(declaration.specs.values())
     uploaded = jax.ShapeDtypeStruct(upload, jnp.int32)
     return compat.lower_for_cuda(function, params, cache, *state, uploaded)
@@ -66,5 +67,25 @@ def test_steps_use_the_kernels(monkeypatch, shape, kind, size):
 def test_quantized_steps_lower(monkeypatch, quantization):
     text = lowered(
         monkeypatch, "llama-3.1-8b", "decode", 8, quantization=quantization, kv="float8_e4m3fn"
+    )
+    assert "paged_decode" in text
+
+
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b"])
+@pytest.mark.parametrize("size", [1, 256])
+def test_several_decode_steps_lower_as_one_program(monkeypatch, shape, size):
+    """The same kernels, in a loop."""
+    single = lowered(monkeypatch, shape, "decode", size)
+    several = lowered(monkeypatch, shape, "decode", size, steps=4)
+    for kernel in ("rope_kv_write", "paged_decode", "sample"):
+        assert several.count(f"func.func private @{kernel}") > 0
+        assert several.count(kernel) >= single.count(kernel)
+    assert several.count("stablehlo.while") == single.count("stablehlo.while") + 1
+    assert f"tensor<4x{size}xi32>" in several
+
+
+def test_several_steps_of_a_quantized_model_lower(monkeypatch):
+    text = lowered(
+        monkeypatch, "llama-3.1-8b", "decode", 8, quantization="fp8", kv="float8_e4m3fn", steps=4
     )
     assert "paged_decode" in text

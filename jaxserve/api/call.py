@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any, Protocol
 
+from jaxserve.api.request_log import RequestLog
 from jaxserve.errors import InvalidRequestError
 from jaxserve.output.mailbox import Mailbox
 from jaxserve.output.result import Output
@@ -48,11 +49,18 @@ class Call:
 
     Whoever stops reading before the end must call `close`, which aborts what still runs; the
     methods do so themselves when they are interrupted or cancelled. `owner` is kept alive until
-    the call has ended: an engine that is used only through a stream must not be collected.
+    the call has ended: an engine that is used only through a stream must not be collected. `log`
+    is told of each request.
     """
 
     def __init__(
-        self, core: Core, ids: LiveIds, outputs: Sequence[Output], mailbox: Mailbox, owner: Any
+        self,
+        core: Core,
+        ids: LiveIds,
+        outputs: Sequence[Output],
+        mailbox: Mailbox,
+        owner: Any,
+        log: RequestLog | None = None,
     ) -> None:
         self._core = core
         self._ids = ids
@@ -60,9 +68,13 @@ class Call:
         self._outputs = {output.request: output for output in outputs}
         self._unfinished = set(self._outputs)
         self._owner = owner
+        self._log = log
         self._rids = [request.rid for request in self._outputs]
         ids.reserve(self._rids)
         try:
+            if log is not None:
+                for request in self._outputs:
+                    log.received(request)
             if self._outputs:
                 core.submit(list(self._outputs))
         except BaseException:
@@ -86,6 +98,9 @@ class Call:
         left, self._unfinished = self._unfinished, set()
         self._end_if_finished()
         if left:
+            if self._log is not None:
+                for request in left:
+                    self._log.left(request)
             self._core.abort_requests(list(left))
 
     def results(self, finished: Callable[[], object]) -> list[dict[str, Any]]:
@@ -123,11 +138,15 @@ class Call:
             request = update.request
             if update.error is not None:
                 self._unfinished.discard(request)
+                if self._log is not None:
+                    self._log.failed(request, update.error)
                 raise update.error
             output = touched[request] = self._outputs[request]
             output.add(update)
             if output.finished:
                 self._unfinished.discard(request)
+                if self._log is not None:
+                    self._log.finished(output)
                 finished()
         self._end_if_finished()
         return list(touched.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class RequestBuilder:
     def build(self, given: Arguments) -> Inputs:
         """The requests of a call, in result order. Raises InvalidRequestError (for a batch, naming
         the row), NotSupportedError and UnknownOptionError; nothing has happened then."""
+        created = time.perf_counter()
         single = batch.is_single(given.prompt, given.input_ids)
         ids = self._prompt_ids(given, single)
         params, explicit = self._sampling_params(given.sampling_params, len(ids))
@@ -85,7 +87,7 @@ class RequestBuilder:
         mailbox = Mailbox()
         requests: list[Request] = []
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
-            shared = {"priority": priority, "cache_salt": salts[index]}
+            shared = {"priority": priority, "cache_salt": salts[index], "created": created}
             requests += self._samples(row, names, index, mailbox, given.stream, shared)
         return Inputs(requests, mailbox, single and samples == 1)
 

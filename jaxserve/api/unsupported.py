@@ -64,14 +64,6 @@ class UnsupportedMethods:
         """Ends a session."""
         _refuse("close_session")
 
-    def start_profile(self, **kwargs: Any) -> NoReturn:
-        """Starts a profiler trace."""
-        _refuse("start_profile")
-
-    def stop_profile(self) -> NoReturn:
-        """Ends a profiler trace."""
-        _refuse("stop_profile")
-
     def start_expert_distribution_record(self) -> NoReturn:
         """Mixture-of-experts statistics."""
         _refuse("start_expert_distribution_record")

@@ -59,14 +59,15 @@ class ExtendBatch:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class DecodeBatch:
-    """One token for each running sequence.
+    """One or several tokens for each running sequence.
 
-    row_bucket: bucket B. new_pages: (row number, page) for rows that begin a page in this step.
+    row_bucket: bucket B. new_pages: (row number, page) for rows that begin a page in these steps.
     """
 
     rows: Rows
     row_bucket: int
     new_pages: tuple[tuple[int, int], ...] = ()
+    steps: int = 1
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:

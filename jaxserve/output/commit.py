@@ -15,10 +15,10 @@ from jaxserve.scheduler.sequence import Sequence
 
 
 class HostLogprobs:
-    """A step's packed logprobs on the host, with `top` columns of the best."""
+    """Packed logprobs [B, X] on the host, with `top` columns of the best."""
 
-    def __init__(self, packed: Any, top: int):
-        parts = unpack_logprobs(np.asarray(packed), top)
+    def __init__(self, packed: np.ndarray, top: int):
+        parts = unpack_logprobs(packed, top)
         self._chosen, self._top, self._top_ids, self._named = parts
 
     def add(self, row: int, request: Request, out: Logprobs) -> None:
@@ -35,27 +35,29 @@ class HostLogprobs:
 
 
 def commit(result: Any, scheduler: Scheduler) -> int:
-    """Read a StepResult (this waits for the device) and hand its tokens out.
+    """Read a StepResult (this waits for the device) and hand its tokens out, step by step.
 
-    Requests that ended or were aborted since the step was scheduled are passed over: their extra
-    token is dropped. Returns how many tokens were kept.
+    Requests that ended or were aborted since the step was scheduled, or in an earlier step of the
+    same result, are passed over: their extra tokens are dropped. Returns how many were kept.
     """
     batch, tokens = result.batch, np.asarray(result.tokens)
-    logprobs = None
-    if result.logprobs is not None:
-        logprobs = HostLogprobs(result.logprobs, result.top)
+    packed = None if result.logprobs is None else np.asarray(result.logprobs)
+    kept = 0
     if isinstance(batch, DecodeBatch):
-        return _commit_decode(batch, tokens, logprobs, scheduler)
+        for step, drawn in enumerate(tokens):
+            logprobs = None if packed is None else HostLogprobs(packed[step], result.top)
+            kept += _commit_decode(batch, drawn, logprobs, scheduler)
+        return kept
+    logprobs = None if packed is None else HostLogprobs(packed[0], result.top)
     if result.input_logprobs is not None:
-        host = HostLogprobs(result.input_logprobs, result.top)
+        host = HostLogprobs(np.asarray(result.input_logprobs), result.top)
         for row in batch.rows:
             if not row.sequence.request.finished:
                 _read_input_logprobs(row, host)
     _complete_input_logprobs(batch)
-    kept = 0
     for row, sequence in batch.sampled:
         if not sequence.request.finished:
-            kept += _accept(sequence, row, int(tokens[row]), logprobs, scheduler)
+            kept += _accept(sequence, row, int(tokens[0, row]), logprobs, scheduler)
     return kept
 
 

@@ -153,17 +153,22 @@ class Output:
         return self._options.tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
     def _times(self, end: float) -> dict[str, Any]:
-        """Moments in seconds since the epoch, and tokens per second after the first token."""
+        """Moments in seconds since the epoch, durations in seconds, and tokens per second after the
+        first one."""
         request = self.request
         epoch = time.time() - time.perf_counter()
         first, admitted = request.first_token_time, request.admitted_time
+        submitted = request.submitted_time
+        assert submitted is not None
         decoding = end - first if first is not None else 0.0
         rate = (len(self._ids) - 1) / decoding if decoding > 0 and len(self._ids) > 1 else None
         return {
             "request_received_ts": epoch + request.created,
+            "api_server_dispatch_finish_ts": epoch + submitted,
             "forward_entry_time": None if admitted is None else epoch + admitted,
-            "queue_time": None if admitted is None else admitted - request.created,
+            "queue_time": None if admitted is None else admitted - submitted,
             "prefill_finished_time": None if first is None else epoch + first,
+            "time_to_first_token": None if first is None else first - request.created,
             "request_finished_ts": epoch + end,
             "decode_throughput": rate,
         }

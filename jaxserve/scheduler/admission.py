@@ -15,15 +15,12 @@ class Admission:
 
     conservativeness: pages that are left free for each admitted sequence to grow into when another
     one comes (fewer where it may not generate as much). Nothing is reserved for the rest of an
-    output: retraction is cheap, and most end early. prompt_tokens, cached_tokens: sums over the
-    requests admitted so far.
+    output: retraction is cheap, and most end early.
     """
 
     def __init__(
         self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0
     ):
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
         self._pages = pages
         self._slots = slots
         self._page_size = page_size
@@ -131,5 +128,3 @@ class Admission:
         if request.admitted_time is None:
             request.admitted_time = time.perf_counter()
             request.cached_tokens = cached
-            self.prompt_tokens += len(request.prompt_ids)
-            self.cached_tokens += cached

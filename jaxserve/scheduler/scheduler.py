@@ -1,7 +1,8 @@
 """What runs next: admission, packing of prefill chunks, decode growth, retraction. No jax.
 
 Prefill goes first: waiting requests are packed into `extend` steps while slots and pages last, then
-every running sequence decodes one token a step. A sequence begins behind the longest prefix that is
+every running sequence decodes one token a step; several steps are scheduled at once while everybody
+has that many tokens to go, and pages for them. A sequence begins behind the longest prefix that is
 cached, and its own prompt can be reused as soon as it is scheduled, even in the same step. When a
 decode step needs more pages than are available, the sequences of the lowest priority, and of those
 the youngest, are retracted: they leave their pages to the prefix cache, keep their tokens, and go
@@ -12,6 +13,7 @@ on later. Results are read up to one step late, so a step may still be in flight
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,15 +39,18 @@ class Scheduler:
     waiting: not admitted, retracted ones among them. prefilling: admitted, part of
     the prompt still to run. running: decoding, in the order of a batch's rows. A sequence whose
     last token is scheduled but not read is in none of them, and stays in `live`. slots: progress of
-    everything admitted.
+    everything admitted. steps_per_dispatch: decode steps scheduled at once where possible, at most
+    the page size.
     """
 
     def __init__(
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
-        max_prefill_tokens: int, max_prefill_rows: int | None = None,
+        max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
         policy: Policy | None = None, eviction: str | None = "lru",
+        on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
-        """eviction: the prefix cache's policy, None for no prefix cache."""
+        """eviction: the prefix cache's policy, None for no prefix cache. on_finish: called with
+        each request that has left, its outputs complete."""
         self.policy = policy or Policy()
         self.pages = PrefixCache(pages, page_size, eviction)
         self.page_size = page_size
@@ -60,7 +65,9 @@ class Scheduler:
         )  # fmt: skip
         self._rows: Rows | None = None
         self._arrivals = 0
+        self._on_finish = on_finish
         self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
+        self._steps = steps_per_dispatch
         self._refused: object = None
         self._no_victims: object = None
 
@@ -80,6 +87,7 @@ class Scheduler:
         self._drop_from_queues(sequence)
         if sequence.admitted:
             self.admission.release(sequence)
+        self._on_finish(request)
 
     def retract(self, sequence: Sequence) -> None:
         """Take an admitted sequence off the device; it runs again later from its tokens."""
@@ -157,25 +165,33 @@ class Scheduler:
 
     def _schedule_decode(self) -> Batch | None:
         rows, progress = self.rows, self.slots
-        complete = progress.scheduled[rows.slots] >= rows.limit
-        if complete.any():
+        # whoever waits now finds no slot or page: all others are admitted and prefilled already
+        steps = self._steps
+        left = rows.limit - progress.scheduled.take(rows.slots)
+        if left.min(initial=steps) < steps:
+            complete = left <= 0
             for row in np.flatnonzero(complete).tolist():
                 self._leave(rows.sequences[row])
+            steps = steps if (left[~complete] >= steps).all() else 1
         new_pages: list[tuple[int, int]] = []
-        starved = self._grow(new_pages)
+        starved = self._grow(new_pages, steps)
+        if starved and steps > 1:
+            self._shrink(new_pages)
+            steps = 1
+            starved = self._grow(new_pages, steps)
         while starved:
             if self.slots.in_flight:
                 self._shrink(new_pages)
                 raise DrainNeeded
             self._shrink(new_pages)
             self.retract(max(self.running, key=lambda s: s.order))
-            starved = self._grow(new_pages)
+            starved = self._grow(new_pages, steps)
         if not self.running:
             return self._schedule_extend()
         rows = self.rows
-        progress.kv_len[rows.slots] += 1
-        progress.scheduled[rows.slots] += 1
-        return DecodeBatch(rows, self.buckets.decode_rows(len(rows.slots)), tuple(new_pages))
+        progress.advance(rows.slots, steps)
+        bucket = self.buckets.decode_rows(len(rows.slots))
+        return DecodeBatch(rows, bucket, tuple(new_pages), steps)
 
     @property
     def rows(self) -> Rows:
@@ -195,11 +211,11 @@ class Scheduler:
 
     # -- pages ------------------------------------------------------------------------------------
 
-    def _grow(self, new_pages: list[tuple[int, int]]) -> bool:
-        """Give a page to each running sequence whose last one is full, in row order. True when
-        pages ran out on the way."""
+    def _grow(self, new_pages: list[tuple[int, int]], steps: int) -> bool:
+        """Give a page to each running sequence whose last one has no room for `steps` tokens, in
+        row order. True when pages ran out on the way."""
         slots, sequences = self.rows.slots, self.rows.sequences
-        full = self.slots.kv_len[slots] == self.slots.capacity[slots]
+        full = self.slots.kv_len.take(slots) + steps > self.slots.capacity.take(slots)
         for row in np.flatnonzero(full).tolist():
             if not self.pages.available:
                 return True

@@ -113,12 +113,18 @@ class Slots:
             wants_logprobs=any(s.request.logprobs is not None for s in sequences),
         )
 
+    def advance(self, slots: np.ndarray, steps: int) -> None:
+        """Count `steps` decode steps of `slots` [n] as scheduled. (`take` costs half of what an
+        index array in brackets does.)"""
+        self.kv_len[slots] = self.kv_len.take(slots) + steps
+        self.scheduled[slots] = self.scheduled.take(slots) + steps
+
     def append(
         self, slots: np.ndarray, tokens: np.ndarray, limit: np.ndarray, stops: np.ndarray
     ) -> np.ndarray:
         """Take a new token [n] for each of `slots` [n], all simple, whose limit and stops are
         given. Which of them have ended, or have no room for another: `drain` those."""
-        produced = self.produced[slots]
+        produced = self.produced.take(slots)
         room = self._pending.shape[1]
         self._pending[slots, produced % room] = tokens
         produced += 1

@@ -38,9 +38,9 @@ class Prepared(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Device arrays that are on their way to the host: tokens [B] int32, the sampled rows'
-    logprobs and the packed tokens' input logprobs where somebody wants them (see
-    pack.unpack_logprobs). top: columns of the best logprobs."""
+    """Device arrays that are on their way to the host: tokens [n, B] int32 of n steps, the sampled
+    rows' logprobs [n, B, X] and the packed tokens' input logprobs [T, X] where somebody wants them
+    (see pack.unpack_logprobs). top: columns of the best logprobs."""
 
     batch: Batch
     tokens: jax.Array
@@ -82,7 +82,8 @@ class Runner:
     def _fit_pool(self) -> None:
         """Make sure that the largest programs' temporaries fit beside the pool."""
         buckets = self.config.buckets
-        largest = [("extend", buckets.max_tokens), ("decode", buckets.decode[-1])]
+        largest: list[ProgramKey] = [("extend", buckets.max_tokens)]
+        largest += [(kind, buckets.decode[-1]) for kind in self._decode_kinds]
         self.programs.build(largest, threads=len(largest))
         state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
         pages = self._count_pages(max(map(self.programs.memory, largest)) + state)
@@ -125,10 +126,15 @@ class Runner:
         """Compile every program a batch can need."""
         buckets = self.config.buckets
         keys: list[ProgramKey] = [("extend", t) for t in reversed(buckets.extend)]
-        keys += [("decode", b) for b in reversed(buckets.decode)]
+        keys += [(kind, b) for kind in self._decode_kinds for b in reversed(buckets.decode)]
         keys += [("input_logprobs", t) for t in reversed(buckets.extend)]
         keys += [("copy_pages", COPY_WIDTH), ("install_sparse", 0)]
         self.programs.precompile(keys, threads=os.cpu_count() or 1)
+
+    @property
+    def _decode_kinds(self) -> tuple[str, ...]:
+        """Of the programs with one decode step and, where there are any, with several."""
+        return ("decode",) if self.config.steps_per_dispatch == 1 else ("decode", "decode_many")
 
     def _make_programs(self) -> Programs:
         stored = None
@@ -187,8 +193,9 @@ class Runner:
             )
             hidden = jax.ShapeDtypeStruct((bucket, self.model_config.hidden_size), self.dtype)
             return function, (params, row_params, sparse, ints(layout.size), hidden), ()
-        if kind == "decode":
-            function = functools.partial(step.decode_step, self._model())
+        if kind in self._decode_kinds:
+            steps = 1 if kind == "decode" else self.config.steps_per_dispatch
+            function = functools.partial(step.decode_steps, self._model(), steps)
             return function, (params, *carried, ints(2, bucket)), (1, 2, 3)
         if kind == "copy_pages":
             copy = functools.partial(step.copy_pages, self.model_config.num_layers)
@@ -234,8 +241,9 @@ class Runner:
     def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:
         if self._upload is None or not np.array_equal(self._upload[0], upload):
             self._upload = (upload, jax.device_put(upload, self._device))
+        kind = "decode" if batch.steps == 1 else "decode_many"
         self.cache, progress, sampled, output = self.programs(
-            ("decode", batch.row_bucket), self.params, self.cache, *self.state, self._upload[1]
+            (kind, batch.row_bucket), self.params, self.cache, *self.state, self._upload[1]
         )
         self.state = self.state._replace(progress=progress, sampled=sampled)
         return output

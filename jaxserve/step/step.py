@@ -1,7 +1,8 @@
 """The pure step: token ids -> model -> logits, with the cache and progress carried through.
 
 Two programs, each from token ids to sampled tokens. `extend` runs packed ragged tokens (prompts,
-chunks, resumed sequences); `decode` runs one token a row, taken from the device's own last sample.
+chunks, resumed sequences); `decode` runs a token a row, taken from the device's own last sample,
+once or several times.
 `input_logprobs` follows an extend step whose prompts' logprobs are wanted.
 """
 
@@ -37,8 +38,9 @@ class StepModel:
 
 
 class StepOutput(NamedTuple):
-    """tokens [B] int32: drawn for each row; logprobs [B, X] int32: packed, of the rows that want
-    them. Entries of rows that do not sample are unspecified."""
+    """tokens [n, B] int32: drawn for each row in each of a program's n steps; logprobs [n, B, X]
+    int32: packed, of the rows that want them. An extend program is one step. Entries of rows that
+    do not sample are unspecified."""
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -73,34 +75,51 @@ def cache_slots(
     return jnp.where(valid, live, num_slots + jnp.arange(rows.shape[0], dtype=jnp.int32))
 
 
-def decode_step(
-    model: StepModel, params: tuple[jax.Array, ...], cache: Cache, progress: Progress,
+def decode_steps(
+    model: StepModel, steps: int, params: tuple[jax.Array, ...], cache: Cache, progress: Progress,
     sampled: Sampled, row_params: RowParams, sparse: SparseRows, upload: jax.Array,
 ) -> tuple[Cache, Progress, Sampled, StepOutput]:  # fmt: skip
-    """One token for each of B rows.
+    """`steps` tokens for each of B rows, one after the other: at most S, so that a row begins one
+    page at most.
 
-    upload [2, B] int32: slots (R for padding), and the page each row begins with this token (-1 for
-    none). Returns the cache, progress and carry as updated, and the output.
+    upload [2, B] int32: slots (R for padding), and the page each row begins with these tokens (-1
+    for none). Returns the cache, progress and carry as updated, and the output.
     """
     rows, new_pages = upload
     num_rows = progress.lengths.shape[0]
     live = rows < num_rows - 1
-    positions = progress.lengths[rows]
+    first = progress.lengths[rows]
     begins = jnp.where(new_pages >= 0, rows, num_rows)
-    table = progress.page_table.at[begins, positions // model.page_size].set(new_pages, mode="drop")
+    begun = (first + (model.page_size - 1)) // model.page_size
+    table = progress.page_table.at[begins, begun].set(new_pages, mode="drop")
     page_table = table[rows]
-    slots = cache_slots(
-        page_table, jnp.arange(rows.shape[0]), positions, live, model.page_size,
-        num_slots=cache.k.shape[0] * model.page_size,
-    )  # fmt: skip
-    lengths = jnp.where(live, positions + 1, 0)
-    meta = DecodeMeta(slots, page_table, lengths)
     module = model.bind(params)
-    hidden, cache = module(sampled.last_tokens[rows], positions, cache, meta, model.ops)
-    progress = Progress(progress.lengths.at[rows].set(lengths), table)
-    logits = module.logits(hidden)
-    sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
-    return cache, progress, sampled, StepOutput(*output)
+
+    def one_step(
+        carry: tuple[Cache, Sampled], positions: jax.Array
+    ) -> tuple[tuple[Cache, Sampled], StepOutput]:
+        cache, sampled = carry
+        slots = cache_slots(
+            page_table, jnp.arange(rows.shape[0]), positions, live, model.page_size,
+            num_slots=cache.k.shape[0] * model.page_size,
+        )  # fmt: skip
+        lengths = jnp.where(live, positions + 1, 0)
+        meta = DecodeMeta(slots, page_table, lengths)
+        hidden, cache = module(sampled.last_tokens[rows], positions, cache, meta, model.ops)
+        logits = module.logits(hidden)
+        sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
+        return (cache, sampled), StepOutput(*output)
+
+    carry = (cache, sampled)
+    if steps == 1:
+        carry, output = one_step(carry, first)
+        output = StepOutput(*(x[None] for x in output))
+    else:
+        positions = first + jnp.arange(steps, dtype=jnp.int32)[:, None]
+        carry, output = jax.lax.scan(one_step, carry, positions)
+    cache, sampled = carry
+    lengths = progress.lengths.at[rows].set(jnp.where(live, first + steps, 0))
+    return cache, Progress(lengths, table), sampled, output
 
 
 def extend_step(
@@ -145,7 +164,8 @@ def extend_step(
     rows = jnp.where(batch.sample_at >= 0, slots, num_rows - 1)
     sampled = Sampled(sampled.last_tokens, counts)
     sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
-    return cache, progress, sampled, row_params, StepOutput(*output), hidden
+    output = StepOutput(*(x[None] for x in output))
+    return cache, progress, sampled, row_params, output, hidden
 
 
 def input_logprobs(

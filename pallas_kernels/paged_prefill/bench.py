@@ -100,9 +100,6 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
             for block, stages in ((64, 3), (64, 4), (64, 5), (128, stages), (128, stages - 1))
             if stages > 1
         ]
-        schedules = [
-            {**tiles[at], "ahead": ahead, "turns": turns}
-            for at in (1, 3) for ahead in (0, 1) for turns in (0, 1)
-        ]  # fmt: skip
+        schedules = [{**tiles[at], "turns": 0} for at in (1, 3)]
         return [*tiles, *schedules, *({**tiles[3], "packed": packed} for packed in sorted(packs))]
     return []

@@ -99,7 +99,7 @@ LARGE = (
         "llama-8b mixed step", 32, 8, 128, 64, (1,) * 40 + (333, 70), (*range(900, 940), 0, 64),
         tail=32, width=128,
     ),
-    Case("qwen-0.5b many", 14, 2, 64, 64, tuple(range(1, 200, 9)), tuple(range(22)), width=128),
+    Case("qwen-0.5b many", 14, 2, 64, 64, tuple(range(1, 200, 9)), tuple(range(23)), width=128),
     Case("group of 8", 64, 8, 128, 64, (300, 200), (0, 100), width=128),
     Case("gemma-2", 16, 8, 256, 64, (700, 50), (500, 0), window=512, width=128, soft_cap=50.0),
     Case("llama cap", 32, 8, 128, 64, (400, 33), (100, 900), window=256, width=128, soft_cap=30.0),

@@ -19,11 +19,11 @@ Three warpgroups, which run through the items without a pause between them:
     keys   0 ....................... first query ........ last query of the tile
            |-- no mask ------------->|<---- masked ----->|     (with a window, masked below it too)
 
-Step i of a compute warpgroup issues acc += P(i) V(i) and S(i+1) = q K(i+1), then makes P(i+1) of
+Step i of a compute warpgroup does acc += P(i) V(i), then S(i+1) = q K(i+1), then makes P(i+1) of
 S(i+1). The two warpgroups take turns, so that one's softmax runs beside the other's products:
 
-    compute 0   issue | softmax ........ | issue | softmax ........ |
-    compute 1         | issue | softmax ........ | issue | softmax ........
+    compute 0   products | softmax ........ | products | softmax ........ |
+    compute 1            | products | softmax ........ | products | softmax ........
 
 Output goes registers -> shared (over q) -> TMA while the next item runs; at a sequence's end in
 pieces of 8 rows, each only where it holds a live token, so a tile never writes into the next
@@ -50,7 +50,6 @@ from pallas_kernels.mosaic_ops import (
     check_case,
     i32,
     issue_pages,
-    next_step,
     plgpu,
     ring,
     scores_of,
@@ -75,14 +74,12 @@ SHARED_BYTES = 226 * 1024  # of a multiprocessor's 227 KiB; the rest is for barr
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """block: keys a step, a multiple of the page size. stages: tiles in flight, at least 2. packed:
-    query heads in a tile, a divisor of the group up to 8; 0 chooses. ahead: 1 runs a step's
-    two products at once (see next_step). turns: 1 alternates the warpgroups. programs: 0 is one a
-    multiprocessor."""
+    query heads in a tile, a divisor of the group up to 8; 0 chooses. turns: 1 alternates the
+    warpgroups. programs: 0 is one a multiprocessor."""
 
     block: int = 128
     stages: int = 2
     packed: int = 0
-    ahead: int = 1
     turns: int = 1
     programs: int = 0
 
@@ -234,16 +231,12 @@ def paged_prefill(
                         zero_outside(v_tiles.at[slot], first_token, lowest, sequence_end)
                     plgpu.barrier_wait(k_full.at[ahead_slot])
                     take_turn()
-                    acc, weights, top, total, shrink = next_step(
-                        acc, weights, v_tiles.at[slot], q_tile, k_tiles.at[ahead_slot],
-                        (weights, top, total, top),
-                        soften=functools.partial(soften, i + 1, top, total, masked),
-                        issued=pass_turn,
-                        k_read=lambda: plgpu.barrier_arrive(k_free.at[ahead_slot]),
-                        v_read=lambda: plgpu.barrier_arrive(v_free.at[slot]),
-                        ahead=bool(sizes.ahead),
-                        staging=mine,
-                    )  # fmt: skip
+                    acc = add_values(acc, weights, v_tiles.at[slot], mine)
+                    plgpu.barrier_arrive(v_free.at[slot])
+                    k_tile = k_tiles.at[ahead_slot]
+                    scores = scores_of(q_tile, k_tile, ROWS, block, issued=pass_turn)
+                    plgpu.barrier_arrive(k_free.at[ahead_slot])
+                    weights, top, total, shrink = soften(i + 1, top, total, masked, scores)
                     return weights, top, total, acc * spread(shrink, acc.shape)
 
                 plgpu.barrier_wait(q_full.at[q_slot(number, warpgroup)])

@@ -29,7 +29,7 @@ class PagedDevice:
         self.counted: dict[Request, int] = {}
 
     def run(self, batch: Batch) -> np.ndarray:
-        """Tokens by row, for rows that sample."""
+        """Tokens [n, B] by step and row, for rows that sample."""
         if isinstance(batch, DecodeBatch):
             return np.asarray(self._decode(batch))
         writes: set[tuple[int, int]] = set()
@@ -55,7 +55,7 @@ class PagedDevice:
         tokens = [0] * len(batch.rows)
         for i, sequence in batch.sampled:
             tokens[i] = self._sample(sequence)
-        return np.asarray(tokens)
+        return np.asarray([tokens])
 
     def _check_what_must_run(self, row: ExtendRow) -> None:
         """Nothing is reused that has to run: input logprobs, and outputs that penalties count."""
@@ -70,10 +70,13 @@ class PagedDevice:
         if row.fresh and request.params.frequency_penalty:
             assert row.start <= len(request.prompt_ids)
 
-    def _decode(self, batch: DecodeBatch) -> list[int]:
-        writes: set[tuple[int, int]] = set()
+    def _decode(self, batch: DecodeBatch) -> list[list[int]]:
         for row, page in batch.new_pages:
             self.tables[batch.sequences[row].slot].append(page)
+        return [self._decode_step(batch) for _ in range(batch.steps)]
+
+    def _decode_step(self, batch: DecodeBatch) -> list[int]:
+        writes: set[tuple[int, int]] = set()
         for sequence in batch.sequences:
             position = self.lengths[sequence.slot]
             self._write(sequence.slot, position, self.last[sequence.slot], writes)
