@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, paged_decode
-from pallas_kernels.paged_decode import cases
+from pallas_kernels.paged_decode import cases, triton_merge
 from pallas_kernels.paged_decode.splits import choose_splits
 from tests.kernels.support import (
     ON_GPU,
@@ -50,10 +50,16 @@ def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
 def check_locked(case, dtype, *, seed=0, calls=1, interpret=False, **sizes):
     """Triton's single launch, `calls` times over with the same locks and other queries."""
     arrays = case.inputs(seed, jnp.dtype(dtype))
+    words = len(case.lengths) * case.kv_heads
+    if sizes.get("exchange"):
+        group = case.heads // case.kv_heads
+        words = module("paged_decode", "triton").exchange_words(
+            len(case.lengths), case.kv_heads, group, case.head_dim, sizes["splits"]
+        )
     run = implementation("paged_decode", "triton", interpret=interpret, **sizes)
     call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
     q, *cache = map(jnp.asarray, arrays)
-    locks = jnp.zeros(len(case.lengths) * case.kv_heads + 3, jnp.int32)
+    locks = jnp.zeros(words + 3, jnp.int32)
     for turn in range(calls):
         poison(q.shape, q.dtype)
         query = q * (1 - 0.5 * turn / calls)
@@ -105,6 +111,7 @@ def test_triton_interpreted(case, dtype, splits):
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize("exchange", [0, 1], ids=["count", "exchange"])
 @pytest.mark.parametrize(
     ("case", "dtype", "splits"),
     [
@@ -118,16 +125,78 @@ def test_triton_interpreted(case, dtype, splits):
         ("fp8", "bfloat16", 2),
     ],
 )
-def test_triton_with_locks_interpreted(case, dtype, splits):
-    check_locked(EDGES[case], dtype, calls=2, interpret=True, block=16, splits=splits)
+def test_triton_with_locks_interpreted(case, dtype, splits, exchange):
+    check_locked(
+        EDGES[case], dtype, calls=2, interpret=True, block=16, splits=splits, exchange=exchange
+    )
+
+
+# a page holds several tiles, one tile, or part of one; rows of one tile, of as many tiles as there
+# are splits, one more and one less; splits past the end of the table
+TILINGS = {
+    "page of tiles": cases.Case("page of tiles", 6, 2, 64, 64, (16, 64, 65, 47, 0, 80)),
+    "page is a tile": cases.Case("page is a tile", 6, 2, 64, 16, (16, 64, 65, 47, 0, 80)),
+    "tile of pages": cases.Case("tile of pages", 6, 2, 64, 8, (16, 64, 65, 47, 0, 80)),
+    "pages of 24": cases.Case("pages of 24", 2, 1, 64, 24, (16, 49, 0, 96)),
+    "window": cases.Case("window", 4, 1, 64, 64, (150, 33, 20, 0), window=33),
+    "table of one page": cases.Case("table of one page", 4, 2, 64, 16, (9, 0, 16), width=1),
+}
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-def test_triton_with_locks_merges_in_several_rounds(monkeypatch):
-    home = module("paged_decode", "triton")
-    monkeypatch.setattr(home, "MERGED_AT_ONCE", 2 * 4 * 64)  # two splits of four heads at once
+@pytest.mark.parametrize("way", ["launch", "count", "exchange", "direct"])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_triton_tilings_interpreted(tiling, way):
+    sizes = {"block": 16, "splits": 1 if way == "direct" else 4, "exchange": way == "exchange"}
+    run = check_locked if way in ("count", "exchange") else check
+    options = {"calls": 2} if run is check_locked else {"name": "triton"}
+    run(TILINGS[tiling], dtype="float32", interpret=True, **options, **sizes)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("tiling", ["page of tiles", "tile of pages", "window"])
+def test_triton_without_prefetched_ids_interpreted(tiling, splits):
+    check(
+        TILINGS[tiling], "triton", "float32", interpret=True, block=16, splits=splits,
+        prefetch_ids=0,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize("exchange", [0, 1], ids=["count", "exchange"])
+def test_triton_with_locks_merges_in_several_rounds(monkeypatch, exchange):
+    monkeypatch.setattr(triton_merge, "MERGED_AT_ONCE", 2 * 4 * 64)  # two splits of four heads
     case = cases.Case("many splits", 4, 1, 64, 16, (100, 7, 16, 128))
-    check_locked(case, "float32", interpret=True, block=16, splits=8)
+    check_locked(case, "float32", interpret=True, block=16, splits=8, exchange=exchange)
+
+
+def test_a_page_table_of_stale_ids_does_no_harm():
+    """Entries past a row's length name pages of other rows, and the last entry of the table."""
+    case = cases.Case("stale", 4, 2, 64, 16, (1, 33, 0, 64), width=8)
+    q, k_pages, v_pages, table, lengths = case.inputs(0, jnp.float32)
+    for row, length in enumerate(case.lengths):
+        table[row, -(-length // 16) :] = len(k_pages) - 1
+    run = implementation("paged_decode", "triton", interpret=True, block=16, splits=4, exchange=1)
+    locks = jnp.zeros(10_000, jnp.int32)
+    arrays = (q, k_pages, v_pages, table, lengths)
+    got, locks = run(*map(jnp.asarray, arrays), locks, scale=0.125)
+    assert_close(got, want(*arrays), "float32")
+    assert not np.asarray(locks).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "message"),
+    [(100, 2, "locks has 100 words: exchange=1 takes 2080"), (10**6, 100, "200 rows")],
+)
+def test_exchange_says_what_it_needs(words, rows, message):
+    shapes = compat.shape_list(
+        [((rows, 4, 64), jnp.float32), *[((9, 16, 2, 64), jnp.float32)] * 2,
+         ((rows, 8), jnp.int32), ((rows,), jnp.int32), ((words,), jnp.int32)]
+    )  # fmt: skip
+    run = implementation("paged_decode", "triton", interpret=False, splits=4, exchange=1)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(run, scale=0.1), *shapes)
 
 
 def test_locks_come_back_from_the_public_function():
