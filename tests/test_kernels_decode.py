@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, paged_decode
-from pallas_kernels.paged_decode import cases, triton_merge
+from pallas_kernels.paged_decode import cases
 from pallas_kernels.paged_decode.splits import choose_splits
 from tests.kernels.support import (
     ON_GPU,
@@ -166,7 +166,8 @@ def test_triton_without_prefetched_ids_interpreted(tiling, splits):
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @pytest.mark.parametrize("exchange", [0, 1], ids=["count", "exchange"])
 def test_triton_with_locks_merges_in_several_rounds(monkeypatch, exchange):
-    monkeypatch.setattr(triton_merge, "MERGED_AT_ONCE", 2 * 4 * 64)  # two splits of four heads
+    home = module("paged_decode", "triton")
+    monkeypatch.setattr(home, "MERGED_AT_ONCE", 2 * 4 * 64 // 4)  # two splits of four heads
     case = cases.Case("many splits", 4, 1, 64, 16, (100, 7, 16, 128))
     check_locked(case, "float32", interpret=True, block=16, splits=8, exchange=exchange)
 
@@ -187,7 +188,7 @@ def test_a_page_table_of_stale_ids_does_no_harm():
 
 @pytest.mark.parametrize(
     ("words", "rows", "message"),
-    [(100, 2, "locks has 100 words: exchange=1 takes 2080"), (10**6, 100, "200 rows")],
+    [(100, 2, "locks has 100 words: exchange=1 takes 2176"), (10**6, 100, "200 rows")],
 )
 def test_exchange_says_what_it_needs(words, rows, message):
     shapes = compat.shape_list(
@@ -279,6 +280,27 @@ def test_float32_lowers_for_cuda_in_triton_only():
         compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
 
 
+@pytest.mark.parametrize("way", ["launch", "count", "exchange", "direct"])
+@pytest.mark.parametrize(
+    ("block", "prefetch_ids", "window"), [(16, 1, None), (64, 1, 300), (64, 0, None)]
+)
+@pytest.mark.parametrize("shape", [(32, 8, 128, 64), (14, 2, 64, 64), (9, 3, 80, 24)], ids=str)
+def test_triton_ways_lower_for_cuda(shape, block, prefetch_ids, window, way):
+    heads, kv_heads, head_dim, page_size = shape
+    pages = ((64, page_size, kv_heads, head_dim), jnp.bfloat16)
+    locks = [((1 << 20,), jnp.int32)] if way in ("count", "exchange") else []
+    shapes = compat.shape_list(
+        [((2, heads, head_dim), jnp.bfloat16), pages, pages,
+         ((2, 32), jnp.int32), ((2,), jnp.int32), *locks]
+    )  # fmt: skip
+    run = implementation(
+        "paged_decode", "triton", interpret=False, block=block, prefetch_ids=prefetch_ids,
+        splits=1 if way == "direct" else 16, exchange=int(way == "exchange"),
+    )  # fmt: skip
+    text = compat.lower_for_cuda(functools.partial(run, scale=0.1, window=window), *shapes)
+    assert text.count("stablehlo.custom_call") == (2 if way == "launch" else 1)
+
+
 @pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_cap_and_fp8_lower_for_cuda(model, locked):
@@ -365,12 +387,77 @@ def test_locks_on_device(case):
     check_locked(case, "bfloat16", calls=20, seed=fresh_seed())
 
 
+# rows of one tile, of fewer tiles than splits, of many, of none; a table far wider than the lengths
+FEW = (
+    cases.Case("ragged", 32, 8, 128, 64, (4000, 1, 0, 513, 64, 2047), width=128),
+    cases.Case("one tile", 32, 8, 128, 64, (16,), width=512),
+    cases.Case("one row", 32, 8, 128, 64, (1024,), width=512),
+    cases.Case("qwen-0.5b", 14, 2, 64, 64, (1000, 257, 3), width=512),
+    cases.Case("window", 8, 2, 128, 64, (3000, 50, 0), window=700, width=64, soft_cap=20.0),
+    cases.Case("gemma-2", 16, 8, 256, 64, (900, 5), width=32),
+    cases.Case("group of 16", 16, 1, 80, 16, (777, 40), width=64),
+    cases.Case("fp8", 32, 8, 128, 64, (700, 0, 65), width=32, fp8=True),
+)
+
+
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("exchange", [0, 1], ids=["count", "exchange"])
+@pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("splits", [2, 16, 64])
-def test_locks_with_many_splits_on_device(splits):
-    case = cases.Case("ragged", 32, 8, 128, 64, (4000, 1, 0, 513, 64, 2047), width=128)
-    check_locked(case, "bfloat16", calls=50, seed=fresh_seed(), splits=splits)
+@pytest.mark.parametrize("case", FEW, **by_name)
+def test_locks_with_many_splits_on_device(case, splits, block, exchange):
+    check_locked(
+        case, "bfloat16", calls=50, seed=fresh_seed(), splits=splits, block=block,
+        exchange=exchange, num_stages=2,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("warps", "stages", "prefetch_ids"),
+    [(1, 2, 1), (2, 3, 1), (4, 1, 1), (4, 4, 1), (8, 3, 1), (4, 3, 0), (4, 5, 0)],
+)
+@pytest.mark.parametrize("way", ["launch", "count", "exchange", "direct"])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_pipelines_on_device(way, warps, stages, prefetch_ids, page_size):
+    case = cases.Case("ragged", 8, 2, 128, page_size, (1500, 1, 0, 513, 64), width=128)
+    sizes = {"splits": 1 if way == "direct" else 8, "block": 32, "num_warps": warps,
+             "num_stages": stages, "prefetch_ids": prefetch_ids}  # fmt: skip
+    if way in ("count", "exchange"):
+        sizes["exchange"] = int(way == "exchange")
+        check_locked(case, "bfloat16", calls=20, seed=fresh_seed(), **sizes)
+    else:
+        check(case, "triton", "bfloat16", seed=fresh_seed(), **sizes)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_exchange_gives_the_same_each_time_on_device():
+    """A word taken before it was written, or left over from the call before, changes the sums."""
+    case = cases.Case("ragged", 32, 8, 128, 64, (1024, 200, 64, 3000), width=512)
+    arrays = tuple(map(jnp.asarray, case.inputs(fresh_seed(), jnp.bfloat16)))
+    home = module("paged_decode", "triton")
+    words = home.exchange_words(4, case.kv_heads, 4, case.head_dim, 16)
+    sizes = home.Sizes(splits=16, num_stages=2, exchange=1)
+    run = functools.partial(home.paged_decode, scale=0.1, sizes=sizes)
+
+    def chain(locks):
+        outs = []
+        for _ in range(100):
+            out, locks = run(*arrays, locks)
+            outs.append(out)
+        same = jnp.stack([(out == outs[0]).all() for out in outs])
+        return same, outs[0], locks
+
+    locks = jnp.zeros(words, jnp.int32)
+    call = jax.jit(chain, donate_argnums=0)
+    for _ in range(20):
+        same, out, locks = call(locks)
+        assert np.asarray(same).all()
+    assert not np.asarray(locks).any()
+    assert_close(out, want(*map(np.asarray, arrays), scale=0.1), "bfloat16")
 
 
 @pytest.mark.gpu

@@ -1,27 +1,39 @@
-"""Paged decode attention, Pallas on the Triton backend: split KV, merged by a second pass or, with
-locks, by whoever comes last.
+"""Paged decode attention, Pallas on the Triton backend: split KV, merged by a second launch, or by
+one of the splits with the help of locks.
 
 Grid (K, splits, B). One program holds one KV head of one row: its G query heads, padded to 16 rows
-(the least a tensor-core product takes), stay in registers while the row's tokens stream by.
+(the least a tensor-core product takes), stay in registers while its tiles of tokens stream by.
 
-    row's tokens   |---tile---|---tile---|---tile---|---tile---|-last-|
-    splits=2       |<----- split 0 ----->|<----- split 1 ----------->|      (its OWN tiles, halved)
+    row's tokens   |--tile 0--|--tile 1--|--tile 2--|--tile 3--|-4-|
+    splits=2       split 0    split 1    split 0    split 1    split 0
 
-    per tile:  page_table -> page ids -> K [block, H] --+
-               q [16, H] (registers) -------------------+-> scores [16, block] -> softmax, online
-               page ids -> V [block, H] ----------------+-> acc [16, H] float32 (registers)
+    at once:   length, first page, q [16, H], page id of the first tile
+    per tile:  page id -> K [block, H] --+
+               q (registers) ------------+-> scores [16, block] -> softmax, online
+               page id -> V [block, H] ----> acc [16, H] float32 (registers)
+               page id of the next tile
 
-    pass 1 writes   partial [B, splits, N, H] float32 and its log-sum-exp [B, N, splits]
+With few rows the time is a chain of waits for memory, so each of them counts: the first tile of a
+split does not depend on the length (without a window), and ids are loaded a tile ahead. A tile that
+lies in one page needs one id, one that spans pages or parts of them an id for each token.
+
+    without locks, two launches:
+    pass 1 writes   partial [B, splits, N, H] float32 and its log-sum-exp
     pass 2 grid (N, B) merges the splits that had work:   out [B, N, H]
 
-    with locks [B*K], one launch:
+    with locks [B*K], one launch, by counting:
     split 0   partial --> memory, barrier, lock += 1 (saw 0)
     split 2   partial --> memory, barrier, lock += 1 (saw 1)
     split 1   partial --> memory, barrier, lock += 1 (saw 2: the last of 3) --> merge, out, lock = 0
 
+    with locks and exchange=1, one launch:
+    split 0   partial --> locks
+    split 1   partial --> locks
+    split 2   partial --> locks, reads until no word of the three is 0 --> merge, out, words = 0
+
 The number of splits is static (from B, K and the device), while lengths are not: a split without
-tiles exits before it loads anything, and the merge reads only the splits that wrote. With one split
-pass 1 writes the output itself. Each K and V byte of live tokens is read once, and no others.
+tiles exits before it loads any, the merge reads only the splits that wrote, and a split that is
+alone writes the output itself. Each K and V byte of live tokens is read once, and no others.
 """
 
 from __future__ import annotations
@@ -38,7 +50,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.paged_decode.splits import HOPPER_CORES, choose_splits
-from pallas_kernels.paged_decode.triton_merge import Exchange, Group, Partials, merge
+from pallas_kernels.paged_decode.triton_merge import COPIES, Exchange, Group, Partials, merge
 from pallas_kernels.softmax import NEG, TINY
 from pallas_kernels.triton_ops import (
     base2_scores,
@@ -55,15 +67,17 @@ from pallas_kernels.triton_ops import (
 from pallas_kernels.tuning import tuned
 
 MIN_ROWS = 16
+# float32 values of partial results that a warp merges at once: 64 registers a thread
+MERGED_AT_ONCE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """block: tokens a tile, a power of two. splits: programs that share a row, a power of two; 0
-    chooses. num_stages: tiles in flight; 1 loads each tile only when it is needed.
-    prefetch_ids: 1 loads page ids a tile ahead; 0 with the tile, which halves the pipeline
-    (num_stages 3 prefetches one tile, 5 two). exchange: 1 merges through words of `locks` (of
-    which it takes `exchange_words`) instead of counting in them."""
+    """block: tokens a tile, a power of two from 16. splits: programs that share a row, a power of
+    two; 0 chooses. prefetch_ids: 1 loads page ids a tile ahead, and num_stages - 1 tiles are in
+    flight; 0 loads them with the tile, which halves the pipeline: num_stages 3 has one tile in
+    flight, 5 two. num_stages 1 loads V only after K. exchange: with locks, 1 merges through words
+    of them (`exchange_words` of them) instead of counting in them."""
 
     block: int = 64
     splits: int = 0
@@ -120,11 +134,8 @@ def _attend_kernel(
     row_ids = jnp.arange(rows, dtype=jnp.int32)
     columns = row(jnp.arange(width, dtype=jnp.int32), rows)
     mine = group.inside(column(row_ids, width), columns)
-    at_q = (
-        jnp.full((rows, width), b, jnp.int32),
-        column(head * group.heads + row_ids, width),
-        columns,
-    )
+    at_head = column(head * group.heads + row_ids, width)
+    at_q = jnp.full((rows, width), b, jnp.int32), at_head, columns
 
     def store_out(out):
         plt.store(out_ref.at[at_q], out.astype(out_ref.dtype), mask=mine)
@@ -154,14 +165,8 @@ def _attend_kernel(
             if window:
                 live &= tokens >= length - window
             if prefetch_ids:
-                place = (
-                    ids + first_page,
-                    divmod_by(tokens, page_size)[1],
-                    head,
-                    live,
-                    width,
-                    q.dtype,
-                )
+                slots = divmod_by(tokens, page_size)[1]
+                place = ids + first_page, slots, head, live, width, q.dtype
                 k, v = load_slots(k_ref, *place), load_slots(v_ref, *place)
                 ids = load_ids(begin + (i + 1) * splits)
             else:
@@ -215,9 +220,14 @@ def _attend_kernel(
     def exchange_and_merge(out, lse):
         exchange = Exchange(group, q_ref.shape[0], b, head, lock_ref, interpret)
         exchange.put(split, out, lse)
-        # programs start in the order of their numbers, so those that the last one waits for run
-        # already; and it waits in a few programs only, so the others would find room anyway
-        pl.when(split == working - 1)(lambda: store_merged(merge(group, exchange.get, working)))
+
+        # The last one cannot wait for a program that has no room to run: programs start in the
+        # order of their numbers, and those that wait are no more than there are cores, each of
+        # which holds several
+        @pl.when(split == working - 1)
+        def _():
+            store_merged(merge(group, exchange.get, working))
+            exchange.clear(working)
 
     def store_merged(out):
         ids = column(jnp.arange(group.rows, dtype=jnp.int32), width)
@@ -243,7 +253,9 @@ def _merge_kernel(
     ids = jnp.arange(splits, dtype=jnp.int32)
     live = first + ids < last
     lse = plt.load(
-        lse_ref.at[jnp.full_like(ids, b), ids, jnp.full_like(ids, head)], mask=live, other=NEG
+        lse_ref.at[jnp.full_like(ids, b), ids, jnp.full_like(ids, head), jnp.full_like(ids, 0)],
+        mask=live,
+        other=NEG,
     )
     columns = jnp.arange(width, dtype=jnp.int32)
     at = [
@@ -291,6 +303,8 @@ def paged_decode(
     tiles = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
     splits = sizes.splits or choose_splits(batch * kv_heads, tiles, device.cores)
     group = Group(heads // kv_heads, head_dim, kv_heads, splits)
+    at_once = MERGED_AT_ONCE * sizes.num_warps // (group.rows * group.width)
+    group = dataclasses.replace(group, at_once=max(1, min(splits, at_once)))
     way = "direct" if splits == 1 else "launch" if locks is None else "count"
     if way == "count" and sizes.exchange:
         way = "exchange"
@@ -303,7 +317,7 @@ def paged_decode(
     if way in ("launch", "count"):
         out_shape += [
             jax.ShapeDtypeStruct((batch, splits, heads, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, splits, heads), jnp.float32),
+            jax.ShapeDtypeStruct((batch, splits, heads, COPIES), jnp.float32),
         ]
     if way != "launch":
         out_shape.append(whole)
