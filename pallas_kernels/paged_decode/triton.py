@@ -305,10 +305,9 @@ def paged_decode(
     group = Group(heads // kv_heads, head_dim, kv_heads, splits)
     at_once = MERGED_AT_ONCE * sizes.num_warps // (group.rows * group.width)
     group = dataclasses.replace(group, at_once=max(1, min(splits, at_once)))
-    way = "direct" if splits == 1 else "launch" if locks is None else "count"
-    if way == "count" and sizes.exchange:
-        way = "exchange"
-        _check_exchange(locks.size, group, batch, device.cores)
+    way = "exchange" if sizes.exchange else "count"
+    if splits == 1 or locks is None:
+        way = "direct" if splits == 1 else "launch"
     whole = jax.ShapeDtypeStruct(q.shape, q.dtype)
     if first_page is None:
         first_page = jnp.zeros(1, jnp.int32)
@@ -322,7 +321,9 @@ def paged_decode(
     if way != "launch":
         out_shape.append(whole)
     aliases = {}
-    if way in ("count", "exchange"):
+    if locks is not None and splits > 1:
+        if way == "exchange":
+            _check_exchange(locks.size, group, batch, device.cores)
         aliases = {len(arrays): len(out_shape)}
         arrays.append(locks)
         out_shape.append(jax.ShapeDtypeStruct(locks.shape, locks.dtype))

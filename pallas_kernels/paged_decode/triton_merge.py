@@ -99,19 +99,19 @@ class Exchange:
     ):
         self.group, self.words_ref, self.interpret = group, words_ref, interpret
         self.program = (b * group.kv_heads + head) * group.splits
-        self.lse = batch * group.kv_heads * group.splits * group.rows * group.width
+        entries = batch * group.kv_heads * group.splits * group.rows
+        # (first word, words a head) of the log-sum-exps and of the values
+        self.parts = (entries * group.width, COPIES), (0, group.width)
 
-    def _at(self, ids: Any, rows: jax.Array, columns: jax.Array, width: int) -> jax.Array:
-        """Words of values, or of log-sum-exps if the width is COPIES."""
-        entry = (self.program + ids) * self.group.rows + rows
-        start = self.lse if width == COPIES else 0
-        return start + entry * width + columns
+    def _at(self, start: int, width: int, ids: Any, rows: jax.Array, columns: jax.Array) -> Any:
+        """Words in the part that begins at `start` and keeps `width` for each head."""
+        return start + ((self.program + ids) * self.group.rows + rows) * width + columns
 
     def put(self, split: Any, out: jax.Array, lse: jax.Array) -> None:
         """Write out [n, width] and lse [n] of a split; the first G rows count."""
-        for values in (out, column(lse, COPIES)):
+        for part, values in zip(self.parts, (column(lse, COPIES), out), strict=True):
             rows, columns = _cells(values.shape)
-            at = self._at(split, rows, columns, values.shape[1])
+            at = self._at(*part, split, rows, columns)
             if self.interpret:  # which writes masked lanes too: not where another split's rows lie
                 at = jnp.where(rows < self.group.rows, at, self.words_ref.shape[0])
             mask = self.group.inside(rows, columns)
@@ -157,9 +157,9 @@ class Exchange:
     def _views(self, splits: jax.Array, working: jax.Array) -> Any:
         """(words, mask) of the log-sum-exps and of the values of `splits`."""
         found = []
-        for width in (COPIES, self.group.width):
+        for start, width in self.parts:
             rows, ids, columns = _places(self.group, splits, width)
-            view = self.words_ref.at[self._at(ids, rows, columns, width)]
+            view = self.words_ref.at[self._at(start, width, ids, rows, columns)]
             found.append((view, self.group.inside(rows, columns) & (ids < working)))
         return found
 
