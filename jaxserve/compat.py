@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
@@ -58,6 +59,16 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
     it compares with, in per cent of the device's memory, is therefore raised.
     """
     return {} if platform == "cpu" else {"xla_gpu_memory_limit_slop_factor": "10000"}
+
+
+def find_mosaic_runtime() -> None:
+    """Let executables with Mosaic kernels that come from disk find their runtime library.
+
+    They look for it where an environment variable says, which JAX sets when the backend's module is
+    imported (0.10.2 to 0.12); without, they are compiled anew at first use, with a page of errors.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 def versions() -> str:

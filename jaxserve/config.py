@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.batch.buckets import DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
@@ -53,7 +54,11 @@ class EngineConfig:
     max_total_tokens: int | None
     mem_fraction: float | None
     log_interval: int = dataclasses.field(repr=False)
-    """Decode steps from one line of the log to the next. Outside the repr, which names programs."""
+    """Decode steps from one line of the log to the next. What concerns the host only is outside the
+    repr, which names programs."""
+    policy: Policy = dataclasses.field(repr=False)
+    radix_eviction: str | None = dataclasses.field(repr=False)
+    """Of the prefix cache; None is no prefix cache."""
     program_folder: Path | None = dataclasses.field(repr=False)
     """Where whole programs are kept, see step.stored; None is nowhere."""
 
@@ -94,6 +99,14 @@ class EngineConfig:
             tokens = args.max_prefill_tokens
         tokens = min(tokens, -(-context // 8) * 8 * rows)
         steps = args.num_continuous_decode_steps or (steps_per_dispatch(weight_bytes) if gpu else 1)
+        policy = Policy(
+            schedule=args.schedule_policy,
+            conservativeness=args.schedule_conservativeness,
+            priorities=args.enable_priority_scheduling,
+            low_first=args.schedule_low_priority_values_first,
+            threshold=args.priority_scheduling_preemption_threshold,
+            default_priority=args.default_priority_value,
+        )
         folder = cache_folder(args.compilation_cache_dir)
         return cls(
             platform=platform,
@@ -116,6 +129,8 @@ class EngineConfig:
             max_total_tokens=args.max_total_tokens,
             mem_fraction=args.mem_fraction_static,
             log_interval=args.decode_log_interval,
+            policy=policy,
+            radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
 

@@ -54,6 +54,8 @@ class EngineLoop:
             max_rows=config.max_rows,
             max_prefill_tokens=config.max_prefill_tokens,
             max_prefill_rows=config.max_prefill_rows,
+            policy=config.policy,
+            eviction=config.radix_eviction,
             steps_per_dispatch=config.steps_per_dispatch,
             on_finish=self._stats.ended,
         )
@@ -99,9 +101,11 @@ class EngineLoop:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, all or none. EngineDeadError, EngineShutdownError: the engine is gone.
-        InvalidRequestError: max_queued_requests would be exceeded."""
+        InvalidRequestError: max_queued_requests would be exceeded. (With priorities the worst of
+        the queue fail with it instead, when their turn to be queued comes.)"""
         most, waiting = self.config.max_queued, len(self._scheduler.waiting)
-        if most is not None and waiting + len(requests) > most:
+        shedding = self.config.policy.priorities
+        if most is not None and not shedding and waiting + len(requests) > most:
             raise InvalidRequestError(
                 f"the queue is full: max_queued_requests={most}, {waiting} requests wait and "
                 f"{len(requests)} more were submitted"
@@ -114,6 +118,12 @@ class EngineLoop:
         def run() -> None:
             for request in requests:
                 self._scheduler.add(request)
+            while shedding and most is not None and len(self._scheduler.waiting) > most:
+                worst = self._scheduler.waiting.last().request
+                output.fail(worst, InvalidRequestError(
+                    f"the queue is full: max_queued_requests={most}, and the others in it go "
+                    f"before the request {worst.rid!r} of priority {worst.priority}"
+                ), self._scheduler)  # fmt: skip
 
         def cancel(error: BaseException) -> None:
             for request in requests:
@@ -158,9 +168,15 @@ class EngineLoop:
         return future.result()
 
     def flush_cache(self) -> bool:
-        """Forget cached prefixes; False while requests are queued or running. (There is no prefix
-        cache yet: pages of finished requests are free at once.)"""
-        return self.call(lambda: self._scheduler.idle)
+        """Forget cached prefixes; False, and nothing is forgotten, while requests are queued or
+        running."""
+
+        def run() -> bool:
+            if self._scheduler.idle:
+                self._scheduler.forget_prefixes()
+            return self._scheduler.idle
+
+        return self.call(run)
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, see docs/api.md."""
@@ -252,6 +268,7 @@ class EngineLoop:
             for sequence in batch.sequences:
                 failure = RequestFailedError.caused_by(error)
                 output.fail(sequence.request, failure, self._scheduler)
+            self._scheduler.forget_prefixes()  # some were to be computed by this batch
             return
         with self._phase("dispatch"):
             self._in_flight.append(self._runner.dispatch(prepared))
@@ -313,6 +330,7 @@ class EngineLoop:
             "num_used_pages": pages - free,
             "token_usage": 1 - free / pages,
             "available_tokens": free * size,
+            "cached_prefix_tokens": scheduler.pages.cached * size,
             "max_total_num_tokens": pages * size,
             "max_running_requests": self.config.max_rows,
             "num_continuous_decode_steps": self.config.steps_per_dispatch,

@@ -188,9 +188,28 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         ),
         "schedule_policy": Option(
             "text",
-            "order of the waiting queue",
-            choices=("fcfs",),
-            known=("lpm", "dfs-weight", "lof", "random", "priority", "routing-key"),
+            "order of the waiting queue; lpm: longest cached prefix first, of the first 128",
+            choices=("fcfs", "lpm"),
+            known=("dfs-weight", "lof", "random", "priority", "routing-key"),
+        ),
+        "schedule_conservativeness": Option(
+            "number",
+            "pages left free for each running request when another is admitted; larger: fewer "
+            "retractions",
+            0,
+        ),
+        "enable_priority_scheduling": Option(
+            "flag", "requests with a greater priority go first and preempt (with fcfs only)"
+        ),
+        "schedule_low_priority_values_first": Option("flag", "the least priority goes first"),
+        "priority_scheduling_preemption_threshold": Option(
+            "integer", "a waiting request preempts those whose priority is worse by more", 0
+        ),
+        "default_priority_value": Option(
+            "integer", "priority of requests without one; None: behind all others", optional=True
+        ),
+        "abort_on_priority_when_disabled": Option(
+            "flag", "refuse requests with a priority when priorities are off"
         ),
         "num_continuous_decode_steps": Option(
             "integer",
@@ -202,7 +221,13 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "page_size": Option(
             "integer", "KV tokens per page; None: 64 on GPU, 16 on CPU", 1, optional=True
         ),
-        "disable_radix_cache": Option("flag", "no effect yet: there is no prefix cache"),
+        "disable_radix_cache": Option("flag", "keep no prefixes of earlier requests"),
+        "radix_eviction_policy": Option(
+            "text",
+            "which cached prefix goes first: least recently or least often used",
+            choices=("lru", "lfu"),
+            known=("slru", "priority"),
+        ),
         "disable_overlap_schedule": Option("flag", "wait for each step before the next one"),
         "allow_auto_truncate": Option("flag", "cut prompts that are too long, with a warning"),
         "random_seed": Option("integer", "seeds the requests that bring no seed", 0, optional=True),

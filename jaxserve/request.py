@@ -93,6 +93,10 @@ class Request:
     mailbox: Mailbox
     group: str = ""
     """Samples of one prompt share a group name and prefill once; "" is no group."""
+    priority: int | None = None
+    """None: the engine's default."""
+    cache_salt: str = ""
+    """Only requests with the same salt share cached prefixes."""
     logprobs: LogprobSpec | None = None
     stream_interval: int = 0
     """Tokens between updates; 0 puts one update, at the end."""
@@ -113,6 +117,7 @@ class Request:
     input_logprobs: Logprobs | None = None
     finish_reason: dict[str, Any] | None = None
     cached_tokens: int = 0
+    """Prompt tokens that did not run because their KV was there, in whole pages."""
     num_retractions: int = 0
     unemitted_id: int | None = None
     admitted_time: float | None = None

@@ -50,9 +50,16 @@ class ServerArgs:
     max_prefill_tokens: int = 16384
     prefill_max_requests: int | None = None
     schedule_policy: str = "fcfs"
+    schedule_conservativeness: float = 1.0
+    enable_priority_scheduling: bool = False
+    schedule_low_priority_values_first: bool = False
+    priority_scheduling_preemption_threshold: int = 10
+    default_priority_value: int | None = None
+    abort_on_priority_when_disabled: bool = False
     num_continuous_decode_steps: int | None = None
     page_size: int | None = None
     disable_radix_cache: bool = False
+    radix_eviction_policy: str = "lru"
     disable_overlap_schedule: bool = False
     allow_auto_truncate: bool = False
     random_seed: int | None = None
@@ -91,6 +98,11 @@ class ServerArgs:
                 raise NotSupportedError(f"{name}={getattr(self, name)} is not supported yet")
         if self.chunked_prefill_size == 0:
             raise InvalidRequestError("chunked_prefill_size must be -1 or at least 1, got 0")
+        if self.enable_priority_scheduling and self.schedule_policy != "fcfs":
+            raise InvalidRequestError(
+                "enable_priority_scheduling goes with schedule_policy='fcfs' only, got "
+                f"{self.schedule_policy!r}"
+            )
         SamplingParams.from_dict(self.preferred_params)
 
     @property

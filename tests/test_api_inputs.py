@@ -165,8 +165,6 @@ def test_arguments_without_effect_and_unknown_ones(engine):
     engine.generate(
         "a",
         SHORT,
-        priority=3,
-        cache_salt="x",
         external_trace_header={"a": "b"},
         routed_dp_rank=0,
         routed_experts_start_len=0,
@@ -175,6 +173,26 @@ def test_arguments_without_effect_and_unknown_ones(engine):
     with pytest.raises(TypeError, match=r"'return_logprobs'.*'return_logprob'") as caught:
         engine.generate("a", SHORT, return_logprobs=True)
     assert isinstance(caught.value, UnknownOptionError)
+
+
+def test_priority_and_cache_salt(engine, fakes):
+    given = requests(engine, ["a", "b"], {"n": 2, **SHORT}, priority=3, cache_salt=["x", None])
+    assert [(each.priority, each.cache_salt) for each in given] == [(3, "x")] * 2 + [(3, "")] * 2
+    assert (request(engine, "a", SHORT).priority, request(engine, "a", SHORT).cache_salt) == (
+        None, "",
+    )  # fmt: skip
+    assert request(engine, "a", SHORT, cache_salt="y").cache_salt == "y"
+    for name, value in (("priority", "high"), ("priority", 1.5), ("priority", [1])):
+        with pytest.raises(ValueError, match="priority must be an integer"):
+            engine.generate("a", SHORT, **{name: value})
+    with pytest.raises(ValueError, match=r"cache_salt must be a string.*got 3"):
+        engine.generate("a", SHORT, cache_salt=3)
+    with pytest.raises(ValueError, match=r"cache_salt has 1 entries for 2 prompts"):
+        engine.generate(["a", "b"], SHORT, cache_salt=["x"])
+    strict = fakes.engine(abort_on_priority_when_disabled=True)
+    with pytest.raises(ValueError, match=r"priority=3 needs .*enable_priority_scheduling"):
+        strict.generate("a", SHORT, priority=3)
+    assert strict.generate("a", SHORT)["output_ids"]
 
 
 def test_prompts_and_ids(engine):

@@ -59,6 +59,13 @@ def test_the_defaults_are_upstreams():
         "chunked_prefill_size": None,
         "max_prefill_tokens": 16384,
         "schedule_policy": "fcfs",
+        "schedule_conservativeness": 1.0,
+        "radix_eviction_policy": "lru",
+        "enable_priority_scheduling": False,
+        "schedule_low_priority_values_first": False,
+        "priority_scheduling_preemption_threshold": 10,
+        "abort_on_priority_when_disabled": False,
+        "default_priority_value": None,
         "page_size": None,
         "stream_interval": 1,
         "stream_output": False,
@@ -116,6 +123,10 @@ def test_the_defaults_pass_their_own_checks(name):
         ("max_prefill_tokens", None),
         ("prefill_max_requests", 0),
         ("schedule_policy", "fifo"),
+        ("schedule_conservativeness", -0.5),
+        ("radix_eviction_policy", "mru"),
+        ("priority_scheduling_preemption_threshold", -1),
+        ("default_priority_value", 0.5),
         ("num_continuous_decode_steps", 0),
         ("num_continuous_decode_steps", 9),
         ("num_continuous_decode_steps", 2.5),
@@ -168,7 +179,8 @@ def test_parallelism_is_not_supported_yet(name):
         ("is_embedding", True),
         ("base_gpu_id", 1),
         ("enable_memory_saver", True),
-        ("schedule_policy", "lpm"),
+        ("schedule_policy", "lof"),
+        ("radix_eviction_policy", "slru"),
         ("load_format", "sharded_state"),
         ("enable_deterministic_inference", True),
     ],
@@ -176,6 +188,11 @@ def test_parallelism_is_not_supported_yet(name):
 def test_unsupported_options_say_so(name, value):
     with pytest.raises(NotSupportedError, match=rf"{name}.*not supported yet"):
         ServerArgs("m", **{name: value})
+
+
+def test_priorities_go_with_first_come_first_served():
+    with pytest.raises(InvalidRequestError, match=r"enable_priority_scheduling.*'lpm'"):
+        ServerArgs("m", enable_priority_scheduling=True, schedule_policy="lpm")
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

@@ -521,9 +521,10 @@ def test_the_suite_on_a_tiny_engine(tmp_path):
 
 
 @pytest.mark.slow
-def test_cold_and_warm_starts_of_a_tiny_engine():
+def test_cold_and_warm_starts_of_a_tiny_engine(tmp_path):
     options = {"precompile": True, "max_running_requests": 1, "chunked_prefill_size": 64}
-    result = startup.run("tiny", options, rounds=1)
+    result = startup.run("tiny", options, rounds=1, kept=tmp_path / "programs")
+    assert any((tmp_path / "programs").iterdir())
     (cold,), (warm,) = result["cold"], result["warm"]
     assert cold["programs"] == warm["programs"] > 0
     assert warm["compile_s"] < cold["compile_s"]

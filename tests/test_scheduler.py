@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections import Counter, deque
 
@@ -11,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.batch.batch import Batch, DecodeBatch
+from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.output.commit import commit, finish
-from jaxserve.request import Request
+from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
+from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.slots import Slots
 from tests.oracles.paged_device import PagedDevice, next_token
 
@@ -32,11 +35,12 @@ class Sink:
         self.updates.append(update)
 
 
-def make_request(rid, prompt, new, sample=0, group="", stops=(), interval=0):
+def make_request(rid, prompt, new, sample=0, group="", stops=(), interval=0, **fields):
+    fields = {"params": SamplingParams(), **fields}
     return Request(
-        rid=rid, index=0, prompt_ids=prompt, params=SamplingParams(), max_new_tokens=new,
-        stop_ids=frozenset(stops), stream_interval=interval, masked_ids=(), seed=0,
-        sample_index=sample, mailbox=Sink(), group=group,
+        rid=rid, index=0, prompt_ids=prompt, max_new_tokens=new, stop_ids=frozenset(stops),
+        stream_interval=interval, masked_ids=(), seed=0, sample_index=sample, mailbox=Sink(),
+        group=group, **fields,
     )  # fmt: skip
 
 
@@ -51,13 +55,14 @@ class Result:
 class Machine:
     """Scheduler, device and commit, with `depth` steps in flight."""
 
-    def __init__(self, pages, page_size, rows, tokens, depth, steps=1):
+    def __init__(self, pages, page_size, rows, tokens, depth, steps=1, **options):
         self.device = PagedDevice(page_size)
         self.scheduler = Scheduler(
             buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
             max_rows=rows, max_prefill_tokens=tokens, steps_per_dispatch=steps,
+            **options,
         )  # fmt: skip
-        self.scheduler.slots = Slots(rows, pending=16)  # so that outputs outgrow it
+        self.scheduler.slots.__init__(rows, pending=16)  # so that outputs outgrow it
         self.depth = depth
         self.in_flight: deque[Result] = deque()
 
@@ -75,12 +80,15 @@ class Machine:
         return batch
 
     def check(self):
-        """Every page is free, or held as often as its count says; slots are held once."""
+        """Every page is free or cached, or held as often as its count says; slots are held once."""
         scheduler = self.scheduler
+        tree, references = scheduler.pages.tree, scheduler.pages.allocator._references
         held = Counter(p for s in scheduler.live.values() for p in s.pages)
-        references = scheduler.pages._references
-        assert all(references[page] == held[page] for page in range(len(references)))
-        assert scheduler.pages.available == sum(count == 0 for count in references)
+        cached = Counter(p for node in tree._nodes() for p in node.pages)
+        assert tree.size == cached.total() == len(cached)
+        assert all(references[page] == (held + cached)[page] for page in range(len(references)))
+        unused = sum(not held[page] for page in range(len(references)))
+        assert scheduler.pages.available == unused  # what is locked is really used
         slots = [s.slot for s in scheduler.live.values() if s.admitted]
         assert len(slots) == len(set(slots))
         for s in scheduler.live.values():
@@ -102,7 +110,27 @@ def expected_tokens(request):
     return tokens
 
 
-@settings(max_examples=150, deadline=None)
+def draw_prompt(random_, earlier, longest):
+    """Fresh tokens, behind a part of an earlier request's prompt and output, or of common text."""
+    fresh = [random_.randrange(1000) for _ in range(random_.randint(1, 60))]
+    head = []
+    if earlier and random_.random() < 0.6:
+        request = random_.choice(earlier)
+        head = request.prompt_ids + request.output_ids
+    elif random_.random() < 0.5:
+        head = list(range(50))
+    head = head[: random_.choice([len(head), random_.randint(0, len(head))])]
+    fresh = fresh[: random_.choice([1, 60])] if head else fresh
+    return (head + fresh)[-longest:] if random_.random() < 0.3 else (head + fresh)[:longest]
+
+
+POLICIES = [
+    Policy(), Policy(schedule="lpm"), Policy(conservativeness=0), Policy(conservativeness=3.5),
+    Policy(priorities=True, threshold=1), Policy(priorities=True, low_first=True, threshold=0),
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     pages=st.integers(6, 40),
@@ -112,38 +140,52 @@ def expected_tokens(request):
     depth=st.sampled_from([0, 1]),
     steps=st.sampled_from([1, 1, 3, 4, 8]),
     aborts=st.booleans(),
+    eviction=st.sampled_from([None, "lru", "lru", "lfu"]),
+    policy=st.sampled_from(POLICIES),
 )
 def test_random_traffic_reads_its_own_tokens(
-    seed, pages, page_size, rows, tokens, depth, steps, aborts
+    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy
 ):
     random_ = random.Random(seed)
-    machine = Machine(pages, page_size, rows, tokens, depth, steps)
-    requests = []
+    machine = Machine(
+        pages, page_size, rows, tokens, depth, steps, eviction=eviction, policy=policy
+    )
+    requests, aborted = [], set()
+    capacity = pages * page_size
     for number in range(random_.randint(1, 12)):
-        capacity = pages * page_size
-        length = random_.randint(1, min(capacity - 1, 60))
-        new = random_.randint(0, min(capacity - length, 150))
-        prompt = [random_.randrange(1000) for _ in range(length)]
+        prompt = draw_prompt(random_, requests, min(capacity - 1, 200))
+        new = random_.randint(0, min(capacity - len(prompt), 150))
         samples = random_.choice([1, 1, 3])
         group = f"group{number}" if samples > 1 else ""
         # more end tokens than are compared at once, too
         stops = random_.sample(range(1000), random_.choice([0, 3, 8, 9, 60]))
         interval = random_.choice([0, 0, 1, 5])
+        start = random_.choice([-1, 0, random_.randint(0, len(prompt))])
+        fields = {
+            "priority": random_.choice([None, -2, 0, 3]),
+            "cache_salt": random_.choice(["", "", "salt"]),
+            "logprobs": random_.choice([None, None, LogprobSpec(start)]),
+            "params": SamplingParams(frequency_penalty=random_.choice([0, 0, 0.5])),
+        }
         for sample in range(samples):
-            requests.append(make_request(f"r{number}", prompt, new, sample, group, stops, interval))
-    aborted = set()
-    for request in requests:
-        machine.scheduler.add(request)
-        for _ in range(random_.randint(0, 4)):
-            machine.step()
-        if aborts and random_.random() < 0.3:
-            victim = random_.choice(requests)
-            if victim in machine.scheduler.live:
-                finish(victim, {"type": "abort"}, machine.scheduler)
-                aborted.add(victim)
-                machine.check()
+            requests.append(
+                make_request(f"r{number}", prompt, new, sample, group, stops, interval, **fields)
+            )
+            machine.scheduler.add(requests[-1])
+            for _ in range(random_.choice([0, 0, 2, 40])):
+                machine.step()
+            if aborts and random_.random() < 0.3:
+                victim = random_.choice(requests)
+                if victim in machine.scheduler.live:
+                    finish(victim, {"type": "abort"}, machine.scheduler)
+                    aborted.add(victim)
+                    machine.check()
+        if random_.random() < 0.05:
+            machine.scheduler.forget_prefixes()
+            machine.check()
     machine.run_dry()
     assert machine.scheduler.pages.available == pages
+    assert len(machine.scheduler.waiting) == 0 and machine.scheduler.waiting.siblings(group) == []
     for request in requests:
         if request in aborted:
             assert request.output_ids == expected_tokens(request)[: len(request.output_ids)]
@@ -153,6 +195,8 @@ def test_random_traffic_reads_its_own_tokens(
         assert [u.finish_reason is None for u in updates] == [True] * (len(updates) - 1) + [False]
         assert [token for u in updates for token in u.new_ids] == request.output_ids
         assert request.stream_interval or len(updates) == 1
+        assert request.cached_tokens <= len(request.prompt_ids) - 1
+        assert request.cached_tokens % page_size == 0
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -270,7 +314,7 @@ def test_recovery_from_a_half_changed_state():
         machine.step()
     scheduler = machine.scheduler
     scheduler.running.popitem()
-    scheduler.waiting.popleft()
+    scheduler.waiting.remove(scheduler.waiting.first())
     scheduler.pages.allocate(3)
     scheduler.pages.share(scheduler.live[requests[0]].pages)
     scheduler.live[requests[1]].pages.pop()
@@ -283,6 +327,170 @@ def test_recovery_from_a_half_changed_state():
     machine.run_dry()
     assert all(r.output_ids == expected_tokens(r) for r in requests[1:])
     assert scheduler.pages.available == 40 and scheduler.slots.available == 4
+
+
+def finished_in(machine, requests):
+    """Their names in the order in which they end."""
+    order = []
+    for request in requests:
+        machine.scheduler.add(request)
+    while not machine.scheduler.idle:
+        machine.step()
+        order += [r.rid for r in requests if r.finished and r.rid not in order]
+    assert all(r.output_ids == expected_tokens(r) for r in requests)
+    return "".join(order)
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [
+        (Policy(), "abcdef"),
+        (Policy(priorities=True, threshold=99), "dfbaec"),
+        (Policy(priorities=True, threshold=99, default_priority=1), "dfbcae"),
+        (Policy(priorities=True, low_first=True, threshold=99), "eabfdc"),
+    ],
+)
+def test_the_order_of_the_queue(policy, order):
+    priorities = {"a": 0, "b": 1, "c": None, "d": 9, "e": -4, "f": 3}
+    machine = Machine(pages=40, page_size=8, rows=1, tokens=64, depth=1, policy=policy)
+    requests = [make_request(rid, [1] * 9, 5, priority=p) for rid, p in priorities.items()]
+    assert finished_in(machine, requests) == order
+
+
+@pytest.mark.parametrize(("urgent", "retracted"), [(10, 0), (11, 1)])
+@pytest.mark.parametrize("scarce", ["slots", "pages"])
+def test_preemption_takes_more_than_the_threshold(urgent, retracted, scarce):
+    rows, pages = (2, 40) if scarce == "slots" else (4, 6)
+    policy = Policy(priorities=True, threshold=10)
+    machine = Machine(pages=pages, page_size=8, rows=rows, tokens=64, depth=1, policy=policy)
+    low, middle = (make_request(rid, [1, i] * 4, 12, priority=i) for i, rid in enumerate("lm"))
+    for request in (low, middle):
+        machine.scheduler.add(request)
+    for _ in range(4):
+        machine.step()
+    first = make_request("u", list(range(17)), 7, priority=urgent)
+    machine.scheduler.add(first)
+    for _ in range(3):
+        machine.step()
+    assert machine.scheduler.live[first].admitted == bool(retracted)
+    machine.run_dry()
+    assert (low.num_retractions, middle.num_retractions) == (retracted, 0)
+    assert all(r.output_ids == expected_tokens(r) for r in (low, middle, first))
+
+
+def test_pages_are_given_back_by_the_least_important_and_of_those_the_youngest():
+    policy = Policy(priorities=True, threshold=99, conservativeness=0)
+    machine = Machine(pages=9, page_size=8, rows=4, tokens=64, depth=1, policy=policy)
+    ranks = {"a": 1, "b": 0, "c": 1, "d": 0}
+    requests = [make_request(rid, [i] * 9, 30, priority=ranks[rid]) for i, rid in enumerate("abcd")]
+    for request in requests:
+        machine.scheduler.add(request)
+    order = []
+    while len(order) < 3:
+        machine.step()
+        order += [r.rid for r in requests if r.num_retractions and r.rid not in order]
+    assert order == ["d", "b", "c"]
+    machine.run_dry()
+
+
+def test_a_growing_request_evicts_before_it_retracts():
+    machine = Machine(pages=12, page_size=8, rows=2, tokens=64, depth=1)
+    for i in range(4):
+        machine.scheduler.add(make_request(f"old{i}", [i] * 17, 8))
+        machine.run_dry()
+    assert machine.scheduler.pages.allocator.available < 2
+    request = make_request("r", [9] * 9, 80)
+    machine.scheduler.add(request)
+    machine.run_dry()
+    assert request.num_retractions == 0
+
+
+def test_what_was_retracted_is_mostly_still_there():
+    machine = Machine(pages=40, page_size=8, rows=2, tokens=64, depth=0)
+    request = make_request("r", list(range(60)), 40)
+    machine.scheduler.add(request)
+    for _ in range(30):
+        machine.step()
+    sequence = machine.scheduler.live[request]
+    machine.scheduler.retract(sequence)
+    assert machine.scheduler.pages.available == 40
+    before = machine.device.tokens_run
+    machine.run_dry()
+    assert machine.device.tokens_run - before <= 8
+    assert request.output_ids == expected_tokens(request) and request.cached_tokens == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_last_output_is_never_cached(depth):
+    """Whether its KV is computed depends on what is in flight when it is read."""
+    machine = Machine(pages=20, page_size=8, rows=2, tokens=64, depth=depth)
+    machine.scheduler.add(make_request("r", [5] * 16, 16))
+    machine.scheduler.add(make_request("s", [6] * 16, 99, stops=[next_token("s", 0, 31)]))
+    machine.run_dry()
+    assert machine.scheduler.pages.cached == 3 + 3
+
+
+def test_conservativeness_leaves_room_to_grow():
+    counts = []
+    for conservativeness in (0, 1, 3, 100):
+        policy = Policy(conservativeness=conservativeness)
+        machine = Machine(pages=24, page_size=8, rows=12, tokens=200, depth=0, policy=policy)
+        requests = [make_request(f"r{i}", [i] * 16, 17) for i in range(12)]
+        for request in requests:
+            machine.scheduler.add(request)
+        machine.step()
+        counts.append(12 - len(machine.scheduler.waiting))
+        machine.run_dry()
+        counts.append(sum(r.num_retractions for r in requests))
+    # pages of a request: 2 at first, 4 in the end, or the reserve for 100 would be 1,200
+    assert counts[0::2] == [12, 8, 6, 6]
+    assert counts[1] > counts[3] > 0 == counts[5] == counts[7]
+
+
+@pytest.mark.parametrize("short", ["slots", "pages"])
+def test_a_queue_that_cannot_move_is_left_alone(short, monkeypatch):
+    """A step with 1,000 waiting looks at none of them, until something is given back."""
+    rows, pages = (2, 99) if short == "slots" else (8, 13)
+    machine = Machine(pages=pages, page_size=16, rows=rows, tokens=200, depth=1)
+    for i in range(1000):
+        machine.scheduler.add(make_request(f"r{i}", [i] * 60, 30))
+    for _ in range(4):
+        machine.step()
+    admission, tried = machine.scheduler.admission, []
+    real = admission.admit
+    monkeypatch.setattr(admission, "admit", lambda s: tried.append(s) or real(s))
+    for _ in range(20):
+        assert not isinstance(machine.step(), ExtendBatch)
+    assert tried == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_the_queue_against_a_sorted_list(seed):
+    random_ = random.Random(seed)
+    queue, model, slots = WaitingQueue(), [], Slots(1)
+    for arrival in range(80):
+        if random_.random() < 0.7:
+            request = make_request("r", [1], 1, group=random_.choice(["", "g", "h"]))
+            sequence = Sequence(request, arrival, slots, random_.choice([-1, 0, math.inf]))
+            queue.add(sequence)
+            model.append(sequence)
+        elif model:
+            victim = random_.choice(model)
+            queue.remove(victim)
+            model.remove(victim)
+            with pytest.raises(ValueError, match="does not wait"):
+                queue.remove(victim)
+        model.sort(key=lambda s: s.order)
+        assert list(queue) == model and len(queue) == len(model)
+        for group in "gh":
+            assert set(queue.siblings(group)) == {s for s in model if s.request.group == group}
+        if model:
+            assert (queue.first(), queue.last()) == (model[0], model[-1])
+            scores = {s: random_.randrange(3) for s in model}
+            queue.prefer(scores.__getitem__)
+            assert queue.first() is max(model[:128], key=scores.__getitem__)
+            queue.prefer(lambda s: 0)
 
 
 @settings(max_examples=100, deadline=None)

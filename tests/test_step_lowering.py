@@ -27,9 +27,7 @@ H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 PAGES = 64
 
 
-def lowered(
-    monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16", steps=1, unroll=False
-):
+def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
     """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
     monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
     model = ModelConfig.from_hf({**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 4096})
@@ -47,7 +45,7 @@ def lowered(
     )
     state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
     if kind == "decode":
-        function = functools.partial(step.decode_steps, stepped, steps, unroll=unroll)
+        function = functools.partial(step.decode_steps, stepped, steps)
         upload = (2, size)
     else:
         layout = ExtendLayout(size, config.buckets.extend_rows(size), config.table_width)
@@ -63,6 +61,7 @@ def test_steps_use_the_kernels(monkeypatch, shape, kind, size):
     text = lowered(monkeypatch, shape, kind, size)
     for kernel in ("rope_kv_write", "paged_decode" if kind == "decode" else "mosaic_gpu", "sample"):
         assert kernel in text
+    assert ("@add_norm" in text) == (size > 1)
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "w8a16_int8"])
@@ -75,15 +74,14 @@ def test_quantized_steps_lower(monkeypatch, quantization):
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b"])
 @pytest.mark.parametrize("size", [1, 256])
-@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
-def test_several_decode_steps_lower_as_one_program(monkeypatch, shape, size, unroll):
-    """The same kernels, in a loop or without."""
+def test_several_decode_steps_lower_as_one_program(monkeypatch, shape, size):
+    """The same kernels, in a loop."""
     single = lowered(monkeypatch, shape, "decode", size)
-    several = lowered(monkeypatch, shape, "decode", size, steps=4, unroll=unroll)
+    several = lowered(monkeypatch, shape, "decode", size, steps=4)
     for kernel in ("rope_kv_write", "paged_decode", "sample"):
         assert several.count(f"func.func private @{kernel}") > 0
         assert several.count(kernel) >= single.count(kernel)
-    assert several.count("stablehlo.while") == single.count("stablehlo.while") + (not unroll)
+    assert several.count("stablehlo.while") == single.count("stablehlo.while") + 1
     assert f"tensor<4x{size}xi32>" in several
 
 

@@ -43,11 +43,9 @@ class GenerateOptions(TypedDict, total=False):
     progress: bool
 
 
-NO_EFFECT = frozenset(
-    {"priority", "cache_salt", "external_trace_header", "routed_experts_start_len"}
-)
-"""Accepted, and without effect as long as what they refer to is not there: priority scheduling, a
-prefix cache, tracing, expert records."""
+NO_EFFECT = frozenset({"external_trace_header", "routed_experts_start_len"})
+"""Accepted, and without effect as long as what they refer to is not there: tracing, expert
+records."""
 
 SINGLE_REPLICA = frozenset({"routed_dp_rank", "data_parallel_rank"})
 
@@ -64,6 +62,8 @@ class Arguments:
     top_logprobs_num: Any = None
     token_ids_logprob: Any = None
     rid: Any = None
+    priority: Any = None
+    cache_salt: Any = None
     stream: bool = False
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False

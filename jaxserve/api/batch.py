@@ -110,3 +110,14 @@ def per_row(name: str, value: Any, prompts: int) -> list[Any]:
             f"{name} has {len(value)} entries for {prompts} prompts; the lengths must match"
         )
     return list(value)
+
+
+def cache_salts(value: Any, prompts: int) -> list[str]:
+    """The cache salt of each prompt; None is none, the same as an empty one."""
+    salts = per_row("cache_salt", value, prompts)
+    for salt in salts:
+        if salt is not None and not isinstance(salt, str):
+            raise InvalidRequestError(
+                f"cache_salt must be a string or a list of strings, got {checks.shown(salt)}"
+            )
+    return [salt or "" for salt in salts]

@@ -49,6 +49,9 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._stream_interval = args.stream_interval
         self._preferred = args.preferred_params
+        self._refuse_priority = (
+            args.abort_on_priority_when_disabled and not args.enable_priority_scheduling
+        )
         self._rules = Rules(
             limits=limits,
             eos_ids=eos_ids,
@@ -75,6 +78,8 @@ class RequestBuilder:
             )
         logprobs = self._logprob_specs(given, len(ids), single, samples)
         rids = batch.request_ids(given.rid, len(ids), single, samples)
+        priority = self._priority(given.priority)
+        salts = batch.cache_salts(given.cache_salt, len(ids))
         rows = []
         for index, values in enumerate(zip(ids, params, explicit, logprobs, strict=True)):
             with _naming_row(index, not single):
@@ -82,7 +87,8 @@ class RequestBuilder:
         mailbox = Mailbox()
         requests: list[Request] = []
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
-            requests += self._samples(row, names, index, mailbox, given.stream, created)
+            shared = {"priority": priority, "cache_salt": salts[index], "created": created}
+            requests += self._samples(row, names, index, mailbox, given.stream, shared)
         return Inputs(requests, mailbox, single and samples == 1)
 
     def render_chat(
@@ -170,16 +176,22 @@ class RequestBuilder:
                 specs.append(logprob_spec(self._limits, *row))
         return specs
 
+    def _priority(self, given: Any) -> int | None:
+        if given is None:
+            return None
+        if self._refuse_priority:
+            raise InvalidRequestError(
+                f"priority={given!r} needs Engine(enable_priority_scheduling=True); "
+                "abort_on_priority_when_disabled=True is set"
+            )
+        return checks.integer("priority", given)
+
     def _samples(
-        self,
-        row: Row,
-        names: list[str],
-        prompt: int,
-        mailbox: Mailbox,
-        stream: bool,
-        created: float,
-    ) -> list[Request]:
-        """The n requests of one prompt: the same seed, different sample indices."""
+        self, row: Row, names: list[str], prompt: int, mailbox: Mailbox, stream: bool,
+        shared: Mapping[str, Any],
+    ) -> list[Request]:  # fmt: skip
+        """The n requests of one prompt: the same seed, different sample indices. shared: further
+        fields of all of them."""
         seed = row.params.sampling_seed
         if seed is None:
             with self._lock:
@@ -201,7 +213,7 @@ class RequestBuilder:
                 logprobs=row.logprobs,
                 stream_interval=interval,
                 stop_matcher=self._stop_matcher(row),
-                created=created,
+                **shared,
             )
             for sample, name in enumerate(names)
         ]

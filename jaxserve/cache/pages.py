@@ -29,6 +29,10 @@ class PageAllocator:
         """Pages that can be allocated now."""
         return len(self._free)
 
+    def references(self, page: int) -> int:
+        """How many hold `page`; 0 when it is free."""
+        return self._references[page]
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` free pages, each with one reference. OutOfPagesError takes none."""
         if count > len(self._free):

@@ -35,7 +35,7 @@ class ExtendPlanner:
         start = sequence.kv_len
         stop = min(sequence.total_tokens, start + self._max_tokens - self._packed)
         samples = stop == sequence.total_tokens
-        fresh = start == 0
+        fresh = start == sequence.reused
         self._rows.append(ExtendRow(sequence, start, stop, self._packed, samples, fresh))
         self._packed += padded_length(stop - start)
         sequence.kv_len = stop

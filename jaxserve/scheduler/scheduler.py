@@ -2,24 +2,28 @@
 
 Prefill goes first: waiting requests are packed into `extend` steps while slots and pages last, then
 every running sequence decodes one token a step; several steps are scheduled at once while everybody
-has that many tokens to go, and pages for them. When a decode step needs more pages than are free,
-the youngest sequences are retracted: they give back their pages, keep their tokens, and are
-recomputed later. Results are read up to one step late, so a step may still be in flight for a
-sequence; `schedule` then asks for a drain instead of retracting it.
+has that many tokens to go, and pages for them. A sequence begins behind the longest prefix that is
+cached, and its own prompt can be reused as soon as it is scheduled, even in the same step. When a
+decode step needs more pages than are available, the sequences of the lowest priority, and of those
+the youngest, are retracted: they leave their pages to the prefix cache, keep their tokens, and go
+on later. Results are read up to one step late, so a step may still be in flight for a sequence;
+`schedule` then asks for a drain instead of retracting it.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import PageAllocator
+from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.request import Request
+from jaxserve.scheduler.admission import Admission
+from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.prefill import ExtendPlanner
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.slots import Rows, Slots
@@ -30,9 +34,9 @@ class DrainNeeded(Exception):
 
 
 class Scheduler:
-    """Owns every live sequence and the page allocator.
+    """Owns every live sequence and the pages.
 
-    waiting: not admitted, oldest first (retracted ones at the front). prefilling: admitted, part of
+    waiting: not admitted, retracted ones among them. prefilling: admitted, part of
     the prompt still to run. running: decoding, in the order of a batch's rows. A sequence whose
     last token is scheduled but not read is in none of them, and stays in `live`. slots: progress of
     everything admitted. steps_per_dispatch: decode steps scheduled at once where possible, at most
@@ -42,62 +46,79 @@ class Scheduler:
     def __init__(
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
+        policy: Policy | None = None, eviction: str | None = "lru",
         on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
-        """on_finish: called with each request that has left, its outputs complete."""
-        self.pages = pages
+        """eviction: the prefix cache's policy, None for no prefix cache. on_finish: called with
+        each request that has left, its outputs complete."""
+        self.policy = policy or Policy()
+        self.pages = PrefixCache(pages, page_size, eviction)
         self.page_size = page_size
         self.buckets = buckets
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.prefilling: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}
         self.live: dict[Request, Sequence] = {}
         self.slots = Slots(max_rows)
+        self.admission = Admission(
+            self.pages, self.slots, page_size, self.policy.conservativeness
+        )  # fmt: skip
         self._rows: Rows | None = None
         self._arrivals = 0
         self._on_finish = on_finish
         self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
         self._steps = steps_per_dispatch
+        self._refused: object = None
+        self._no_victims: object = None
 
     # -- requests come and go ---------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        sequence = Sequence(request, self._arrivals, self.slots)
+        rank = self.policy.rank(request)
+        sequence = Sequence(request, self._arrivals, self.slots, rank)
         self._arrivals += 1
         self.live[request] = sequence
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def finish(self, request: Request) -> None:
-        """Forget a finished or aborted request; its pages and slot are free at once. A step in
+        """Forget a finished or aborted request; its pages and slot can be taken at once. A step in
         flight may still write to them: whoever takes them next runs after it on the device."""
         sequence = self.live.pop(request)
         self._drop_from_queues(sequence)
         if sequence.admitted:
-            self._release(sequence)
+            self.admission.release(sequence)
         self._on_finish(request)
 
     def retract(self, sequence: Sequence) -> None:
         """Take an admitted sequence off the device; it runs again later from its tokens."""
         assert sequence.in_flight == 0, "a retracted sequence's tokens must all have been read"
         self._drop_from_queues(sequence)
-        self._release(sequence)
+        self.admission.release(sequence)
         sequence.request.count_retraction()
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence)
 
     def retract_all(self) -> None:
-        """After a failure: everything admitted starts over, in the order of arrival. Slots, pages
-        and queues are made anew, because the failure may have left them half changed."""
+        """After a failure: everything admitted starts over, in the order of arrival. Slots, pages,
+        prefixes and queues are made anew, because the failure may have left them half changed."""
+        self.waiting = WaitingQueue()
         for sequence in self.live.values():
             if sequence.admitted:
                 sequence.drain()
                 sequence.request.count_retraction()
                 sequence.pages, sequence.slot = [], -1
+            sequence.lease = Lease(sequence.request.cache_salt)
+            self.waiting.add(sequence)
         self.slots.reset()
         self.pages.reset()
-        self.waiting = deque(self.live.values())
         self.prefilling.clear()
         self.running.clear()
-        self._rows = None
+        self._rows = self._refused = self._no_victims = None
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache. What is admitted keeps its pages, for itself."""
+        self.pages.clear()
+        for sequence in self.live.values():
+            sequence.lease = Lease(sequence.request.cache_salt)
 
     @property
     def idle(self) -> bool:
@@ -114,26 +135,41 @@ class Scheduler:
         return batch if batch is not None else self._schedule_decode()
 
     def _schedule_extend(self) -> ExtendBatch | None:
-        if not self.prefilling and not (self.waiting and self.slots.available):
+        if self.policy.priorities and self.waiting:
+            self._preempt()
+        if not self.prefilling and not self._may_admit:
             return None
         max_tokens, max_rows = self._limits
         planner = ExtendPlanner(self.buckets, max_tokens, max_rows)
         while self.prefilling and planner.has_room:
-            sequence = self.prefilling[0]
-            planner.add(sequence)
-            if planner.completes(sequence):
+            if self._extend(self.prefilling[0], planner):
                 self.prefilling.popleft()
-                self._begin_decode(sequence)
-                self._fork_siblings(sequence, planner)
-        while self.waiting and planner.has_room and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            planner.add(sequence)
-            if planner.completes(sequence):
-                self._begin_decode(sequence)
-                self._fork_siblings(sequence, planner)
-            else:
-                self.prefilling.append(sequence)
+        if self._may_admit and planner.has_room:
+            self._extend_waiting(planner)
         return planner.batch()
+
+    def _extend_waiting(self, planner: ExtendPlanner) -> None:
+        """Admit and pack waiting sequences, up to the first for which there is no room."""
+        if self.policy.schedule == "lpm":
+            self.waiting.prefer(self.admission.cached_pages)
+        while self.waiting and planner.has_room:
+            sequence = self.waiting.first()
+            if not self.admission.admit(sequence):
+                self._refused = self._circumstances
+                return
+            self.waiting.remove(sequence)
+            if not self._extend(sequence, planner):
+                self.prefilling.append(sequence)
+
+    def _extend(self, sequence: Sequence, planner: ExtendPlanner) -> bool:
+        """Pack what fits of an admitted sequence; whether that completes it."""
+        planner.add(sequence)
+        self.admission.publish(sequence)
+        if not planner.completes(sequence):
+            return False
+        self._begin_decode(sequence)
+        self._fork_siblings(sequence, planner)
+        return True
 
     def _schedule_decode(self) -> Batch | None:
         rows, progress = self.rows, self.slots
@@ -152,11 +188,11 @@ class Scheduler:
             steps = 1
             starved = self._grow(new_pages, steps)
         while starved:
-            if any(s.in_flight for s in self.live.values()):
+            if self.slots.in_flight:
                 self._shrink(new_pages)
                 raise DrainNeeded
             self._shrink(new_pages)
-            self.retract(max(self.running, key=lambda s: s.arrival))
+            self.retract(max(self.running, key=lambda s: s.order))
             starved = self._grow(new_pages, steps)
         if not self.running:
             return self._schedule_extend()
@@ -181,7 +217,7 @@ class Scheduler:
         del self.running[sequence]
         self._rows = None
 
-    # -- pages and slots --------------------------------------------------------------------------
+    # -- pages ------------------------------------------------------------------------------------
 
     def _grow(self, new_pages: list[tuple[int, int]], steps: int) -> bool:
         """Give a page to each running sequence whose last one has no room for `steps` tokens, in
@@ -192,7 +228,7 @@ class Scheduler:
             if not self.pages.available:
                 return True
             page = self.pages.allocate(1)
-            self._hold(sequences[row], page)
+            self.admission.hold(sequences[row], page)
             new_pages.append((row, page[0]))
         return False
 
@@ -201,30 +237,9 @@ class Scheduler:
         sequences = self.rows.sequences
         for row, page in new_pages:
             sequences[row].pages.pop()
-            self._hold(sequences[row], [])
+            self.admission.hold(sequences[row], [])
             self.pages.release([page])
         new_pages.clear()
-
-    def _hold(self, sequence: Sequence, pages: list[int]) -> None:
-        """Add pages to those of a sequence."""
-        sequence.pages += pages
-        self.slots.capacity[sequence.slot] = len(sequence.pages) * self.page_size
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Reserve a slot and pages for all tokens of `sequence`, leaving a page for each running
-        sequence to grow into; False changes nothing."""
-        need = -(-sequence.total_tokens // self.page_size)
-        reserve = len(self.running) + len(self.prefilling)
-        if not self.slots.available or need + reserve > self.pages.available:
-            return False
-        self._take_slot(sequence)
-        self._hold(sequence, self.pages.allocate(need))
-        return True
-
-    def _take_slot(self, sequence: Sequence) -> None:
-        sequence.slot = self.slots.take(sequence.request)
-        if sequence.request.admitted_time is None:
-            sequence.request.admitted_time = time.perf_counter()
 
     def _begin_decode(self, sequence: Sequence) -> None:
         self.slots.scheduled[sequence.slot] += 1
@@ -235,35 +250,45 @@ class Scheduler:
         no slot or page now prefill by themselves later."""
         if not leader.request.group or leader.request.output_ids:
             return
-        full, partial = divmod(leader.prompt_len, self.page_size)
-        for sibling in self._siblings(leader):
-            reserve = len(self.running) + len(self.prefilling)
-            enough = self.pages.available >= bool(partial) + reserve
-            if not (self.slots.available and enough and planner.has_row):
+        for sibling in self.waiting.siblings(leader.request.group):
+            if sibling.request.output_ids:
+                continue
+            copies = self.admission.fork(sibling, leader) if planner.has_row else None
+            if copies is None:
                 return
             self.waiting.remove(sibling)
-            self._take_slot(sibling)
-            shared = leader.pages[:full]
-            self.pages.share(shared)
-            own = self.pages.allocate(1 if partial else 0)
-            self._hold(sibling, shared + own)
-            sibling.kv_len = leader.prompt_len
-            copies = [(leader.pages[full], page) for page in own]
             planner.fork(sibling, leader, copies)
             self._begin_decode(sibling)
 
-    def _siblings(self, leader: Sequence) -> Iterator[Sequence]:
-        group = leader.request.group
-        for sequence in list(self.waiting):
-            if sequence.request.group == group and not sequence.request.output_ids:
-                yield sequence
+    # -- who may run ------------------------------------------------------------------------------
 
-    def _release(self, sequence: Sequence) -> None:
-        sequence.drain()
-        self.pages.release(sequence.pages)
-        self.slots.release(sequence.slot)
-        sequence.pages = []
-        sequence.slot = -1
+    @property
+    def _may_admit(self) -> bool:
+        """Whether somebody waits for whom there may be room: not if the first was refused and
+        nothing has been given back, cached or queued since."""
+        if not (self.waiting and self.slots.available):
+            return False
+        return self._refused != self._circumstances
+
+    @property
+    def _circumstances(self) -> object:
+        return self.waiting.version, self.admission.version
+
+    def _preempt(self) -> None:
+        """Retract running sequences, the last in the order first, until the first of the queue has
+        room; only those whose priority is worse by more than the threshold."""
+        circumstances = (self._circumstances, len(self.running))
+        if self._no_victims == circumstances:
+            return
+        first = self.waiting.first()
+        victims = [s for s in self.running if s.rank - first.rank > self.policy.threshold]
+        victims.sort(key=lambda s: s.order)
+        if not victims:
+            self._no_victims = circumstances
+        while victims and not self.admission.has_room(first):
+            if self.slots.in_flight:
+                raise DrainNeeded
+            self.retract(victims.pop())
 
     def _drop_from_queues(self, sequence: Sequence) -> None:
         if sequence in self.running:

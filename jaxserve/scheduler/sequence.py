@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 
+from jaxserve.cache.prefix import Lease
 from jaxserve.request import Request
 from jaxserve.scheduler.slots import Slots
 
@@ -15,14 +17,25 @@ class Sequence:
     sequence is admitted, and are those of a fresh start otherwise.
 
     Invariants, while admitted: slot >= 0; len(pages) * page_size >= kv_len;
-    kv_len <= total_tokens + in_flight.
+    kv_len <= total_tokens + in_flight; the first lease.count pages are also the prefix cache's.
+    rank: less goes first, whatever the arrival. reused: tokens found in the prefix cache when it
+    was admitted.
     """
 
     request: Request
     arrival: int
     slots: Slots
+    rank: float = 0
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
+    lease: Lease = dataclasses.field(default_factory=Lease)
+    reused: int = 0
+    _prompt_bytes: bytes | None = None
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Less goes first; when pages run out, the greatest gives its own back."""
+        return self.rank, self.arrival
 
     @property
     def admitted(self) -> bool:
@@ -53,6 +66,32 @@ class Sequence:
         """Tokens known to the host: the prompt and the committed outputs."""
         outputs = self.slots.produced[self.slot] if self.admitted else len(self.request.output_ids)
         return len(self.request.prompt_ids) + int(outputs)
+
+    @property
+    def reusable(self) -> int:
+        """How many leading tokens need not run if their KV is cached: never the last one, which
+        the next is sampled from; none whose input logprobs are still to be read; and of the
+        outputs none that a penalty counts, because the device counts what it runs."""
+        request, params = self.request, self.request.params
+        most = self.total_tokens - 1
+        if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1:
+            most = min(most, self.prompt_len)
+        spec = request.logprobs
+        if spec is not None and spec.start >= 0 and request.input_logprobs is None:
+            most = min(most, spec.start)
+        return most
+
+    def token_bytes(self, count: int) -> bytes:
+        """The first `count` tokens as the bytes of int32."""
+        self.drain()
+        if self._prompt_bytes is None:
+            self._prompt_bytes = array("i", self.request.prompt_ids).tobytes()
+        outputs = array("i", self.request.output_ids[: max(count - self.prompt_len, 0)])
+        return self._prompt_bytes[: 4 * count] + outputs.tobytes()
+
+    def share_prompt(self, leader: Sequence) -> None:
+        """`leader` has the same prompt: it need not be packed again."""
+        self._prompt_bytes = leader._prompt_bytes
 
     def drain(self) -> None:
         """Move the tokens kept in the slot into the request's list."""

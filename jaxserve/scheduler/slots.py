@@ -67,6 +67,17 @@ class Slots:
     def available(self) -> int:
         return len(self._free)
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether any slot has a sampled token that the host has not read."""
+        return bool((self.scheduled != self.produced).any())
+
+    def growth(self, tokens: int, page_size: int) -> int:
+        """Pages that all sequences together begin within `tokens` more tokens each."""
+        ahead = np.minimum(self.limit - self.scheduled, tokens)
+        missing = np.maximum(self.kv_len + ahead - self.capacity, 0)
+        return int((-(-missing // page_size)).sum())
+
     def take(self, request: Request) -> int:
         """A free slot for `request`, which has cached nothing yet."""
         slot = self._free.pop()
@@ -88,6 +99,8 @@ class Slots:
 
     def release(self, slot: int) -> None:
         self.epoch[slot] += 1
+        self.kv_len[slot] = self.capacity[slot] = self.limit[slot] = 0
+        self.scheduled[slot] = self.produced[slot] = 0
         self._free.append(slot)
 
     def rows(self, sequences: tuple[Sequence, ...]) -> Rows:

@@ -25,9 +25,6 @@ from jaxserve.step.state import INTS, Progress, RowParams, Sampled, SparseRows
 PROMPT_LEN, NUM_TOP = INTS.index("prompt_len"), INTS.index("num_top")
 INPUT_LOGPROB_ROWS = 256
 """Rows of logits alive at once when input logprobs are wanted."""
-UNROLL_DECODE = False
-"""Whether several decode steps of one program follow one another in its text, or are a loop: that
-compiles as fast as one step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +77,7 @@ def cache_slots(
 
 def decode_steps(
     model: StepModel, steps: int, params: tuple[jax.Array, ...], cache: Cache, progress: Progress,
-    sampled: Sampled, row_params: RowParams, sparse: SparseRows, upload: jax.Array, *,
-    unroll: bool = UNROLL_DECODE,
+    sampled: Sampled, row_params: RowParams, sparse: SparseRows, upload: jax.Array,
 ) -> tuple[Cache, Progress, Sampled, StepOutput]:  # fmt: skip
     """`steps` tokens for each of B rows, one after the other: at most S, so that a row begins one
     page at most.
@@ -120,7 +116,7 @@ def decode_steps(
         output = StepOutput(*(x[None] for x in output))
     else:
         positions = first + jnp.arange(steps, dtype=jnp.int32)[:, None]
-        carry, output = jax.lax.scan(one_step, carry, positions, unroll=unroll)
+        carry, output = jax.lax.scan(one_step, carry, positions)
     cache, sampled = carry
     lengths = progress.lengths.at[rows].set(jnp.where(live, first + steps, 0))
     return cache, Progress(lengths, table), sampled, output

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from jaxserve.compat import settings, versions
+from jaxserve.compat import find_mosaic_runtime, settings, versions
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class StoredPrograms:
         """(program, bytes of its temporaries), or None where there is none that can be used."""
         if not path.exists():
             return None
+        find_mosaic_runtime()
         try:
             content = path.read_bytes()
             serialized, in_tree, out_tree, memory = pickle.loads(content)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.batch.batch import Batch, DecodeBatch
+from jaxserve.batch.batch import Batch, DecodeBatch, ExtendRow
+from jaxserve.request import Request
 from jaxserve.scheduler.sequence import Sequence
 
 
@@ -23,6 +24,9 @@ class PagedDevice:
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
         self.last: dict[int, int] = {}
+        self.epochs: dict[int, int] = {}
+        self.tokens_run = 0
+        self.counted: dict[Request, int] = {}
 
     def run(self, batch: Batch) -> np.ndarray:
         """Tokens [n, B] by step and row, for rows that sample."""
@@ -32,12 +36,17 @@ class PagedDevice:
         for row in batch.rows:
             sequence = row.sequence
             self.tables[sequence.slot] = list(sequence.pages)
-            assert row.fresh == (row.start == 0 or row.leader >= 0)
+            if row.leader < 0:
+                self._check_what_must_run(row)
+            epoch = int(sequence.slots.epoch[sequence.slot])
+            assert row.fresh == (self.epochs.get(sequence.slot) != epoch)
+            self.epochs[sequence.slot] = epoch
             if row.leader < 0:
                 assert row.packed_start % 8 == 0
                 for position in range(row.start, row.stop):
                     token = sequence.tokens(position, position + 1)[0]
                     self._write(sequence.slot, position, token, writes)
+                self.tokens_run += row.stop - row.start
             self.lengths[sequence.slot] = row.stop
         for source, target in batch.page_copies:
             for offset in range(self.page_size):
@@ -47,6 +56,19 @@ class PagedDevice:
         for i, sequence in batch.sampled:
             tokens[i] = self._sample(sequence)
         return np.asarray([tokens])
+
+    def _check_what_must_run(self, row: ExtendRow) -> None:
+        """Nothing is reused that has to run: input logprobs, and outputs that penalties count."""
+        request, counted = row.sequence.request, self.counted
+        if row.fresh:
+            counted[request] = row.start
+        assert counted[request] == row.start
+        counted[request] = row.stop
+        spec = request.logprobs
+        if row.fresh and spec is not None and spec.start >= 0 and request.input_logprobs is None:
+            assert row.start <= spec.start
+        if row.fresh and request.params.frequency_penalty:
+            assert row.start <= len(request.prompt_ids)
 
     def _decode(self, batch: DecodeBatch) -> list[list[int]]:
         for row, page in batch.new_pages:

@@ -1,0 +1,135 @@
+"""Pages of sequences, and of prefixes that are kept in case somebody begins with them again.
+
+Host only, no jax. A page has one reference for each sequence that holds it and one if the tree
+knows it. Reading a page that is still being computed is safe: the device runs steps in order, and
+within a step every layer writes the keys and values of all rows before any row reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from jaxserve.cache.pages import OutOfPagesError, PageAllocator
+from jaxserve.cache.radix import Node, RadixTree
+
+
+@dataclasses.dataclass(slots=True)
+class Lease:
+    """The head of a sequence's pages that the tree knows as well, locked there: `count` pages, the
+    last of them at the end of `node` (None for 0). Pages behind it are the sequence's alone."""
+
+    namespace: str = ""
+    node: Node | None = None
+    count: int = 0
+
+
+class PrefixCache:
+    """A page allocator that takes cached pages back when free ones run out.
+
+    Tokens are given as the bytes of int32.
+    """
+
+    def __init__(self, allocator: PageAllocator, page_size: int, policy: str | None = "lru"):
+        """policy: of eviction, "lru" or "lfu"; None keeps nothing."""
+        self.allocator = allocator
+        self.tree = RadixTree(page_size, policy or "lru")
+        self.enabled = policy is not None
+        self._page_bytes = 4 * page_size
+
+    # -- as PageAllocator -------------------------------------------------------------------------
+
+    @property
+    def num_pages(self) -> int:
+        return self.allocator.num_pages
+
+    @property
+    def available(self) -> int:
+        """Pages that can be allocated now: free, or cached and used by nobody."""
+        return self.allocator.available + self.tree.evictable
+
+    @property
+    def cached(self) -> int:
+        """Pages that the tree has."""
+        return self.tree.size
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` pages, each with one reference. OutOfPagesError takes none."""
+        short = count - self.allocator.available
+        if short > self.tree.evictable:
+            raise OutOfPagesError(f"{count} pages wanted, {self.available} available")
+        if short > 0:
+            self.allocator.release(self.tree.evict(short))
+        return self.allocator.allocate(count)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one reference to each page; all must be in use."""
+        self.allocator.share(pages)
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop one reference from each page."""
+        self.allocator.release(pages)
+
+    # -- prefixes ---------------------------------------------------------------------------------
+
+    def lease(self, namespace: str, tokens: bytes) -> tuple[Lease, list[int]]:
+        """The longest cached prefix of `tokens`, in whole pages: locked, with a reference to each
+        of its pages."""
+        node = self.tree.match(namespace, tokens)
+        if node is None:
+            return Lease(namespace), []
+        self.tree.lock(node)
+        pages = self.tree.pages(node)
+        self.allocator.share(pages)
+        return Lease(namespace, node, len(pages)), pages
+
+    def used(self, lease: Lease) -> None:
+        """The leased prefix is going to be read: that is what eviction goes by."""
+        if lease.node is not None:
+            self.tree.touch(lease.node)
+
+    def copy(self, lease: Lease) -> Lease:
+        """The same for another sequence, which brings its own references to the pages."""
+        if lease.node is not None:
+            self.tree.lock(lease.node)
+        return dataclasses.replace(lease)
+
+    def publish(self, lease: Lease, tokens: bytes, pages: Sequence[int]) -> None:
+        """Let others begin with `tokens`, whole pages of a running sequence whose steps have been
+        scheduled, and which are the head of its `pages`. Where the tree has other pages for the
+        same tokens, it keeps those, and the sequence its own."""
+        start, known = lease.count, len(tokens) // self._page_bytes
+        if not self._may_keep(pages, start, known):
+            return
+        new, rest = pages[start:known], tokens[start * self._page_bytes :]
+        node = self.tree.append(lease.node, lease.namespace, rest, new)
+        if node is not None:
+            self.allocator.share(new)
+            lease.node, lease.count = node, known
+
+    def end(self, lease: Lease, pages: Sequence[int], tokens: bytes = b"") -> None:
+        """A sequence gives back its `pages`; those of `tokens`, whole pages at their head, stay
+        cached. Of pages with the same tokens the tree keeps its own."""
+        start, known = lease.count, len(tokens) // self._page_bytes
+        if self._may_keep(pages, start, known):
+            rest = tokens[start * self._page_bytes :]
+            present = self.tree.insert(lease.node, lease.namespace, rest, pages[start:known])
+            self.allocator.share(pages[start + present : known])
+        if lease.node is not None:
+            self.tree.unlock(lease.node)
+        self.allocator.release(pages)
+
+    def _may_keep(self, pages: Sequence[int], start: int, known: int) -> bool:
+        """Whether pages[start:known] can go into the tree. Not while other samples of the prompt
+        have them too, without a lease: evicting them would free nothing. (Samples share pages from
+        the first on, so one page tells.)"""
+        return self.enabled and known > start and self.allocator.references(pages[start]) == 1
+
+    def clear(self) -> None:
+        """Forget all prefixes. Leases end by that: whoever has one must drop it."""
+        self.allocator.release(self.tree.clear())
+
+    def reset(self) -> None:
+        """All pages are free, whoever holds them, and nothing is cached."""
+        self.tree.clear()
+        self.allocator.reset()

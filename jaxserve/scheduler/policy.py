@@ -1,0 +1,102 @@
+"""Who runs first: the order of the waiting queue, and whom others may push aside. No jax."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+from jaxserve.request import Request
+from jaxserve.scheduler.sequence import Sequence
+
+LPM_WINDOW = 128
+"""How many of the queue "lpm" compares: a match costs microseconds, and the queue may be long."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Policy:
+    """The scheduling options, named as in docs/api.md.
+
+    schedule: "fcfs" (first come, first served) or "lpm" (longest cached prefix first).
+    conservativeness: pages that admission leaves free for each running request to grow into.
+    priorities: whether requests have any; the greatest goes first, or with low_first the least. A
+    waiting request preempts running ones whose priority is worse by more than `threshold`.
+    default_priority: of requests that bring none; None puts those last.
+    """
+
+    schedule: str = "fcfs"
+    conservativeness: float = 1.0
+    priorities: bool = False
+    low_first: bool = False
+    threshold: int = 10
+    default_priority: int | None = None
+
+    def rank(self, request: Request) -> float:
+        """Less goes first."""
+        if not self.priorities:
+            return 0
+        priority = self.default_priority if request.priority is None else request.priority
+        if priority is None:
+            return math.inf
+        return priority if self.low_first else -priority
+
+
+class WaitingQueue:
+    """Sequences in the order of their rank and arrival: those that were retracted are before those
+    that came later. version: changes with every change of the queue."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._entries: list[tuple[float, int, Sequence]] = []  # negated: the first one is last
+        self._groups: dict[str, dict[Sequence, None]] = {}
+        self._preferred: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for _, _, sequence in reversed(self._entries))
+
+    def add(self, sequence: Sequence) -> None:
+        bisect.insort(self._entries, self._entry(sequence))
+        if sequence.request.group:
+            self._groups.setdefault(sequence.request.group, {})[sequence] = None
+        self._preferred.clear()
+        self.version += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """ValueError if it does not wait."""
+        at = bisect.bisect_left(self._entries, self._entry(sequence))
+        if at == len(self._entries) or self._entries[at][2] is not sequence:
+            raise ValueError(f"request {sequence.request.rid!r} does not wait")
+        del self._entries[at]
+        group = sequence.request.group
+        if group:
+            del self._groups[group][sequence]
+            if not self._groups[group]:
+                del self._groups[group]
+        if sequence in self._preferred:
+            self._preferred.remove(sequence)
+        self.version += 1
+
+    def first(self) -> Sequence:
+        """Who runs next; there must be one."""
+        return self._preferred[-1] if self._preferred else self._entries[-1][2]
+
+    def prefer(self, cached: Callable[[Sequence], int]) -> None:
+        """Let the first LPM_WINDOW go in the order of `cached`, most first, until one is added."""
+        window = [sequence for _, _, sequence in self._entries[-LPM_WINDOW:]]
+        self._preferred = sorted(window, key=cached)  # stable: ties stay in their order
+
+    def siblings(self, group: str) -> list[Sequence]:
+        """The waiting samples of one prompt."""
+        return list(self._groups.get(group, ()))
+
+    def last(self) -> Sequence:
+        """Who is behind all others; there must be one."""
+        return self._entries[0][2]
+
+    @staticmethod
+    def _entry(sequence: Sequence) -> tuple[float, int, Sequence]:
+        return (-sequence.rank, -sequence.arrival, sequence)
