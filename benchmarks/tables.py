@@ -21,6 +21,7 @@ MACHINE = (
     "device", "platform", "cpus", "python", "jax", "jaxlib", "jaxserve", "commit", "date",
     "benchmark",
 )  # fmt: skip
+FAULT_COSTS = ("injected", "failed_calls", "recomputed_requests", "recomputed_tokens")
 
 
 def number(value: float | None, digits: int = 0, unit: str = "") -> str:
@@ -57,7 +58,7 @@ def markdown(devices: Sequence[Device]) -> str:
         if device.figures:
             parts += [f"![share of the floor](plots/{device.short}_floor.svg)"]
         parts += start_up(device) + host_overhead(device) + kernels(device) + quality(device)
-        parts += beside_transformers(device) + loading(device)
+        parts += beside_transformers(device) + loading(device) + under_load(device)
     return "\n\n".join(parts) + "\n"
 
 
@@ -256,4 +257,26 @@ def loading(device: Device) -> list[str]:
         ]  # fmt: skip
         header = f"{r['model']} as {r['dtype']} | first load, s | later | peak, MiB | model, MiB"
         parts += ["### Loading", table(header, rows)]
+    return parts
+
+
+def under_load(device: Device) -> list[str]:
+    parts = []
+    for r in device.of("load_test"):
+        seconds, memory = r["call_seconds"], r["rss_mib"]
+        row = [
+            number(r["requests"]), number(r["seconds"], 1), number(seconds["p50"], 2),
+            number(seconds["p99"], 2), number(seconds["max"], 2),
+            *(number(memory[mark], 1) for mark in ("25%", "50%", "100%")),
+            number(len(r["violations"])),
+        ]  # fmt: skip
+        header = (
+            "requests | s | s a call, median | p99 | most | MiB at 25% | 50% | 100% | violations"
+        )
+        faults = [
+            [kind, *(number(fault[name]) for name in FAULT_COSTS)]
+            for kind, fault in r["faults"].items()
+        ]
+        costs = "failure | injected | calls failed | requests recomputed | their tokens"
+        parts += ["### Load with failures", table(header, [row]), table(costs, faults)]
     return parts

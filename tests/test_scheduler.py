@@ -303,6 +303,32 @@ def test_recovery_recomputes_everything_admitted():
     assert all(r.output_ids == expected_tokens(r) for r in requests)
 
 
+def test_recovery_from_a_half_changed_state():
+    """As an exception in the middle of `schedule` may leave it: pages that nobody has, and
+    sequences in no queue."""
+    machine = Machine(pages=40, page_size=8, rows=4, tokens=64, depth=1)
+    requests = [make_request(f"r{i}", [i] * 9, 12) for i in range(6)]
+    for request in requests:
+        machine.scheduler.add(request)
+    for _ in range(3):
+        machine.step()
+    scheduler = machine.scheduler
+    scheduler.running.popitem()
+    scheduler.waiting.remove(scheduler.waiting.first())
+    scheduler.pages.allocate(3)
+    scheduler.pages.share(scheduler.live[requests[0]].pages)
+    scheduler.live[requests[1]].pages.pop()
+    scheduler.finish(requests[0])
+    machine.in_flight.clear()
+    scheduler.retract_all()
+    assert [s.request for s in scheduler.waiting] == requests[1:]
+    assert scheduler.pages.available == 40 and scheduler.slots.available == 4
+    machine.device = PagedDevice(8)
+    machine.run_dry()
+    assert all(r.output_ids == expected_tokens(r) for r in requests[1:])
+    assert scheduler.pages.available == 40 and scheduler.slots.available == 4
+
+
 def finished_in(machine, requests):
     """Their names in the order in which they end."""
     order = []

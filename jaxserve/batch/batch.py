@@ -48,6 +48,11 @@ class ExtendBatch:
         return any(row.sequence.request.logprobs is not None for row in self.rows)
 
     @property
+    def samples(self) -> bool:
+        """Whether any row samples a token."""
+        return any(row.samples for row in self.rows)
+
+    @property
     def sampled(self) -> list[tuple[int, Sequence]]:
         """(row number, sequence) of the rows whose sampled token counts."""
         return [(i, row.sequence) for i, row in enumerate(self.rows) if row.samples]
@@ -68,6 +73,11 @@ class DecodeBatch:
     row_bucket: int
     new_pages: tuple[tuple[int, int], ...] = ()
     steps: int = 1
+
+    @property
+    def samples(self) -> bool:
+        """As of an ExtendBatch."""
+        return True
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:

@@ -128,3 +128,8 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget all prefixes. Leases end by that: whoever has one must drop it."""
         self.allocator.release(self.tree.clear())
+
+    def reset(self) -> None:
+        """All pages are free, whoever holds them, and nothing is cached."""
+        self.tree.clear()
+        self.allocator.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -9,9 +10,13 @@ import numpy as np
 
 from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
 from jaxserve.batch.pack import unpack_logprobs
+from jaxserve.errors import RequestFailedError
 from jaxserve.request import Logprobs, Request, TopLogprobs, Update
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 
 class HostLogprobs:
@@ -109,7 +114,12 @@ def _accept(
         return 0
     request.output_ids.append(token)
     scheduler.slots.produced[sequence.slot] += 1
-    reason = finish_reason(request, token)
+    try:
+        reason = finish_reason(request, token)
+    except Exception as error:  # of the tokenizer or a pattern: they are this request's alone
+        logger.exception("the stops of request %s could not be checked; it fails", request.rid)
+        fail(request, RequestFailedError.caused_by(error), scheduler)
+        return 1
     if reason is not None:
         finish(request, reason, scheduler)
     elif request.stream_interval and _due(request):
@@ -136,6 +146,19 @@ def finish(request: Request, reason: dict[str, Any], scheduler: Scheduler) -> No
     request.finish_time = time.perf_counter()
     scheduler.finish(request)
     report(request)
+
+
+def fail(request: Request, error: BaseException, scheduler: Scheduler) -> None:
+    """End a request with an exception for its caller."""
+    request.finish_reason = failure_reason(error)
+    request.finish_time = time.perf_counter()
+    scheduler.finish(request)
+    request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
+
+
+def failure_reason(error: BaseException) -> dict[str, Any]:
+    """The finish_reason of a request that ended with `error`."""
+    return {**ABORTED, "message": str(error), "status_code": 500}
 
 
 def report(request: Request) -> None:

@@ -94,17 +94,25 @@ class Scheduler:
         assert sequence.in_flight == 0, "a retracted sequence's tokens must all have been read"
         self._drop_from_queues(sequence)
         self.admission.release(sequence)
-        sequence.request.num_retractions += 1
-        if sequence.request.input_logprobs is None:
-            sequence.request.pending_input_logprobs.clear()
+        sequence.request.count_retraction()
         self.waiting.add(sequence)
 
     def retract_all(self) -> None:
-        """After the device lost its KV: everything admitted starts over."""
-        for sequence in [s for s in self.live.values() if s.admitted]:
-            self.slots.scheduled[sequence.slot] = self.slots.produced[sequence.slot]
-            self.retract(sequence)
-        self.forget_prefixes()
+        """After a failure: everything admitted starts over, in the order of arrival. Slots, pages,
+        prefixes and queues are made anew, because the failure may have left them half changed."""
+        self.waiting = WaitingQueue()
+        for sequence in self.live.values():
+            if sequence.admitted:
+                sequence.drain()
+                sequence.request.count_retraction()
+                sequence.pages, sequence.slot = [], -1
+            sequence.lease = Lease(sequence.request.cache_salt)
+            self.waiting.add(sequence)
+        self.slots.reset()
+        self.pages.reset()
+        self.prefilling.clear()
+        self.running.clear()
+        self._rows = self._refused = self._no_victims = None
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache. What is admitted keeps its pages, for itself."""

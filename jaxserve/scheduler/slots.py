@@ -58,6 +58,11 @@ class Slots:
         self._pending = np.zeros((count, pending), np.int32)  # output i is at i % pending
         self._free = list(range(count - 1, -1, -1))
 
+    def reset(self) -> None:
+        """All slots are free, whoever has them."""
+        self.epoch += 1
+        self._free = list(range(len(self.epoch) - 1, -1, -1))
+
     @property
     def available(self) -> int:
         return len(self._free)

@@ -48,6 +48,12 @@ class StepResult(NamedTuple):
     input_logprobs: jax.Array | None
     top: int
 
+    def wait(self) -> None:
+        """Until the device is done. Raises what went wrong there."""
+        for array in (self.tokens, self.logprobs, self.input_logprobs):
+            if array is not None:
+                array.block_until_ready()
+
 
 class Runner:
     """One model on one device. Not thread-safe: the engine thread calls it.
