@@ -88,33 +88,21 @@ def load_tokens(
     every token is. Token -> (page, slot) happens here, so the block of a kernel need not fit the
     page size.
     """
-    index, slot = divmod_by(tokens, pages_ref.shape[1])
+    page_size, head_dim = pages_ref.shape[1], pages_ref.shape[3]
+    count = tokens.shape[0]
+    index, slot = divmod_by(tokens, page_size)
     page = plt.load(
         table_ref.at[jnp.full_like(index, sequence), index], mask=live, other=_zero(live)
     )
-    return load_slots(pages_ref, page + first_page, slot, head, live, width, dtype)
-
-
-def load_slots(
-    pages_ref: Any,
-    page: jax.Array,
-    slot: jax.Array,
-    head: jax.Array,
-    live: jax.Array | None,
-    width: int,
-    dtype: Any,
-) -> jax.Array:
-    """What one KV head keeps in `slot` [n] of `page` ([n], or one for all) of pages_ref
-    [P, S, K, H] -> [n, width] in dtype, zeros where not live [n] (None: all are)."""
-    count, head_dim = slot.shape[0], pages_ref.shape[3]
-    shape = (count, width)
+    page = page + first_page
     columns = row(jnp.arange(width, dtype=jnp.int32), count)
     mask = None if live is None else column(live, width)
     if width != head_dim:
         inside = columns < head_dim
         mask = inside if mask is None else mask & inside
-    pages = column(page, width) if page.ndim else jnp.full(shape, page)
-    view = pages_ref.at[pages, column(slot, width), jnp.full(shape, head, jnp.int32), columns]
+    view = pages_ref.at[
+        column(page, width), column(slot, width), jnp.full((count, width), head, jnp.int32), columns
+    ]
     return plt.load(view, mask=mask, other=None if mask is None else 0.0).astype(dtype)
 
 

@@ -53,8 +53,7 @@ def paged_decode(
     pages of float8_e4m3fn (taken as they are, scale 1) with any q.
     page_table [B, W] int32: the pages of a row in order; entries past its length may be any page.
     lengths [B] int32: cached tokens, the current one included; 0 gives a row of zeros.
-    locks [at least B * K] int32, all 0: lets the Triton kernel merge its splits in the same launch
-    (with sizes of exchange=1 it takes more, and says how many).
+    locks [at least B * K] int32, all 0: lets the Triton kernel merge its splits in the same launch.
     They are 0 again afterwards; calls that share locks must not overlap, so pass the returned ones
     on, and donate them to the program.
     scale: of the scores before softmax, H**-0.5 by default. window: attend to the last `window`

@@ -8,17 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
-from pallas_kernels.paged_decode.splits import HOPPER_CORES, MAX_SPLITS
 
 MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
 # (rows, context) for each model; those of a few rows also with locks, in one launch
 FEW_ROWS = [(rows, context) for rows in (1, 8) for context in (256, 1024, 4096, 32768)]
 MANY_ROWS = [(rows, context) for rows in (64, 256) for context in (512, 1024)]
 PAGE_SIZE, WIDTH = 64, 512
-SPLITS = (2, 4, 8, 16, 32, 64)
-# (block, warps, stages)
-FEW_SHAPES = [(16, 1, 2), (16, 2, 2), (16, 2, 3), (32, 2, 2), (32, 2, 3), (32, 4, 2), (32, 4, 3),
-              (64, 4, 2), (64, 4, 3), (128, 4, 2)]  # fmt: skip
 
 
 def problem(
@@ -34,8 +29,7 @@ def problem(
             keys[1], calls=calls, rows=rows, live=-(-context // page_size), width=width, pages=pages
         )
         q = jax.random.normal(keys[2], (rows, heads, head_dim), dtype)
-        words = _lock_words(rows, kv_heads, heads, head_dim) if locked else 0
-        carry = (q, jnp.zeros(words, jnp.int32)) if locked else (q,)
+        carry = (q, jnp.zeros(rows * kv_heads, jnp.int32)) if locked else (q,)
         return carry, (*pools, jnp.full((rows,), context, jnp.int32)), tables
 
     def step(run, carry, fixed, table):
@@ -83,46 +77,21 @@ def smoke() -> list[Problem]:
     ]  # fmt: skip
 
 
-def _lock_words(rows: int, kv_heads: int, heads: int, head_dim: int) -> int:
-    """Enough for every size that `sweep` tries."""
-    from pallas_kernels.paged_decode.triton import exchange_words
-
-    return exchange_words(rows, kv_heads, heads // kv_heads, head_dim, MAX_SPLITS)
-
-
 def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]:
     """Sizes to try."""
-    programs = features["batch"] * features["kv_heads"]
+    rows = features["batch"] * features["kv_heads"]
+    splits = [n for n in (1, 2, 4, 8, 16, 32, 64) if 64 <= rows * n <= 2048] or [1]
     if implementation == "triton":
-        return _few(programs) if programs <= HOPPER_CORES else _many()
+        shapes = [(32, 4, 5), (64, 2, 3), (64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 8, 3),
+                  (128, 2, 5), (128, 4, 3), (128, 4, 5), (128, 8, 3), (256, 4, 3)]  # fmt: skip
+        tried = [
+            {"block": block, "num_warps": warps, "num_stages": stages}
+            for block, warps, stages in shapes
+        ]
+        # how far to split goes with the tile, so both the usual one and a small or large one
+        other = tried[8] if features["head_dim"] <= 64 else tried[0]
+        return tried + [{**sizes, "splits": n} for n in splits for sizes in (tried[2], other)]
     if implementation == "mosaic_sm90":
-        splits = [n for n in (1, 2, 4, 8, 16, 32, 64) if 64 <= programs * n <= 2048] or [1]
         tried = [{"block": 64, "stages": n} for n in (2, 3, 4)] + [{"block": 128, "stages": 2}]
         return tried + [{**tried[0], "splits": n} for n in splits]
     return []
-
-
-def _few(programs: int) -> list[dict[str, int]]:
-    """Sizes of Triton's kernel for `programs` = B*K that do not fill a device: one or two programs
-    a core, or one tile a split at 1024 tokens, and both ways of merging."""
-    found = [
-        _sizes(block, warps, stages, splits=n, exchange=1)
-        for block, warps, stages in FEW_SHAPES
-        for n in SPLITS
-        if programs * n in (128, 256) or (block * n == 1024 and programs * n <= 512)
-    ]
-    counted = [{**sizes, "exchange": 0} for sizes in found if sizes["num_warps"] == 4]
-    older = [_sizes(64, 4, 3, prefetch_ids=0), _sizes(32, 4, 5, prefetch_ids=0)]
-    return found + counted + older
-
-
-def _many() -> list[dict[str, int]]:
-    """Sizes of Triton's kernel for rows that fill a device."""
-    shapes = [(32, 2, 2), (32, 2, 3), (32, 2, 4), (32, 4, 3), (64, 2, 2), (64, 4, 2), (64, 4, 3),
-              (64, 4, 4), (64, 8, 2), (128, 4, 2), (128, 8, 2)]  # fmt: skip
-    older = [(32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3)]
-    return [_sizes(*shape) for shape in shapes] + [_sizes(*s, prefetch_ids=0) for s in older]
-
-
-def _sizes(block: int, warps: int, stages: int, **others: int) -> dict[str, int]:
-    return {"block": block, "num_warps": warps, "num_stages": stages, **others}

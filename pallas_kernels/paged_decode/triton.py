@@ -1,39 +1,27 @@
-"""Paged decode attention, Pallas on the Triton backend: split KV, merged by a second launch, or by
-one of the splits with the help of locks.
+"""Paged decode attention, Pallas on the Triton backend: split KV, merged by a second pass or, with
+locks, by whoever comes last.
 
 Grid (K, splits, B). One program holds one KV head of one row: its G query heads, padded to 16 rows
-(the least a tensor-core product takes), stay in registers while its tiles of tokens stream by.
+(the least a tensor-core product takes), stay in registers while the row's tokens stream by.
 
-    row's tokens   |--tile 0--|--tile 1--|--tile 2--|--tile 3--|-4-|
-    splits=2       split 0    split 1    split 0    split 1    split 0
+    row's tokens   |---tile---|---tile---|---tile---|---tile---|-last-|
+    splits=2       |<----- split 0 ----->|<----- split 1 ----------->|      (its OWN tiles, halved)
 
-    at once:   length, first page, q [16, H], page id of the first tile
-    per tile:  page id -> K [block, H] --+
-               q (registers) ------------+-> scores [16, block] -> softmax, online
-               page id -> V [block, H] ----> acc [16, H] float32 (registers)
-               page id of the next tile
+    per tile:  page_table -> page ids -> K [block, H] --+
+               q [16, H] (registers) -------------------+-> scores [16, block] -> softmax, online
+               page ids -> V [block, H] ----------------+-> acc [16, H] float32 (registers)
 
-With few rows the time is a chain of waits for memory, so each of them counts: the first tile of a
-split does not depend on the length (without a window), and ids are loaded a tile ahead. A tile that
-lies in one page needs one id, one that spans pages or parts of them an id for each token.
-
-    without locks, two launches:
-    pass 1 writes   partial [B, splits, N, H] float32 and its log-sum-exp
+    pass 1 writes   partial [B, splits, N, H] float32 and its log-sum-exp [B, N, splits]
     pass 2 grid (N, B) merges the splits that had work:   out [B, N, H]
 
-    with locks [B*K], one launch, by counting:
+    with locks [B*K], one launch:
     split 0   partial --> memory, barrier, lock += 1 (saw 0)
     split 2   partial --> memory, barrier, lock += 1 (saw 1)
     split 1   partial --> memory, barrier, lock += 1 (saw 2: the last of 3) --> merge, out, lock = 0
 
-    with locks and exchange=1, one launch:
-    split 0   partial --> locks
-    split 1   partial --> locks
-    split 2   partial --> locks, reads until no word of the three is 0 --> merge, out, words = 0
-
 The number of splits is static (from B, K and the device), while lengths are not: a split without
-tiles exits before it loads any, the merge reads only the splits that wrote, and a split that is
-alone writes the output itself. Each K and V byte of live tokens is read once, and no others.
+tiles exits before it loads anything, and the merge reads only the splits that wrote. With one split
+pass 1 writes the output itself. Each K and V byte of live tokens is read once, and no others.
 """
 
 from __future__ import annotations
@@ -49,17 +37,14 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
-from pallas_kernels.paged_decode.splits import HOPPER_CORES, choose_splits
-from pallas_kernels.paged_decode.triton_merge import COPIES, Exchange, Group, Partials, merge
+from pallas_kernels.paged_decode.splits import choose_splits
 from pallas_kernels.softmax import NEG, TINY
 from pallas_kernels.triton_ops import (
     base2_scores,
     ceil_div,
     check_pages,
     column,
-    divmod_by,
     dot,
-    load_slots,
     load_tokens,
     plt,
     row,
@@ -67,25 +52,20 @@ from pallas_kernels.triton_ops import (
 from pallas_kernels.tuning import tuned
 
 MIN_ROWS = 16
-# float32 values of partial results that a warp merges at once: 128 registers a thread, so that 32
-# splits of 4 heads x 128 take one round (a second one waits for memory again)
-MERGED_AT_ONCE = 4096
+# float32 values of partial results that a program merges at once: 64 registers a thread, 4 warps
+MERGED_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """block: tokens a tile, a power of two from 16. splits: programs that share a row, a power of
-    two; 0 chooses. prefetch_ids: 1 loads page ids a tile ahead, and num_stages - 1 tiles are in
-    flight; 0 loads them with the tile, which halves the pipeline: num_stages 3 has one tile in
-    flight, 5 two. num_stages 1 loads V only after K. exchange: with locks, 1 merges through words
-    of them (`exchange_words` of them) instead of counting in them."""
+    """block: tokens a tile, a power of two. splits: programs that share a row, a power of two; 0
+    chooses. The page ids feed the loads, which halves the pipeline: num_stages 3 prefetches one
+    tile, 5 two."""
 
     block: int = 64
     splits: int = 0
     num_warps: int = 4
     num_stages: int = 3
-    prefetch_ids: int = 1
-    exchange: int = 0
 
 
 def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
@@ -94,155 +74,156 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     return dataclasses.replace(base, **tuned(device, "paged_decode", "triton", features))
 
 
-def exchange_words(batch: int, kv_heads: int, group: int, head_dim: int, splits: int) -> int:
-    """The least size of `locks` for Sizes(exchange=1, splits=splits)."""
-    return Group(group, head_dim, kv_heads, splits).words(batch)
-
-
-def _tiles(length: Any, *, window: int | None, block: int) -> tuple[Any, Any]:
-    """(first tile, one past the last tile) of a row. Without a window the first does not depend on
-    the length, which is still on its way."""
-    first = jnp.int32(0)
-    if window:
-        first = lax.div(jnp.maximum(length - window, 0), jnp.int32(block))
-    return first, ceil_div(length, block)
+def _share(length: Any, *, window: int | None, block: int, splits: int) -> tuple[Any, Any, Any]:
+    """(first tile, last tile, tiles a split) of a row. Only the first splits may have work."""
+    lowest = jnp.maximum(length - window, 0) if window else jnp.int32(0)
+    first = lax.div(lowest, jnp.int32(block))
+    last = ceil_div(length, block)
+    return first, last, ceil_div(last - first, splits)
 
 
 def _attend_kernel(
     q_ref, k_ref, v_ref, table_ref, length_ref, first_page_ref, *refs,
-    group, rows, block, scale, window, soft_cap, way, prefetch_ids, interpret,
+    group, rows, width, block, splits, scale, window, soft_cap, locked, interpret,
 ):  # fmt: skip
     partial_ref: Any = None
     lse_ref: Any = None
     out_ref: Any = None
     lock_ref: Any = None
-    if way == "direct":
-        (out_ref,) = refs
-    elif way == "launch":
-        partial_ref, lse_ref = refs
-    elif way == "count":
+    if locked:
         _, partial_ref, lse_ref, out_ref, lock_ref = refs  # the lock goes in and out
+    elif splits > 1:
+        partial_ref, lse_ref = refs
     else:
-        _, out_ref, lock_ref = refs
+        (out_ref,) = refs
     head, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    splits, width = group.splits, group.width
-    page_size, table_width = k_ref.shape[1], table_ref.shape[1]
+    head_dim = q_ref.shape[-1]
     length = length_ref[b]
-    first, last = _tiles(length, window=window, block=block)
-    begin = first + split
-    working = jnp.minimum(last - first, splits)
+    first, last, share = _share(length, window=window, block=block, splits=splits)
+    begin = first + split * share
+    end = jnp.minimum(begin + share, last)
 
     row_ids = jnp.arange(rows, dtype=jnp.int32)
+    heads = head * group + row_ids
     columns = row(jnp.arange(width, dtype=jnp.int32), rows)
-    mine = group.inside(column(row_ids, width), columns)
-    at_head = column(head * group.heads + row_ids, width)
-    at_q = jnp.full((rows, width), b, jnp.int32), at_head, columns
+    mine = column(row_ids < group, width) & (columns < head_dim)
+    at_b, at_head = jnp.full((rows, width), b, jnp.int32), column(heads, width)
 
     def store_out(out):
-        plt.store(out_ref.at[at_q], out.astype(out_ref.dtype), mask=mine)
-
-    def load_ids(tile, **options):
-        """Pages of a tile: one for all of it, or [block]. Past the table its last entry."""
-        at = tile * block
-        if page_size % block:
-            at = at + jnp.arange(block, dtype=jnp.int32)
-            index = jnp.minimum(divmod_by(at, page_size)[0], table_width - 1)
-            return plt.load(table_ref.at[jnp.full_like(index, b), index], **options)
-        index = jnp.minimum(divmod_by(at, page_size)[0], table_width - 1)
-        return plt.load(table_ref.at[b, index], **options)
-
-    # nothing here waits for the length: it, the query and the first pages arrive together.
-    # Volatile, or ptxas moves the loads behind the branch that needs the length, to their use
-    first_page = plt.load(first_page_ref.at[jnp.int32(0)], volatile=True)
-    first_ids = load_ids(begin, volatile=True) if prefetch_ids else jnp.int32(0)
-    q = plt.load(q_ref.at[at_q], mask=mine, other=0.0)
+        plt.store(out_ref.at[at_b, at_head, columns], out.astype(out_ref.dtype), mask=mine)
 
     def run():
+        first_page = first_page_ref[0]
+        q = plt.load(q_ref.at[at_b, at_head, columns], mask=mine, other=0.0)
+
         def tile(i, carry):
-            top, total, acc, ids = carry
-            at = (begin + i * splits) * block
-            tokens = at + jnp.arange(block, dtype=jnp.int32)
+            top, total, acc = carry
+            tokens = i * block + jnp.arange(block, dtype=jnp.int32)
             live = tokens < length
             if window:
                 live &= tokens >= length - window
-            if prefetch_ids:
-                slots = divmod_by(tokens, page_size)[1]
-                place = ids + first_page, slots, head, live, width, q.dtype
-                k, v = load_slots(k_ref, *place), load_slots(v_ref, *place)
-                ids = load_ids(begin + (i + 1) * splits)
-            else:
-                place = table_ref, first_page, b, head, tokens, live, width, q.dtype
-                k, v = load_tokens(k_ref, *place), load_tokens(v_ref, *place)
+            k = load_tokens(k_ref, table_ref, first_page, b, head, tokens, live, width, q.dtype)
             scores = base2_scores(dot(q, k, 1), scale, soft_cap)
             scores = jnp.where(row(live, rows), scores, NEG)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
             weights = jnp.exp2(scores - new_top[:, None])
             shrink = jnp.exp2(top - new_top)
+            v = load_tokens(v_ref, table_ref, first_page, b, head, tokens, live, width, q.dtype)
             total = total * shrink + jnp.sum(weights, axis=1)
             acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v, 0)
-            return new_top, total, acc, ids
+            return new_top, total, acc
 
         start = (
             jnp.full((rows,), NEG, jnp.float32),
             jnp.zeros((rows,), jnp.float32),
             jnp.zeros((rows, width), jnp.float32),
-            first_ids,
         )
-        count = ceil_div(last - begin, splits)
-        top, total, acc, _ = lax.fori_loop(0, count, tile, start)
+        top, total, acc = lax.fori_loop(begin, end, tile, start)
         safe = jnp.maximum(total, TINY)
-        share(acc / safe[:, None], top + jnp.log2(safe))
-
-    def share(out, lse):
-        if way == "direct":
+        out = acc / safe[:, None]
+        if partial_ref is None:
             store_out(out)
-        elif way == "launch":
-            Partials(group, b, head, partial_ref, lse_ref).put(split, out, lse)
-        else:
-            pl.when(working == 1)(lambda: store_out(out))
-            together = count_and_merge if way == "count" else exchange_and_merge
-            pl.when(working > 1)(lambda: together(out, lse))
+            return
+        at_split = jnp.full((rows, width), split, jnp.int32)
+        plt.store(partial_ref.at[at_b, at_split, at_head, columns], out, mask=mine)
+        view = lse_ref.at[jnp.full_like(heads, b), heads, jnp.full_like(heads, split)]
+        plt.store(view, top + jnp.log2(safe), mask=row_ids < group)
+        if lock_ref is not None:
+            merge_if_last()
 
-    def count_and_merge(out, lse):
-        partials = Partials(group, b, head, partial_ref, lse_ref)
-        partials.put(split, out, lse)
+    def merge_if_last():
         # the barrier orders every thread's stores before the one thread's atomic, which releases
         # them to, and acquires them from, the other programs. Interpreted programs run in sequence
         if not interpret:
             plt.debug_barrier()
-        lock = b * group.kv_heads + head
+        lock = b * pl.num_programs(0) + head
+        working = ceil_div(last - first, share)
         before = plt.atomic_add(lock_ref, (lock,), jnp.int32(1))
 
         @pl.when(before == working - 1)
         def _():
-            store_merged(merge(group, partials.get, working))
+            _merge_group(
+                partial_ref, lse_ref, out_ref, b, head, working,
+                group=group, width=width, splits=splits,
+            )  # fmt: skip
             plt.store(lock_ref.at[lock], jnp.int32(0))
 
-    def exchange_and_merge(out, lse):
-        exchange = Exchange(group, q_ref.shape[0], b, head, lock_ref, interpret)
-        exchange.put(split, out, lse)
-
-        # The last one cannot wait for a program that has no room to run: programs start in the
-        # order of their numbers, and those that wait are no more than there are cores, each of
-        # which holds several
-        @pl.when(split == working - 1)
-        def _():
-            store_merged(merge(group, exchange.get, working))
-            exchange.clear(working)
-
-    def store_merged(out):
-        ids = column(jnp.arange(group.rows, dtype=jnp.int32), width)
-        at_column = row(jnp.arange(width, dtype=jnp.int32), group.rows)
-        view = out_ref.at[jnp.full_like(ids, b), head * group.heads + ids, at_column]
-        plt.store(view, out.astype(out_ref.dtype), mask=group.inside(ids, at_column))
-
-    if way == "direct":
+    if partial_ref is None:
         run()  # the only split: a row of length 0 still writes its zeros
         return
-    pl.when(begin < last)(run)
-    if out_ref is not None:
+    pl.when(begin < end)(run)
+    if lock_ref is not None:
         empty = functools.partial(store_out, jnp.zeros((rows, width), jnp.float32))
         pl.when((split == 0) & (first >= last))(empty)
+
+
+def _merge_group(
+    partial_ref, lse_ref, out_ref, b, head, working, *, group, width, splits
+):  # fmt: skip
+    """Merge the first `working` splits of one KV head's query heads into out_ref."""
+    head_dim = out_ref.shape[-1]
+    rows = pl.next_power_of_2(group)
+    count = max(1, min(splits, MERGED_AT_ONCE // (rows * width)))
+    shape = (count, rows, width)
+
+    def spread(x, axis):
+        return lax.broadcast_in_dim(x, shape, (axis,))
+
+    row_ids = jnp.arange(rows, dtype=jnp.int32)
+    heads, columns = head * group + row_ids, jnp.arange(width, dtype=jnp.int32)
+
+    def some(i, carry):
+        top, total, acc = carry
+        ids = i * count + jnp.arange(count, dtype=jnp.int32)
+        live = column(ids < working, rows) & row(row_ids < group, count)
+        # volatile: read from the L2, where the other programs' stores are, not from the L1
+        lse = plt.load(
+            lse_ref.at[
+                jnp.full((count, rows), b, jnp.int32), row(heads, count), column(ids, rows)
+            ],
+            mask=live, other=NEG, volatile=True,
+        )  # fmt: skip
+        at = jnp.full(shape, b, jnp.int32), spread(ids, 0), spread(heads, 1), spread(columns, 2)
+        mask = (at[1] < working) & (spread(row_ids, 1) < group) & (at[3] < head_dim)
+        partial = plt.load(partial_ref.at[at], mask=mask, other=0.0, volatile=True)
+        new_top = jnp.maximum(top, jnp.max(lse, axis=0))
+        weights = jnp.where(live, jnp.exp2(lse - row(new_top, count)), 0.0)
+        shrink = jnp.exp2(top - new_top)
+        total = total * shrink + jnp.sum(weights, axis=0)
+        share = jnp.sum(partial * lax.broadcast_in_dim(weights, shape, (0, 1)), axis=0)
+        return new_top, total, acc * column(shrink, width) + share
+
+    start = (
+        jnp.full((rows,), NEG, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, width), jnp.float32),
+    )
+    _, total, acc = lax.fori_loop(0, ceil_div(working, count), some, start)
+    out = acc / column(jnp.maximum(total, TINY), width)
+    at_column = row(columns, rows)
+    view = out_ref.at[jnp.full((rows, width), b, jnp.int32), column(heads, width), at_column]
+    mask = column(row_ids < group, width) & (at_column < head_dim)
+    plt.store(view, out.astype(out_ref.dtype), mask=mask)
 
 
 def _merge_kernel(
@@ -250,13 +231,11 @@ def _merge_kernel(
 ):  # fmt: skip
     head, b = pl.program_id(0), pl.program_id(1)
     head_dim = out_ref.shape[-1]
-    first, last = _tiles(length_ref[b], window=window, block=block)
+    first, last, share = _share(length_ref[b], window=window, block=block, splits=splits)
     ids = jnp.arange(splits, dtype=jnp.int32)
-    live = first + ids < last
+    live = first + ids * share < last
     lse = plt.load(
-        lse_ref.at[jnp.full_like(ids, b), ids, jnp.full_like(ids, head), jnp.full_like(ids, 0)],
-        mask=live,
-        other=NEG,
+        lse_ref.at[jnp.full_like(ids, b), jnp.full_like(ids, head), ids], mask=live, other=NEG
     )
     columns = jnp.arange(width, dtype=jnp.int32)
     at = [
@@ -291,48 +270,39 @@ def paged_decode(
     """See pallas_kernels.paged_decode. interpret: run on any backend, slowly."""
     batch, heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
+    group = heads // kv_heads
     if head_dim > 256:
         raise NotImplementedError(f"head dim {head_dim} is above 256")
     check_pages(k_pages)
     device = current_device()
     if sizes is None:
         features = {
-            "batch": batch, "kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim,
+            "batch": batch, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
             "page_size": page_size, "itemsize": q.dtype.itemsize,
         }  # fmt: skip
         sizes = default_sizes(device, features)
     tiles = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
     splits = sizes.splits or choose_splits(batch * kv_heads, tiles, device.cores)
-    group = Group(heads // kv_heads, head_dim, kv_heads, splits)
-    at_once = MERGED_AT_ONCE * sizes.num_warps // (group.rows * group.width)
-    group = dataclasses.replace(group, at_once=max(1, min(splits, at_once)))
-    way = "exchange" if sizes.exchange else "count"
-    if splits == 1 or locks is None:
-        way = "direct" if splits == 1 else "launch"
+    width = pl.next_power_of_2(head_dim)
     whole = jax.ShapeDtypeStruct(q.shape, q.dtype)
     if first_page is None:
         first_page = jnp.zeros(1, jnp.int32)
     arrays = [q, k_pages, v_pages, page_table, lengths, first_page]
-    out_shape: list[Any] = []
-    if way in ("launch", "count"):
-        out_shape += [
+    out_shape, aliases = [whole], {}
+    if splits > 1:
+        partials = [
             jax.ShapeDtypeStruct((batch, splits, heads, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, splits, heads, COPIES), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, splits), jnp.float32),
         ]
-    if way != "launch":
-        out_shape.append(whole)
-    aliases = {}
-    if locks is not None and splits > 1:
-        if way == "exchange":
-            _check_exchange(locks.size, group, batch, device.cores)
-        aliases = {len(arrays): len(out_shape)}
-        arrays.append(locks)
-        out_shape.append(jax.ShapeDtypeStruct(locks.shape, locks.dtype))
+        out_shape = partials
+        if locks is not None:
+            out_shape = [*partials, whole, jax.ShapeDtypeStruct(locks.shape, locks.dtype)]
+            arrays, aliases = [*arrays, locks], {6: 3}
     outs = triton_call(
         functools.partial(
-            _attend_kernel, group=group, rows=max(MIN_ROWS, group.rows), block=sizes.block,
-            scale=scale, window=window, soft_cap=soft_cap, way=way,
-            prefetch_ids=sizes.prefetch_ids, interpret=interpret,
+            _attend_kernel, group=group, rows=max(MIN_ROWS, pl.next_power_of_2(group)),
+            width=width, block=sizes.block, splits=splits, scale=scale, window=window,
+            soft_cap=soft_cap, locked=bool(aliases), interpret=interpret,
         ),
         name="paged_decode",
         grid=(kv_heads, splits, batch),
@@ -342,15 +312,15 @@ def paged_decode(
         interpret=interpret,
         aliases=aliases,
     )(*arrays)  # fmt: skip
-    if way == "direct":
+    if aliases:
+        return outs[2], outs[3]
+    if splits == 1:
         return outs[0] if locks is None else (outs[0], locks)
-    if way != "launch":
-        return tuple(outs[-2:])
-    second = functools.partial(
-        _merge_kernel, width=group.width, block=sizes.block, splits=splits, window=window
+    merge = functools.partial(
+        _merge_kernel, width=width, block=sizes.block, splits=splits, window=window
     )
     return triton_call(
-        second,
+        merge,
         name="paged_decode_merge",
         grid=(heads, batch),
         out_shape=whole,
@@ -358,11 +328,3 @@ def paged_decode(
         num_stages=1,
         interpret=interpret,
     )(*outs, lengths)
-
-
-def _check_exchange(words: int, group: Group, batch: int, cores: int) -> None:
-    need, waiting = group.words(batch), batch * group.kv_heads
-    if words < need:
-        raise ValueError(f"locks has {words} words: exchange=1 takes {need}")
-    if waiting > (cores or HOPPER_CORES):
-        raise ValueError(f"exchange=1 with {waiting} rows * KV heads: more than there are cores")
