@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.batch.buckets import DECODE_ROWS, Buckets
+from jaxserve.batch.buckets import DECODE_ROWS, Buckets, padded_length
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.pace import SHARE, Pace, attention_cost
 from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ DISPATCH_SECONDS = 1.2e-3
 """What queueing a program costs the host of a GPU (0.65-1.2 ms)."""
 READ_BANDWIDTH = 3.0e12
 """Bytes/s at which a decode step reads the weights (H100)."""
+MOST_RIDERS = 24
+"""Running requests whose next tokens an extend step computes along. Each takes 8 packed tokens
+there, a decode step of their own reads all weights: an H100 would draw level at about 28."""
 MOST_STEPS = 4
 """In one decode program, unless the user asks for more: tokens arrive that many at a time."""
 
@@ -57,6 +61,8 @@ class EngineConfig:
     """Decode steps from one line of the log to the next. What concerns the host only is outside the
     repr, which names programs."""
     policy: Policy = dataclasses.field(repr=False)
+    pace: Pace | None = dataclasses.field(repr=False)
+    """None: prefill goes first, in whole prompts."""
     radix_eviction: str | None = dataclasses.field(repr=False)
     """Of the prefix cache; None is no prefix cache."""
     program_folder: Path | None = dataclasses.field(repr=False)
@@ -95,8 +101,14 @@ class EngineConfig:
         if not gpu and attention != "xla":
             raise InvalidRequestError(f"attention_backend={attention!r} needs a CUDA device")
         tokens = args.chunked_prefill_size or (GPU_TOKENS if gpu else CPU_TOKENS)
+        pace = None
         if tokens == -1:
             tokens = args.max_prefill_tokens
+        else:
+            # on a CPU they take longer in an extend step: attention works in tiles of rows
+            mixed = gpu if args.enable_mixed_chunk is None else args.enable_mixed_chunk
+            work = padded_length(max(tokens // SHARE, 1))
+            pace = Pace(work, attention_cost(model), MOST_RIDERS if mixed else 0)
         tokens = min(tokens, -(-context // 8) * 8 * rows)
         steps = args.num_continuous_decode_steps or (steps_per_dispatch(weight_bytes) if gpu else 1)
         policy = Policy(
@@ -130,6 +142,7 @@ class EngineConfig:
             mem_fraction=args.mem_fraction_static,
             log_interval=args.decode_log_interval,
             policy=policy,
+            pace=pace,
             radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
