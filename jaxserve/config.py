@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.batch.buckets import DECODE_ROWS, Buckets, padded_length
+from jaxserve.batch.buckets import DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
-from jaxserve.scheduler.pace import SHARE, Pace, attention_cost
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ class EngineConfig:
         else:
             # on a CPU they take longer in an extend step: attention works in tiles of rows
             mixed = gpu if args.enable_mixed_chunk is None else args.enable_mixed_chunk
-            work = padded_length(max(tokens // SHARE, 1))
-            pace = Pace(work, attention_cost(model), MOST_RIDERS if mixed else 0)
+            pace = Pace.of(model, tokens, gpu, riders=MOST_RIDERS if mixed else 0)
         tokens = min(tokens, -(-context // 8) * 8 * rows)
         steps = args.num_continuous_decode_steps or (steps_per_dispatch(weight_bytes) if gpu else 1)
         policy = Policy(

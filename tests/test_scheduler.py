@@ -129,7 +129,9 @@ POLICIES = [
     Policy(), Policy(schedule="lpm"), Policy(conservativeness=0), Policy(conservativeness=3.5),
     Policy(priorities=True, threshold=1), Policy(priorities=True, low_first=True, threshold=0),
 ]  # fmt: skip
-PACES = [None, Pace(8), Pace(16, 0.1, 1), Pace(24, 0, 24), Pace(64, 0.02, 24), Pace(48, 0, 3)]
+PACES = [
+    None, Pace(8), Pace(16, 0.1, 1), Pace(24, 0, 24), Pace(64, 0.02, 24, 16), Pace(48, 0.001, 9, 24)
+]  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)

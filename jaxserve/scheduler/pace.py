@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
+
+from jaxserve.batch.buckets import ALIGNMENT, padded_length
 
 if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
 
 SHARE = 4
 """The part of the largest extend step that a streaming request is made to wait for: 2,048 tokens of
-an 8B model take an H100 60 ms."""
-ATTENTION_SLOWNESS = 2.0
-"""Seconds a FLOP in attention, over those in products (H100: 350 and 700 TFLOP/s)."""
+an 8B model take an H100 50 ms."""
+ATTENTION_SLOWNESS = 1.3
+"""Seconds a FLOP in attention, over those in products (H100: 510 and 670 TFLOP/s)."""
+GPU_WAVE_ROWS = 16384
+"""Query rows (tokens x heads) that the attention kernel works on at once: 128 for each of an H100's
+132 multiprocessors. Fewer take as long."""
+CPU_WAVE = 64
+"""Tokens in a tile of the CPU's kernel."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,24 +27,38 @@ class Pace:
     """What running requests are spared while prompts come in.
 
     Work is counted in tokens, one without context being 1; to attend to one cached token costs
-    `attention` more. work: of an extend step while a running request streams. riders: most running
+    `attention` more, for whole `wave`s of tokens. work: of an extend step while a running request
+    streams; a step may have more, but not for more than one wave of a prompt. riders: most running
     requests whose next tokens an extend step may compute along with its prompts.
     """
 
     work: int
     attention: float = 0.0
     riders: int = 0
+    wave: int = 8
+
+    @classmethod
+    def of(cls, model: ModelConfig, tokens: int, gpu: bool, riders: int) -> Pace:
+        """For extend steps of up to `tokens` tokens of `model`."""
+        work = padded_length(max(tokens // SHARE, 1))
+        wave = GPU_WAVE_ROWS // model.num_heads if gpu else CPU_WAVE
+        wave = max(min(wave, work // 2) // ALIGNMENT, 1) * ALIGNMENT
+        return cls(work, attention_cost(model), riders, wave)
+
+    @property
+    def overhead(self) -> float:
+        """Work that comes with each extend step: mostly the decode step after it."""
+        return self.work / 8
 
     def attending(self, start: int, count: int) -> float:
         """Work of `count` tokens behind `start` others, beside the 1 that each token is."""
-        return self.attention * count * (start + count / 2)
+        whole = -(-count // self.wave) * self.wave
+        return self.attention * whole * (start + count / 2)
 
-    def longest(self, start: int, work: float) -> int:
-        """How many tokens behind `start` others are at most `work`."""
-        one = 1 + self.attention * start
-        # the positive root of attention / 2 * n**2 + one * n - work, in the form without a quotient
-        # by `attention`, which may be 0
-        return int(2 * work / (one + math.sqrt(one * one + 2 * self.attention * work)))
+    def carries(self, longest: int) -> bool:
+        """Whether a running request with a context of `longest` tokens may ride: an extend step
+        does not share the work on one context among multiprocessors as a decode step does."""
+        return self.attending(longest, 1) <= self.overhead
 
 
 def attention_cost(model: ModelConfig) -> float:

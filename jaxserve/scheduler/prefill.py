@@ -52,21 +52,21 @@ class ExtendPlanner:
         tokens = self._packed + ALIGNMENT <= share * self._max_tokens
         return not self._full and rows < self._max_rows and tokens and self._spare_work(share) > 0
 
-    def fits(self, sequence: Sequence) -> bool:
-        """Whether all unscheduled tokens of the sequence fit."""
+    def fits(self, sequence: Sequence, share: float = 1.0) -> bool:
+        """Whether all unscheduled tokens of the sequence fit into `share` of the step."""
         left = sequence.total_tokens - sequence.kv_len
-        work = padded_length(left) + self._attending(sequence.kv_len, left)
-        return left <= self._max_tokens - self._packed and work <= self._spare_work()
+        room = share * self._max_tokens - self._packed
+        return left <= room and self._affords(sequence.kv_len, left, share)
 
     def add(self, sequence: Sequence, share: float = 1.0) -> None:
         """Pack as many of the sequence's unscheduled tokens as fit into `share` of the step, and
         count them as scheduled. At least a few are, whatever the work: the longest context gets
         on."""
         start, total = sequence.kv_len, sequence.total_tokens
-        count = min(total - start, self._longest(start, share))
-        if start + count < total and share == 1:
-            count = self._worth(start, count)
-            self._full = True
+        count = total - start
+        if not self.fits(sequence, share):
+            count = min(count, self._most(start, share))
+        self._full = start + count < total and share == 1
         stop = start + count
         self._rows.append(
             ExtendRow(
@@ -123,26 +123,27 @@ class ExtendPlanner:
     def _attending(self, start: int, count: int) -> float:
         return 0.0 if self._pace is None else self._pace.attending(start, count)
 
-    def _longest(self, start: int, share: float) -> int:
-        """Most tokens behind `start` others that `share` of the step has room for, whole tiles."""
-        room = int(share * self._max_tokens) - self._packed
-        if self._pace is not None:
-            room = min(room, self._pace.longest(start, max(self._spare_work(share), 0)))
-        return max(room - room % ALIGNMENT, ALIGNMENT)
+    def _affords(self, start: int, count: int, share: float) -> bool:
+        work = padded_length(count) + self._attending(start, count)
+        return work <= self._spare_work(share)
 
-    def _worth(self, start: int, count: int) -> int:
-        """`count` tokens, or as many fewer as fill a smaller bucket, if those are cheaper each: all
-        of a bucket is computed, and each step has some work of its own."""
-        if self._pace is None:
-            return count
+    def _most(self, start: int, share: float) -> int:
+        """Tokens behind `start` others for which `share` of the step has room, whole tiles. Where
+        work counts, those that are cheapest each: all of a bucket and of a wave is computed, and
+        each step has some work of its own."""
+        room = (int(share * self._max_tokens) - self._packed) // ALIGNMENT * ALIGNMENT
+        pace = self._pace
+        if pace is None:
+            return room
         around = self._packed + self._kept
-        smaller = [tokens for tokens in self._buckets.extend if tokens < around + count]
-        if not smaller or smaller[-1] < around + ALIGNMENT:
-            return count
-        own = self._pace.work / 8
+        sizes = {room, *range(pace.wave, room, pace.wave)}
+        sizes |= {(bucket - around) // ALIGNMENT * ALIGNMENT for bucket in self._buckets.extend}
 
         def work_each(count: int) -> float:
             bucket = self._buckets.extend_tokens(around + count)
-            return (own + bucket + self._attending(start, count)) / count
+            return (pace.overhead + bucket + pace.attending(start, count)) / count
 
-        return min(count, (smaller[-1] - around) // ALIGNMENT * ALIGNMENT, key=work_each)
+        def afforded(count: int) -> bool:
+            return count <= pace.wave or self._affords(start, count, share)
+
+        return min((n for n in sizes if 0 < n <= room and afforded(n)), key=work_each)

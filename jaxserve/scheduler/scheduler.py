@@ -280,7 +280,9 @@ class Scheduler:
             return None
         tokens = min(self._limits[0], pace.work if pace is not None else self._limits[0])
         few = 2 * len(rows.slots) * ALIGNMENT <= tokens
-        return rows if few and len(rows.slots) < self.buckets.max_extend_rows else None
+        few = few and len(rows.slots) < self.buckets.max_extend_rows
+        short = self._pace.carries(int(self.slots.kv_len.take(rows.slots).max()))
+        return rows if few and short else None
 
     def _ride(self, rows: Rows, planner: ExtendPlanner) -> bool:
         """Pack the next token of `rows`; False, if pages are short, changes nothing."""
