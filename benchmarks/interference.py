@@ -4,8 +4,8 @@
 
 Some streams run, with prompts of 128 tokens; a long prompt arrives. Reported: the gaps between the
 streams' tokens from its arrival to its first token, by the clock of their reader; the prompt's time
-to first token beside them and alone. Once with the engine's chunks, and once with
-chunked_prefill_size=-1 where the prompt fits max_prefill_tokens (--engine '{"max_prefill_tokens": 100352}').
+to first token beside them and alone. Once with the engine's chunks, and once without any where the
+prompt fits max_prefill_tokens (--engine '{"max_prefill_tokens": 100352}').
 """
 
 from __future__ import annotations

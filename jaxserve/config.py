@@ -23,9 +23,6 @@ DISPATCH_SECONDS = 1.2e-3
 """What queueing a program costs the host of a GPU (0.65-1.2 ms)."""
 READ_BANDWIDTH = 3.0e12
 """Bytes/s at which a decode step reads the weights (H100)."""
-MOST_RIDERS = 24
-"""Running requests whose next tokens an extend step computes along. Each takes 8 packed tokens
-there, a decode step of their own reads all weights: an H100 would draw level at about 28."""
 MOST_STEPS = 4
 """In one decode program, unless the user asks for more: tokens arrive that many at a time."""
 
@@ -105,9 +102,7 @@ class EngineConfig:
         if tokens == -1:
             tokens = args.max_prefill_tokens
         else:
-            # on a CPU they take longer in an extend step: attention works in tiles of rows
-            mixed = gpu if args.enable_mixed_chunk is None else args.enable_mixed_chunk
-            pace = Pace.of(model, tokens, gpu, riders=MOST_RIDERS if mixed else 0)
+            pace = Pace.of(model, tokens, gpu, args.enable_mixed_chunk)
         tokens = min(tokens, -(-context // 8) * 8 * rows)
         steps = args.num_continuous_decode_steps or (steps_per_dispatch(weight_bytes) if gpu else 1)
         policy = Policy(

@@ -188,7 +188,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         ),
         "enable_mixed_chunk": Option(
             "flag",
-            "up to 24 running requests may decode within a prompt's step; None: on GPU only",
+            "up to 24 running requests decode within a prompt's step; None: where it is faster",
             optional=True,
         ),
         "max_prefill_tokens": Option("integer", "most tokens in one prefill batch", 1),

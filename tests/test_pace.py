@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from jaxserve.server_args import ServerArgs
 from tests.test_scheduler import Machine, expected_tokens, make_request
 
 LLAMA = ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
-PACE = Pace.of(LLAMA, 8192, gpu=True, riders=24)
+PACE = Pace.of(LLAMA, 8192, gpu=True, mixed=None)
 TOKEN_SECONDS = 2 * 7e9 / 600e12
 """Of an 8B model's products, on an H100."""
 WEIGHTS_SECONDS = 5.5e-3
@@ -112,6 +113,19 @@ def test_streams_go_on_while_a_long_prompt_comes_in(alone, count, rides):
     else:  # the step in flight at the arrival, then one and one
         kinds = [isinstance(batch, ExtendBatch) for batch in during]
         assert not any(a and b for a, b in itertools.pairwise(kinds))
+
+
+def test_streams_with_long_contexts_decode_in_steps_of_their_own():
+    """Ten thousand tokens, of an 8B model."""
+    for length, rides in ((9900, True), (10_400, False)):
+        machine = Clocked(PACE)
+        machine.begin(*streams(1, length))
+        while "s0" not in machine.times:
+            machine.step()
+        machine.begin(make_request("long", prompt(99, 20_000), 2))
+        machine.until_token_of("long")
+        extends = [b for b in machine.batches[5:] if isinstance(b, ExtendBatch)]
+        assert len(extends) > 8 and all(b.mixed == rides for b in extends)
 
 
 def test_without_pace_streams_wait_for_the_whole_prompt(alone):
@@ -222,7 +236,7 @@ def test_decode_steps_come_between_the_steps_of_a_long_prompt_that_nobody_watche
 def test_a_step_keeps_to_its_work_and_always_gets_on():
     """Whatever the context, and however small the pace."""
     for work in (8, 64, 512, 2048):
-        pace = Pace(work, attention_cost(LLAMA) * 10, 2, wave=max(work // 4, 8))
+        pace = Pace(work, attention_cost(LLAMA) * 10, 2, max(work // 4, 8))
         machine = Clocked(pace, rows=4)
         machine.begin(*streams(2))
         machine.step()
@@ -289,7 +303,6 @@ def test_attending_to_a_context():
     one_by_one = sum(1e-4 * (5000 + i + 0.5) for i in range(1024))
     assert pace.attending(5000, 1024) == pytest.approx(one_by_one)
     assert pace.attending(5000, 513) == pytest.approx(1e-4 * 1024 * (5000 + 513 / 2))
-    assert pace.carries(4999) and not pace.carries(5001)
 
 
 def test_attention_cost_of_an_8b_model():
@@ -316,6 +329,7 @@ def test_pace_of_an_engine(platform, options, expected):
     assert config.pace is not None
     assert (config.pace.work, config.pace.riders, config.pace.wave) == expected
     assert config.pace.attention == attention_cost(LLAMA)
+    assert math.isinf(config.pace.reach) == bool(options.get("enable_mixed_chunk"))
     assert "pace" not in repr(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from jaxserve.batch.buckets import ALIGNMENT, padded_length
@@ -21,6 +22,10 @@ GPU_WAVE_ROWS = 16384
 CPU_WAVE = 64
 """Tokens in a tile of the CPU's kernel."""
 
+MOST_RIDERS = 24
+"""Each takes 8 packed tokens of an extend step, a decode step of their own reads all weights: an
+H100 would draw level at about 28."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pace:
@@ -29,21 +34,29 @@ class Pace:
     Work is counted in tokens, one without context being 1; to attend to one cached token costs
     `attention` more, for whole `wave`s of tokens. work: of an extend step while a running request
     streams; a step may have more, but not for more than one wave of a prompt. riders: most running
-    requests whose next tokens an extend step may compute along with its prompts.
+    requests whose next tokens an extend step may compute along with its prompts, with contexts of
+    up to `reach` tokens.
     """
 
     work: int
     attention: float = 0.0
     riders: int = 0
     wave: int = 8
+    reach: float = math.inf
 
     @classmethod
-    def of(cls, model: ModelConfig, tokens: int, gpu: bool, riders: int) -> Pace:
-        """For extend steps of up to `tokens` tokens of `model`."""
+    def of(cls, model: ModelConfig, tokens: int, gpu: bool, mixed: bool | None) -> Pace:
+        """For extend steps of up to `tokens` tokens of `model`. mixed: whether running requests may
+        ride; None: where that is faster than a decode step of their own."""
         work = padded_length(max(tokens // SHARE, 1))
         wave = GPU_WAVE_ROWS // model.num_heads if gpu else CPU_WAVE
         wave = max(min(wave, work // 2) // ALIGNMENT, 1) * ALIGNMENT
-        return cls(work, attention_cost(model), riders, wave)
+        attention = attention_cost(model)
+        # an extend step does not share the work on one context among multiprocessors, as a decode
+        # step does; and on a CPU one token costs a whole tile
+        reach = math.inf if mixed or not attention else work / 8 / (attention * wave)
+        riders = MOST_RIDERS if (gpu if mixed is None else mixed) else 0
+        return cls(work, attention, riders, wave, reach)
 
     @property
     def overhead(self) -> float:
@@ -54,11 +67,6 @@ class Pace:
         """Work of `count` tokens behind `start` others, beside the 1 that each token is."""
         whole = -(-count // self.wave) * self.wave
         return self.attention * whole * (start + count / 2)
-
-    def carries(self, longest: int) -> bool:
-        """Whether a running request with a context of `longest` tokens may ride: an extend step
-        does not share the work on one context among multiprocessors as a decode step does."""
-        return self.attending(longest, 1) <= self.overhead
 
 
 def attention_cost(model: ModelConfig) -> float:

@@ -226,39 +226,42 @@ class Scheduler:
         return True
 
     def _schedule_decode(self) -> Batch | None:
-        steps = 1 if self.prefilling or self._may_admit else self._steps
-        left = self._drop_complete()
-        steps = steps if left.min(initial=steps) >= steps else 1
-        new_pages: list[tuple[int, int]] = []
-        starved = self._grow(self.rows, new_pages, steps)
-        if starved and steps > 1:
-            self._shrink(self.rows, new_pages)
+        steps = self._steps
+        if steps > 1 and (self.prefilling or self._may_admit):
             steps = 1
-            starved = self._grow(self.rows, new_pages, steps)
+        least = self._drop_complete()
+        steps = steps if least >= steps else 1
+        rows, new_pages = self.rows, []
+        starved = self._grow(rows, new_pages, steps)
+        if starved and steps > 1:
+            self._shrink(rows, new_pages)
+            steps = 1
+            starved = self._grow(rows, new_pages, steps)
         while starved:
-            self._shrink(self.rows, new_pages)
+            self._shrink(rows, new_pages)
             if self.slots.in_flight:
                 raise DrainNeeded
             self.retract(max((*self.running, *self.prefilling), key=lambda s: s.order))
-            starved = self._grow(self.rows, new_pages, steps)
+            rows = self.rows
+            starved = self._grow(rows, new_pages, steps)
         if not self.running:
             return self._schedule_extend()
-        rows = self.rows
         self.slots.advance(rows.slots, steps)
         bucket = self.buckets.decode_rows(len(rows.slots))
         return DecodeBatch(rows, bucket, tuple(new_pages), steps)
 
-    def _drop_complete(self) -> np.ndarray:
-        """Take those out of `running` whose last token is scheduled. Tokens [n] that the others
-        have to go."""
+    def _drop_complete(self) -> int:
+        """Take those out of `running` whose last token is scheduled. How many tokens at least, up
+        to a dispatch's, the others have to go."""
         rows = self.rows
         left = rows.limit - self.slots.scheduled.take(rows.slots)
-        if left.min(initial=1) > 0:
-            return left
+        least = left.min(initial=self._steps)
+        if least > 0:
+            return least
         complete = left <= 0
         for row in np.flatnonzero(complete).tolist():
             self._leave(rows.sequences[row])
-        return left[~complete]
+        return left[~complete].min(initial=self._steps)
 
     # -- running sequences while prompts come in --------------------------------------------------
 
@@ -281,8 +284,7 @@ class Scheduler:
         tokens = min(self._limits[0], pace.work if pace is not None else self._limits[0])
         few = 2 * len(rows.slots) * ALIGNMENT <= tokens
         few = few and len(rows.slots) < self.buckets.max_extend_rows
-        short = self._pace.carries(int(self.slots.kv_len.take(rows.slots).max()))
-        return rows if few and short else None
+        return rows if few and self.slots.kv_len[rows.slots].max() <= self._pace.reach else None
 
     def _ride(self, rows: Rows, planner: ExtendPlanner) -> bool:
         """Pack the next token of `rows`; False, if pages are short, changes nothing."""
