@@ -59,6 +59,7 @@ def markdown(devices: Sequence[Device]) -> str:
             parts += [f"![share of the floor](plots/{device.short}_floor.svg)"]
         parts += start_up(device) + host_overhead(device) + kernels(device) + quality(device)
         parts += beside_transformers(device) + loading(device) + under_load(device)
+        parts += interference(device)
     return "\n\n".join(parts) + "\n"
 
 
@@ -280,3 +281,29 @@ def under_load(device: Device) -> list[str]:
         costs = "failure | injected | calls failed | requests recomputed | their tokens"
         parts += ["### Load with failures", table(header, [row]), table(costs, faults)]
     return parts
+
+
+def interference(device: Device) -> list[str]:
+    parts = []
+    for r in device.of("interference"):
+        rows = [
+            [chunks(way["chunked_prefill_size"]), number(way["undisturbed_gap_ms"], 1),
+             *(number(way["gap_ms"][name], 1) for name in ("p50", "p99", "max")),
+             number(way["ttft_beside_s"], 2), number(way["ttft_alone_s"], 2),
+             number(way["ttft_ratio"], 2)]
+            for way in r["ways"]
+        ]  # fmt: skip
+        said = f"{r['model']}: a prompt of {number(r['prompt_tokens'])} tokens arrives while "
+        said += f"{r['streams']} streams run; gaps between their tokens until its first one."
+        header = (
+            "chunks | gap before, ms | p50 | p99 | largest | its first token, s | alone | ratio"
+        )
+        parts += ["### A long prompt beside streams", said, table(header, rows)]
+    return parts
+
+
+def chunks(size: int | None) -> str:
+    """A chunked_prefill_size in words."""
+    if size is None:
+        return "by default"
+    return "off" if size == -1 else number(size)

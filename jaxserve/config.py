@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.batch.buckets import DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class EngineConfig:
     """Decode steps from one line of the log to the next. What concerns the host only is outside the
     repr, which names programs."""
     policy: Policy = dataclasses.field(repr=False)
+    pace: Pace | None = dataclasses.field(repr=False)
+    """None: prefill goes first, in whole prompts."""
     radix_eviction: str | None = dataclasses.field(repr=False)
     """Of the prefix cache; None is no prefix cache."""
     program_folder: Path | None = dataclasses.field(repr=False)
@@ -95,8 +98,11 @@ class EngineConfig:
         if not gpu and attention != "xla":
             raise InvalidRequestError(f"attention_backend={attention!r} needs a CUDA device")
         tokens = args.chunked_prefill_size or (GPU_TOKENS if gpu else CPU_TOKENS)
+        pace = None
         if tokens == -1:
             tokens = args.max_prefill_tokens
+        else:
+            pace = Pace.of(model, tokens, gpu, args.enable_mixed_chunk)
         tokens = min(tokens, -(-context // 8) * 8 * rows)
         steps = args.num_continuous_decode_steps or (steps_per_dispatch(weight_bytes) if gpu else 1)
         policy = Policy(
@@ -130,6 +136,7 @@ class EngineConfig:
             mem_fraction=args.mem_fraction_static,
             log_interval=args.decode_log_interval,
             policy=policy,
+            pace=pace,
             radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )

@@ -57,6 +57,7 @@ class EngineLoop:
             policy=config.policy,
             eviction=config.radix_eviction,
             steps_per_dispatch=config.steps_per_dispatch,
+            pace=config.pace,
             on_finish=self._stats.ended,
         )
         self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)

@@ -47,6 +47,7 @@ class ServerArgs:
     max_running_requests: int | None = None
     max_queued_requests: int | None = None
     chunked_prefill_size: int | None = None
+    enable_mixed_chunk: bool | None = None
     max_prefill_tokens: int = 16384
     prefill_max_requests: int | None = None
     schedule_policy: str = "fcfs"

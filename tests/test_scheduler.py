@@ -18,6 +18,7 @@ from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.output.commit import commit, finish
 from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -128,6 +129,9 @@ POLICIES = [
     Policy(), Policy(schedule="lpm"), Policy(conservativeness=0), Policy(conservativeness=3.5),
     Policy(priorities=True, threshold=1), Policy(priorities=True, low_first=True, threshold=0),
 ]  # fmt: skip
+PACES = [
+    None, Pace(8), Pace(16, 0.1, 1), Pace(24, 0, 24), Pace(64, 0.02, 24, 16), Pace(48, 0.001, 9, 24)
+]  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
@@ -142,13 +146,14 @@ POLICIES = [
     aborts=st.booleans(),
     eviction=st.sampled_from([None, "lru", "lru", "lfu"]),
     policy=st.sampled_from(POLICIES),
+    pace=st.sampled_from(PACES),
 )
 def test_random_traffic_reads_its_own_tokens(
-    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy
+    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, pace
 ):
     random_ = random.Random(seed)
     machine = Machine(
-        pages, page_size, rows, tokens, depth, steps, eviction=eviction, policy=policy
+        pages, page_size, rows, tokens, depth, steps, eviction=eviction, policy=policy, pace=pace
     )
     requests, aborted = [], set()
     capacity = pages * page_size

@@ -114,7 +114,6 @@ NO_OP: Mapping[str, Any] = MappingProxyType(
         "enable_request_time_stats_logging": False,
         "otlp_traces_endpoint": "localhost:4317",
         # scheduling knobs without a counterpart
-        "enable_mixed_chunk": False,
         "enable_dynamic_chunking": False,
         "enable_prefill_delayer": False,
         "prefill_delayer_max_delay_passes": 30,

@@ -57,11 +57,12 @@ def commit(result: Any, scheduler: Scheduler) -> int:
     if result.input_logprobs is not None:
         host = HostLogprobs(np.asarray(result.input_logprobs), result.top)
         for row in batch.rows:
-            if not row.sequence.request.finished:
+            if row.sequence.epoch == row.epoch:
                 _read_input_logprobs(row, host)
     _complete_input_logprobs(batch)
     for row, sequence in batch.sampled:
         if not sequence.request.finished:
+            sequence.drain()  # a carried row's earlier tokens may still be in its slot
             kept += _accept(sequence, row, int(tokens[0, row]), logprobs, scheduler)
     return kept
 

@@ -2,31 +2,43 @@
 
 Prefill goes first: waiting requests are packed into `extend` steps while slots and pages last, then
 every running sequence decodes one token a step; several steps are scheduled at once while everybody
-has that many tokens to go, and pages for them. A sequence begins behind the longest prefix that is
-cached, and its own prompt can be reused as soon as it is scheduled, even in the same step. When a
-decode step needs more pages than are available, the sequences of the lowest priority, and of those
-the youngest, are retracted: they leave their pages to the prefix cache, keep their tokens, and go
-on later. Results are read up to one step late, so a step may still be in flight for a sequence;
-`schedule` then asks for a drain instead of retracting it.
+has that many tokens to go, and pages for them. But where a running request streams, or a prompt
+takes several whole steps, the running sequences get a token with each extend step: their next one
+rides in it if they are few, else a decode step follows. Where one streams, the extend step is short
+too; and prompts much shorter than a long one share its steps (`Pace`).
+
+A sequence begins behind the longest prefix that is cached, and its own prompt can be reused as soon
+as it is scheduled, even in the same step. When a decode step needs more pages than are available,
+the sequences of the lowest priority, and of those the youngest, are retracted: they leave their
+pages to the prefix cache, keep their tokens, and go on later. Results are read up to one step late,
+so a step may still be in flight for a sequence; `schedule` then asks for a drain instead of
+retracting it.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
-from jaxserve.batch.buckets import Buckets
+from jaxserve.batch.buckets import ALIGNMENT, Buckets
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.request import Request
 from jaxserve.scheduler.admission import Admission
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.prefill import ExtendPlanner
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.slots import Rows, Slots
+
+PASSING = 0.5
+"""The share of a step that shorter prompts may take from one that needs several."""
+PASSING_WINDOW = 8
+"""How many of the queue are looked at for such prompts."""
 
 
 class DrainNeeded(Exception):
@@ -40,13 +52,13 @@ class Scheduler:
     the prompt still to run. running: decoding, in the order of a batch's rows. A sequence whose
     last token is scheduled but not read is in none of them, and stays in `live`. slots: progress of
     everything admitted. steps_per_dispatch: decode steps scheduled at once where possible, at most
-    the page size.
+    the page size. pace: None lets prefill go first, whatever runs.
     """
 
     def __init__(
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
-        policy: Policy | None = None, eviction: str | None = "lru",
+        policy: Policy | None = None, eviction: str | None = "lru", pace: Pace | None = None,
         on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
         """eviction: the prefix cache's policy, None for no prefix cache. on_finish: called with
@@ -68,6 +80,8 @@ class Scheduler:
         self._on_finish = on_finish
         self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
         self._steps = steps_per_dispatch
+        self._pace = pace
+        self._decode_is_next = False
         self._refused: object = None
         self._no_victims: object = None
 
@@ -131,28 +145,76 @@ class Scheduler:
 
         DrainNeeded: pages are short and somebody who could give some has a step in flight.
         """
-        batch = self._schedule_extend()
-        return batch if batch is not None else self._schedule_decode()
+        batch = None
+        if not (self._decode_is_next and self.running):
+            batch = self._schedule_extend()
+        if batch is None:
+            batch = self._schedule_decode()
+            self._decode_is_next = False
+        return batch
 
     def _schedule_extend(self) -> ExtendBatch | None:
         if self.policy.priorities and self.waiting:
             self._preempt()
         if not self.prefilling and not self._may_admit:
             return None
-        max_tokens, max_rows = self._limits
-        planner = ExtendPlanner(self.buckets, max_tokens, max_rows)
-        while self.prefilling and planner.has_room:
-            if self._extend(self.prefilling[0], planner):
-                self.prefilling.popleft()
-        if self._may_admit and planner.has_room:
+        max_tokens, max_prompts = self._limits
+        expectant = self._expectant_rows()
+        pace = self._pace if expectant is not None and expectant.watched else None
+        riders = self._riders(expectant, pace)
+        planner = ExtendPlanner(
+            self.buckets, max_tokens, max_prompts, pace, len(riders.slots) if riders else 0
+        )
+        self._extend_admitted(planner)
+        if self._may_admit and planner.has_room():
             self._extend_waiting(planner)
+        if planner.empty:
+            return None
+        ridden = riders is not None and self._ride(riders, planner)
+        self._decode_is_next = expectant is not None and not ridden
         return planner.batch()
+
+    def _extend_admitted(self, planner: ExtendPlanner) -> None:
+        """Pack what is left of admitted prompts."""
+        while self.prefilling and planner.has_room():
+            first = self.prefilling[0]
+            if self._pace is not None and not planner.fits(first):
+                self._let_pass(first, planner)
+            if not self._extend(first, planner):
+                return
+            self.prefilling.popleft()
+
+    def _let_pass(self, long: Sequence, planner: ExtendPlanner) -> None:
+        """Pack prompts that are much shorter than what is left of `long`, into a part of the step:
+        admitted ones, then waiting ones, which may overtake longer ones but nobody who finds no
+        room."""
+        for sequence in list(islice(self.prefilling, 1, None)):
+            if planner.has_room(PASSING) and self._extend(sequence, planner, PASSING):
+                self.prefilling.remove(sequence)
+        most = min(self._limits[0], (long.total_tokens - long.kv_len) // 2)
+        for sequence in list(islice(self.waiting, PASSING_WINDOW)):
+            if not (self.slots.available and planner.has_room(PASSING)):
+                return
+            if sequence.admitted or self._to_run(sequence, most) > most:
+                continue
+            if not self.admission.admit(sequence):
+                return
+            self.waiting.remove(sequence)
+            if not self._extend(sequence, planner, PASSING):
+                self.prefilling.append(sequence)
+
+    def _to_run(self, sequence: Sequence, enough: int) -> int:
+        """Tokens of a waiting sequence that are not cached; if all are at most `enough`, all."""
+        total = sequence.total_tokens
+        if total <= enough:
+            return total
+        return total - self.admission.cached_pages(sequence) * self.page_size
 
     def _extend_waiting(self, planner: ExtendPlanner) -> None:
         """Admit and pack waiting sequences, up to the first for which there is no room."""
         if self.policy.schedule == "lpm":
             self.waiting.prefer(self.admission.cached_pages)
-        while self.waiting and planner.has_room:
+        while self.waiting and planner.has_room():
             sequence = self.waiting.first()
             if not self.admission.admit(sequence):
                 self._refused = self._circumstances
@@ -161,9 +223,9 @@ class Scheduler:
             if not self._extend(sequence, planner):
                 self.prefilling.append(sequence)
 
-    def _extend(self, sequence: Sequence, planner: ExtendPlanner) -> bool:
+    def _extend(self, sequence: Sequence, planner: ExtendPlanner, share: float = 1.0) -> bool:
         """Pack what fits of an admitted sequence; whether that completes it."""
-        planner.add(sequence)
+        planner.add(sequence, share)
         self.admission.publish(sequence)
         if not planner.completes(sequence):
             return False
@@ -172,34 +234,75 @@ class Scheduler:
         return True
 
     def _schedule_decode(self) -> Batch | None:
-        rows, progress = self.rows, self.slots
-        # whoever waits now finds no slot or page: all others are admitted and prefilled already
         steps = self._steps
-        left = rows.limit - progress.scheduled.take(rows.slots)
-        if left.min(initial=steps) < steps:
-            complete = left <= 0
-            for row in np.flatnonzero(complete).tolist():
-                self._leave(rows.sequences[row])
-            steps = steps if (left[~complete] >= steps).all() else 1
-        new_pages: list[tuple[int, int]] = []
-        starved = self._grow(new_pages, steps)
-        if starved and steps > 1:
-            self._shrink(new_pages)
+        if steps > 1 and (self.prefilling or self._may_admit):
             steps = 1
-            starved = self._grow(new_pages, steps)
+        least = self._drop_complete()
+        steps = steps if least >= steps else 1
+        rows, new_pages = self.rows, []
+        starved = self._grow(rows, new_pages, steps)
+        if starved and steps > 1:
+            self._shrink(rows, new_pages)
+            steps = 1
+            starved = self._grow(rows, new_pages, steps)
         while starved:
+            self._shrink(rows, new_pages)
             if self.slots.in_flight:
-                self._shrink(new_pages)
                 raise DrainNeeded
-            self._shrink(new_pages)
-            self.retract(max(self.running, key=lambda s: s.order))
-            starved = self._grow(new_pages, steps)
+            self.retract(max((*self.running, *self.prefilling), key=lambda s: s.order))
+            rows = self.rows
+            starved = self._grow(rows, new_pages, steps)
         if not self.running:
             return self._schedule_extend()
-        rows = self.rows
-        progress.advance(rows.slots, steps)
+        self.slots.advance(rows.slots, steps)
         bucket = self.buckets.decode_rows(len(rows.slots))
         return DecodeBatch(rows, bucket, tuple(new_pages), steps)
+
+    def _drop_complete(self) -> int:
+        """Take those out of `running` whose last token is scheduled. How many tokens at least, up
+        to a dispatch's, the others have to go."""
+        rows = self.rows
+        left = rows.limit - self.slots.scheduled.take(rows.slots)
+        least = left.min(initial=self._steps)
+        if least > 0:
+            return least
+        complete = left <= 0
+        for row in np.flatnonzero(complete).tolist():
+            self._leave(rows.sequences[row])
+        return left[~complete].min(initial=self._steps)
+
+    # -- running sequences while prompts come in --------------------------------------------------
+
+    def _expectant_rows(self) -> Rows | None:
+        """The running sequences, if they are to get a token with this extend step: when one of them
+        streams, or a prompt goes on for longer than this step. None: prefill goes first."""
+        if self._pace is None or not self.running:
+            return None
+        self._drop_complete()
+        long = False
+        if self.prefilling:
+            first = self.prefilling[0]
+            long = first.total_tokens - first.kv_len > self._limits[0]
+        return self.rows if self.running and (long or self.rows.watched) else None
+
+    def _riders(self, rows: Rows | None, pace: Pace | None) -> Rows | None:
+        """`rows`, if an extend step limited by `pace` has room for all of them beside prompts."""
+        if rows is None or self._pace is None or len(rows.slots) > self._pace.riders:
+            return None
+        tokens = min(self._limits[0], pace.work if pace is not None else self._limits[0])
+        few = 2 * len(rows.slots) * ALIGNMENT <= tokens
+        few = few and len(rows.slots) < self.buckets.max_extend_rows
+        return rows if few and self.slots.kv_len[rows.slots].max() <= self._pace.reach else None
+
+    def _ride(self, rows: Rows, planner: ExtendPlanner) -> bool:
+        """Pack the next token of `rows`; False, if pages are short, changes nothing."""
+        new_pages: list[tuple[int, int]] = []
+        if self._grow(rows, new_pages, 1):
+            self._shrink(rows, new_pages)
+            return False
+        planner.ride(rows)
+        self.slots.advance(rows.slots, 1)
+        return True
 
     @property
     def rows(self) -> Rows:
@@ -219,25 +322,23 @@ class Scheduler:
 
     # -- pages ------------------------------------------------------------------------------------
 
-    def _grow(self, new_pages: list[tuple[int, int]], steps: int) -> bool:
-        """Give a page to each running sequence whose last one has no room for `steps` tokens, in
-        row order. True when pages ran out on the way."""
-        slots, sequences = self.rows.slots, self.rows.sequences
-        full = self.slots.kv_len.take(slots) + steps > self.slots.capacity.take(slots)
+    def _grow(self, rows: Rows, new_pages: list[tuple[int, int]], steps: int) -> bool:
+        """Give a page to each of `rows` whose last one has no room for `steps` tokens, in their
+        order. True when pages ran out on the way."""
+        full = self.slots.kv_len.take(rows.slots) + steps > self.slots.capacity.take(rows.slots)
         for row in np.flatnonzero(full).tolist():
             if not self.pages.available:
                 return True
             page = self.pages.allocate(1)
-            self.admission.hold(sequences[row], page)
+            self.admission.hold(rows.sequences[row], page)
             new_pages.append((row, page[0]))
         return False
 
-    def _shrink(self, new_pages: list[tuple[int, int]]) -> None:
-        """Take back what `_grow` gave: rows are about to change."""
-        sequences = self.rows.sequences
+    def _shrink(self, rows: Rows, new_pages: list[tuple[int, int]]) -> None:
+        """Take back what `_grow` gave."""
         for row, page in new_pages:
-            sequences[row].pages.pop()
-            self.admission.hold(sequences[row], [])
+            rows.sequences[row].pages.pop()
+            self.admission.hold(rows.sequences[row], [])
             self.pages.release([page])
         new_pages.clear()
 

@@ -42,6 +42,12 @@ class Sequence:
         return self.slot >= 0
 
     @property
+    def epoch(self) -> int:
+        """The slot's, which has been another before this sequence was admitted and is another once
+        it is released; -1 outside."""
+        return int(self.slots.epoch[self.slot]) if self.admitted else -1
+
+    @property
     def kv_len(self) -> int:
         """Tokens whose keys and values are scheduled to be in the pages."""
         return int(self.slots.kv_len[self.slot]) if self.admitted else 0

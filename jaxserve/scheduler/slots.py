@@ -22,7 +22,8 @@ class Rows:
     """The running sequences in the order of a batch's rows, and what of them stays the same from
     step to step: made anew when one comes or goes.
 
-    slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots.
+    slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots. watched: one of them
+    streams.
     """
 
     sequences: tuple[Sequence, ...]
@@ -33,6 +34,7 @@ class Rows:
     simple: np.ndarray
     all_simple: bool
     wants_logprobs: bool
+    watched: bool
 
 
 class Slots:
@@ -116,6 +118,7 @@ class Slots:
             simple=simple,
             all_simple=bool(simple.all()),
             wants_logprobs=any(s.request.logprobs is not None for s in sequences),
+            watched=any(s.request.stream_interval for s in sequences),
         )
 
     def advance(self, slots: np.ndarray, steps: int) -> None:
