@@ -9,11 +9,13 @@ from jaxserve.scheduler.sequence import Sequence
 
 class ExtendPlanner:
     """Fills one ExtendBatch. Rows are packed in the order they are added, each sequence starting
-    at an aligned row; a sequence that does not fit is cut, and goes on in a later step."""
+    at an aligned row; a sequence that does not fit is cut, at a multiple of `alignment` tokens, and
+    goes on in a later step."""
 
-    def __init__(self, buckets: Buckets, max_tokens: int, max_rows: int | None):
+    def __init__(self, buckets: Buckets, max_tokens: int, max_rows: int | None, alignment: int = 1):
         self._buckets = buckets
         self._max_tokens = padded_length(max_tokens)
+        self._alignment = alignment
         most = buckets.max_extend_rows
         self._max_rows = most if max_rows is None else min(most, max_rows)
         self._rows: list[ExtendRow] = []
@@ -27,13 +29,14 @@ class ExtendPlanner:
 
     @property
     def has_room(self) -> bool:
-        """A further sequence can run at least one token."""
-        return self.has_row and self._packed < self._max_tokens
+        """A further sequence can run at least the tokens up to where it may be cut."""
+        return self.has_row and self._max_tokens - self._packed >= self._alignment
 
     def add(self, sequence: Sequence) -> None:
         """Pack as many of the sequence's unscheduled tokens as fit, and count them as scheduled."""
         start = sequence.kv_len
-        stop = min(sequence.total_tokens, start + self._max_tokens - self._packed)
+        stop = start + self._max_tokens - self._packed
+        stop = min(sequence.total_tokens, stop - stop % self._alignment)
         samples = stop == sequence.total_tokens
         fresh = start == sequence.reused
         self._rows.append(ExtendRow(sequence, start, stop, self._packed, samples, fresh))
