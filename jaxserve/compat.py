@@ -57,6 +57,9 @@ def compiler_options(platform: str, deterministic: bool = False) -> dict[str, st
     all this does not fit the device, and recomputes small things over and over to save memory
     (jax 0.11.2: angles and page tables in each layer, and seconds of compile time). The limit that
     it compares with, in per cent of the device's memory, is therefore raised.
+
+    deterministic: no kernels whose result depends on timing, for scatters and products (all
+    versions: 0.10.2 to 0.12). Algorithms are still chosen by timing them.
     """
     if platform == "cpu":
         return {}

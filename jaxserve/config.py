@@ -113,11 +113,13 @@ class EngineConfig:
         if tokens == -1:
             tokens = step_tokens
         tokens = min(tokens, -(-context // 8) * 8 * rows)
-        buckets, alignment = Buckets.make(rows, tokens, decode), 1
+        alignment = 1
         if fixed:
             alignment = math.lcm(FIXED_TILE, page_size)
             tokens, step_tokens = (-(-n // alignment) * alignment for n in (tokens, step_tokens))
             buckets = Buckets((rows,), (tokens,))
+        else:
+            buckets = Buckets.make(rows, tokens, decode)
         default_steps = steps_per_dispatch(weight_bytes) if gpu and not fixed else 1
         steps = args.num_continuous_decode_steps or default_steps
         policy = Policy(

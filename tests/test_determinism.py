@@ -12,7 +12,11 @@ import threading
 import pytest
 
 import jaxserve
+from jaxserve.batch.buckets import Buckets
+from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
+from jaxserve.models.config import ModelConfig
+from tests.checkpoints import make_config
 from tests.kernels.support import ON_GPU
 
 PREFIXES = (1, 511, 2048, 4097)
@@ -277,13 +281,36 @@ def test_one_program_of_each_kind(tight):
     assert info["num_continuous_decode_steps"] == 1
 
 
-def test_the_mode_is_what_does_it(case):
+def test_the_mode_is_what_does_it(tiny_models):
     """The control: without it, other programs run in other company."""
+    folder = tiny_models("llama", max_position_embeddings=8192, **MODELS["llama"])
     prompts, sampling = [text(20 + i, 10 + i) for i in range(12)], [params(0, 40)] * 12
     mode = {"enable_deterministic_inference": False, "cuda_graph_bs": [1], "precompile": False}
-    with jaxserve.Engine(**{**case, **mode, **TIGHT}) as engine:
+    with jaxserve.Engine(model_path=folder, **{**OPTIONS, **mode, **TIGHT}) as engine:
         apart = [ask(engine, [p], [s])[0] for p, s in zip(prompts, sampling, strict=True)]
         assert ask(engine, prompts, sampling) != apart
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_sizes(platform):
+    """One bucket of each kind; chunks are cut where tiles end, and a step has room for one."""
+    facts = {"num_hidden_layers": 2, "max_position_embeddings": 8192}
+    model = ModelConfig.from_hf(make_config("llama", **facts))
+    for options, (rows, tokens, alignment) in (
+        ({}, (64, 1024, 128) if platform == "gpu" else (32, 256, 128)),
+        ({"max_running_requests": 5, "chunked_prefill_size": 300}, (5, 384, 128)),
+        ({"chunked_prefill_size": 8, "max_prefill_tokens": 8, "max_running_requests": 1},
+         (1, 128, 128)),
+        ({"page_size": 24, "chunked_prefill_size": -1, "max_running_requests": 9},
+         (9, 16512, 384)),
+        ({"context_length": 40, "max_running_requests": 1}, (1, 128, 128)),
+    ):  # fmt: skip
+        args = jaxserve.ServerArgs("m", enable_deterministic_inference=True, **options)
+        config = EngineConfig.resolve(args, model, platform, 1 << 20)
+        assert config.buckets == Buckets((rows,), (tokens,))
+        assert (config.max_rows, config.chunk_alignment) == (rows, alignment)
+        assert (config.steps_per_dispatch, config.deterministic) == (1, True)
+        assert config.max_prefill_tokens >= alignment and alignment % config.page_size == 0
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,20 @@ def test_float32_lowers_for_cuda_in_triton_only():
         compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
 
 
+@pytest.mark.parametrize("name", ["triton", "mosaic_sm90"])
+@pytest.mark.parametrize("model", MODELS)
+def test_fixed_tiles_lower_for_cuda(name, model):
+    heads, kv_heads, head_dim, page_size = MODELS[model]
+    pages, row = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16), ((16,), jnp.int32)
+    shapes = compat.shape_list(
+        [((1024, heads, head_dim), jnp.bfloat16), pages, pages, ((16, 128), jnp.int32), row, row,
+         row]
+    )  # fmt: skip
+    run = implementation("paged_prefill", name, interpret=False)
+    run = functools.partial(run, scale=0.1, window=1024, fixed_tiles=True)
+    assert "custom_call" in compat.lower_for_cuda(run, *shapes)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_cap_and_fp8_lower_for_cuda(model):
     heads, kv_heads, head_dim, page_size = MODELS[model]

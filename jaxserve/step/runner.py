@@ -155,10 +155,14 @@ class Runner:
             config.attention, config.other_kernels, self.num_pages, config.platform,
             fixed_tiles=config.deterministic,
         )  # fmt: skip
+        sampler = Sampler(
+            config.max_top_logprobs, config.raw_logprobs, config.other_kernels,
+            fixed_split=config.deterministic,
+        )  # fmt: skip
         return step.StepModel(
             bind=self._bind,
             ops=ops,
-            sampler=Sampler(config.max_top_logprobs, config.raw_logprobs, config.other_kernels),
+            sampler=sampler,
             page_size=config.page_size,
         )
 
