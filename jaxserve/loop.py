@@ -56,6 +56,8 @@ class EngineLoop:
             max_prefill_rows=config.max_prefill_rows,
             policy=config.policy,
             eviction=config.radix_eviction,
+            chunk_alignment=config.chunk_alignment,
+            replays=config.deterministic,
             steps_per_dispatch=config.steps_per_dispatch,
             pace=config.pace,
             on_finish=self._stats.ended,

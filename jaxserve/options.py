@@ -227,6 +227,9 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             8,
             optional=True,
         ),
+        "enable_deterministic_inference": Option(
+            "flag", "bitwise the same result whatever else runs, ran or is cached; slower"
+        ),
         "page_size": Option(
             "integer", "KV tokens per page; None: 64 on GPU, 16 on CPU", 1, optional=True
         ),

@@ -21,6 +21,7 @@ from pallas_kernels.paged_decode.api import OPERATION as _PAGED_DECODE
 from pallas_kernels.paged_decode.api import paged_decode
 from pallas_kernels.paged_prefill.api import OPERATION as _PAGED_PREFILL
 from pallas_kernels.paged_prefill.api import paged_prefill
+from pallas_kernels.paged_prefill.plan import FIXED_TILE
 from pallas_kernels.registry import Operation
 from pallas_kernels.rope_kv_write.api import OPERATION as _ROPE_KV_WRITE
 from pallas_kernels.rope_kv_write.api import rope_kv_write
@@ -28,6 +29,7 @@ from pallas_kernels.sample.api import OPERATION as _SAMPLE
 from pallas_kernels.sample.api import RowParams, Samples, SlotLists, sample
 
 __all__ = [
+    "FIXED_TILE",
     "Device",
     "RowParams",
     "Samples",

@@ -63,8 +63,10 @@ class Machine:
             max_rows=rows, max_prefill_tokens=tokens, steps_per_dispatch=steps,
             **options,
         )  # fmt: skip
-        self.scheduler.slots.__init__(rows, pending=16)  # so that outputs outgrow it
+        # so that outputs outgrow it
+        self.scheduler.slots.__init__(rows, pending=16, replays=options.get("replays", False))
         self.depth = depth
+        self.alignment = options.get("chunk_alignment", 1)
         self.in_flight: deque[Result] = deque()
 
     def step(self):
@@ -74,11 +76,24 @@ class Machine:
             batch = None
         if batch is not None:
             assert len(batch.sequences) <= batch.row_bucket
+            self.check_cuts(batch)
             self.in_flight.append(Result(batch, self.device.run(batch)))
         if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
             commit(self.in_flight.popleft(), self.scheduler)
         self.check()
         return batch
+
+    def check_cuts(self, batch):
+        """Chunks are cut at multiples of the alignment; what is to be decoded again runs in no
+        chunk."""
+        if not isinstance(batch, ExtendBatch):
+            return
+        for row in batch.rows:
+            end = row.sequence.prompt_len if self.scheduler.slots.replays else 1 << 30
+            assert row.stop <= end
+            if row.leader < 0:
+                assert row.start % self.alignment == 0
+                assert row.stop % self.alignment == 0 or row.samples
 
     def check(self):
         """Every page is free or cached, or held as often as its count says; slots are held once."""
@@ -147,14 +162,20 @@ PACES = [
     eviction=st.sampled_from([None, "lru", "lru", "lfu"]),
     policy=st.sampled_from(POLICIES),
     pace=st.sampled_from(PACES),
+    replays=st.booleans(),
+    aligned_pages=st.sampled_from([0, 0, 1, 2]),
 )
 def test_random_traffic_reads_its_own_tokens(
-    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, pace
-):
+    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, pace, replays,
+    aligned_pages,
+):  # fmt: skip
     random_ = random.Random(seed)
+    alignment = aligned_pages * page_size or 1
     machine = Machine(
-        pages, page_size, rows, tokens, depth, steps, eviction=eviction, policy=policy, pace=pace
-    )
+        pages, page_size, rows, max(tokens, alignment), depth, steps, eviction=eviction,
+        policy=policy, pace=None if replays or aligned_pages else pace, chunk_alignment=alignment,
+        replays=replays,
+    )  # fmt: skip
     requests, aborted = [], set()
     capacity = pages * page_size
     for number in range(random_.randint(1, 12)):
@@ -202,6 +223,7 @@ def test_random_traffic_reads_its_own_tokens(
         assert request.stream_interval or len(updates) == 1
         assert request.cached_tokens <= len(request.prompt_ids) - 1
         assert request.cached_tokens % page_size == 0
+        assert request.group or request.cached_tokens % alignment == 0
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -268,6 +290,40 @@ def test_tokens_after_an_end_inside_a_dispatch_are_dropped(interval):
         expected = len(request.output_ids) if interval else 1
         assert len(request.mailbox.updates) == expected
     assert machine.scheduler.pages.available == 40
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("interval", [0, 1])
+def test_what_is_retracted_may_have_to_decode_again(depth, interval):
+    """Extend steps then run prompts only; callers hear of each token once."""
+    machine = Machine(
+        pages=14, page_size=8, rows=4, tokens=64, depth=depth, replays=True, chunk_alignment=16
+    )
+    requests = [
+        make_request(f"r{i}", [100 * i + j for j in range(20)], 60, interval=interval)
+        for i in range(3)
+    ]
+    for request in requests:
+        machine.scheduler.add(request)
+    machine.run_dry()
+    retracted = sum(request.num_retractions for request in requests)
+    assert retracted > 0
+    # 16 of the 20 are cached, until somebody needs their pages
+    assert 4 * retracted <= machine.device.tokens_run - 3 * 20 < 20 * retracted
+    assert machine.scheduler.pages.cached <= 3 * 2  # pages: of prompts only
+    for request in requests:
+        assert request.output_ids == expected_tokens(request)
+        told = [token for update in request.mailbox.updates for token in update.new_ids]
+        assert told == request.output_ids
+
+
+def test_who_has_decoded_much_comes_back_when_there_is_room_for_that():
+    machine = Machine(pages=14, page_size=8, rows=4, tokens=64, depth=0, replays=True)
+    first, second = (make_request(f"r{i}", [i], 80) for i in range(2))
+    for request in (first, second):
+        machine.scheduler.add(request)
+    machine.run_dry()
+    assert (first.num_retractions, second.num_retractions) == (0, 1)
 
 
 def test_samples_of_a_prompt_prefill_once():

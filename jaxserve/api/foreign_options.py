@@ -267,7 +267,6 @@ UNSUPPORTED: Mapping[str, Any] = MappingProxyType(
         "enable_custom_logit_processor": False,
         "enable_return_hidden_states": False,
         "enable_return_routed_experts": False,
-        "enable_deterministic_inference": False,
         "rl_on_policy_target": None,
         "enable_nsa_prefill_context_parallel": False,
         "nsa_prefill_cp_mode": "round-robin-split",

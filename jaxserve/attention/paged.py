@@ -44,13 +44,14 @@ class PagedOps:
     """`models.ops.Ops` of the engine.
 
     attention, others: names of the implementations of attention and of everything else, None for
-    the device's default order. num_pages P: of one layer.
+    the device's default order. num_pages P: of one layer. fixed_tiles: see `paged_prefill`.
     """
 
     attention: str | None
     others: str | None
     num_pages: int
     platform: str
+    fixed_tiles: bool = False
 
     def linear_in(
         self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float, **options: Any
@@ -115,6 +116,7 @@ class PagedOps:
             )
         else:
             out = paged_prefill(
-                q, k, v, meta.page_table, meta.q_starts, meta.q_lens, meta.prefix_lens, **options
-            )
+                q, k, v, meta.page_table, meta.q_starts, meta.q_lens, meta.prefix_lens,
+                fixed_tiles=self.fixed_tiles, **options,
+            )  # fmt: skip
         return out.reshape(qkv.shape[0], -1), Cache(k, v, locks)

@@ -104,7 +104,10 @@ def _accept(
     sequence: Sequence, row: int, token: int, logprobs: HostLogprobs | None, scheduler: Scheduler
 ) -> int:
     """Append row `row`'s token to its request; 1 if it was kept."""
-    request = sequence.request
+    request, progress = sequence.request, scheduler.slots
+    if progress.replays and progress.produced[sequence.slot] < len(request.output_ids):
+        progress.produced[sequence.slot] += 1  # decoded before it was retracted, and handed out
+        return 1
     if logprobs is not None and request.logprobs is not None:
         logprobs.add(row, request, request.pending_logprobs)
     if request.first_token_time is None:
@@ -114,7 +117,7 @@ def _accept(
         finish(request, {"type": "length", "length": 0}, scheduler)
         return 0
     request.output_ids.append(token)
-    scheduler.slots.produced[sequence.slot] += 1
+    progress.produced[sequence.slot] += 1
     try:
         reason = finish_reason(request, token)
     except Exception as error:  # of the tokenizer or a pattern: they are this request's alone

@@ -15,15 +15,18 @@ class Admission:
 
     conservativeness: pages that are left free for each admitted sequence to grow into when another
     one comes (fewer where it may not generate as much). Nothing is reserved for the rest of an
-    output: retraction is cheap, and most end early.
+    output: retraction is cheap, and most end early. alignment: cached prefixes end at multiples of
+    it, a multiple of the page size, or 1 for any page.
     """
 
     def __init__(
-        self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0
-    ):
+        self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0,
+        alignment: int = 1,
+    ):  # fmt: skip
         self._pages = pages
         self._slots = slots
         self._page_size = page_size
+        self._unit = max(page_size, alignment)
         self._margin = math.ceil(conservativeness * page_size)
 
     @property
@@ -34,8 +37,7 @@ class Admission:
 
     def cached_pages(self, sequence: Sequence) -> int:
         """How long its cached prefix is."""
-        tokens = sequence.token_bytes(sequence.reusable)
-        return self._pages.tree.length(sequence.request.cache_salt, tokens)
+        return self._pages.tree.length(sequence.request.cache_salt, self._known(sequence))
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether `admit` would succeed."""
@@ -81,7 +83,7 @@ class Admission:
     def publish(self, sequence: Sequence) -> None:
         """Let others begin with the full pages of `sequence` that are scheduled."""
         if self._pages.enabled:
-            full = sequence.kv_len - sequence.kv_len % self._page_size
+            full = sequence.kv_len - sequence.kv_len % self._unit
             self._pages.publish(sequence.lease, sequence.token_bytes(full), sequence.pages)
 
     def hold(self, sequence: Sequence, pages: list[int]) -> None:
@@ -91,13 +93,14 @@ class Admission:
 
     def release(self, sequence: Sequence) -> None:
         """Give back slot and pages. Full pages of tokens that have been read stay cached, except
-        for the last output's: the step that computes its KV may not have run."""
+        for the last output's: the step that computes its KV may not have run. (None of the outputs,
+        where they are to be decoded again.)"""
         sequence.drain()
         tokens = b""
         if self._pages.enabled:
-            outputs = len(sequence.request.output_ids)
+            outputs = self._slots.kept(sequence.request)
             known = min(sequence.kv_len, sequence.prompt_len + max(outputs - 1, 0))
-            tokens = sequence.token_bytes(known - known % self._page_size)
+            tokens = sequence.token_bytes(known - known % self._unit)
         self._pages.end(sequence.lease, sequence.pages, tokens)
         self._slots.release(sequence.slot)
         sequence.lease = Lease()
@@ -110,16 +113,28 @@ class Admission:
 
     def _find_room(self, sequence: Sequence) -> tuple[Lease, list[int], int] | None:
         """The cached prefix of `sequence`, leased, its pages, and how many it needs beside them;
-        None if that is too much."""
+        None if that is too much, or will be when it has decoded again what it has."""
         if not self._slots.available:
             return None
-        known = sequence.token_bytes(sequence.reusable) if self._pages.enabled else b""
-        lease, shared = self._pages.lease(sequence.request.cache_salt, known)
+        request = sequence.request
+        lease, shared = self._pages.lease(request.cache_salt, self._known(sequence))
         own = -(-sequence.total_tokens // self._page_size) - len(shared)
-        if own + self._reserve() > self._pages.available:
+        again = sequence.prompt_len + len(request.output_ids)
+        needed = -(-again // self._page_size) - len(shared)
+        if needed + self._reserve() > self._pages.available:
             self._pages.end(lease, shared)
             return None
         return lease, shared, own
+
+    def _known(self, sequence: Sequence) -> bytes:
+        """The tokens of `sequence` to look for in the cache."""
+        if not self._pages.enabled:
+            return b""
+        tokens = sequence.token_bytes(sequence.reusable)
+        if self._unit == self._page_size:
+            return tokens
+        cached = self._pages.tree.length(sequence.request.cache_salt, tokens) * self._page_size
+        return tokens[: 4 * (cached - cached % self._unit)]
 
     def _take_slot(self, sequence: Sequence, cached: int) -> None:
         """cached: leading tokens that need not run."""

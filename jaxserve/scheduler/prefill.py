@@ -13,14 +13,15 @@ from jaxserve.scheduler.slots import Rows
 
 class ExtendPlanner:
     """Fills one ExtendBatch. Rows are packed in the order they are added, each sequence starting
-    at an aligned row; a sequence that does not fit is cut, and goes on in a later step.
+    at an aligned row; a sequence that does not fit is cut, at a multiple of `alignment` tokens, and
+    goes on in a later step.
 
     max_tokens: packed, of the step. max_prompts: sequences with tokens to run. pace: where given,
     the step is also limited to its work. riders: running sequences for which room is kept.
     """
 
     def __init__(
-        self, buckets: Buckets, max_tokens: int, max_prompts: int | None,
+        self, buckets: Buckets, max_tokens: int, max_prompts: int | None, alignment: int = 1,
         pace: Pace | None = None, riders: int = 0,
     ):  # fmt: skip
         self._buckets = buckets
@@ -29,6 +30,7 @@ class ExtendPlanner:
         most = buckets.max_extend_rows - riders
         self._max_rows = most if max_prompts is None else min(most, max_prompts)
         self._max_tokens = padded_length(max_tokens)
+        self._alignment = alignment
         self._max_work = math.inf
         if pace is not None:
             self._max_tokens = min(self._max_tokens, padded_length(pace.work))
@@ -46,10 +48,10 @@ class ExtendPlanner:
         return len(self._rows) + len(self._forks) < self._max_rows
 
     def has_room(self, share: float = 1.0) -> bool:
-        """A further sequence can run some tokens within `share` of the step; a share that is not
-        all leaves a row to others."""
+        """A further sequence can run some tokens, at least up to where it may be cut, within
+        `share` of the step; a share that is not all leaves a row to others."""
         rows = len(self._rows) + len(self._forks) + (share < 1)
-        tokens = self._packed + ALIGNMENT <= share * self._max_tokens
+        tokens = self._packed + max(ALIGNMENT, self._alignment) <= share * self._max_tokens
         return not self._full and rows < self._max_rows and tokens and self._spare_work(share) > 0
 
     def fits(self, sequence: Sequence, share: float = 1.0) -> bool:
@@ -65,7 +67,8 @@ class ExtendPlanner:
         start, total = sequence.kv_len, sequence.total_tokens
         count = total - start
         if not self.fits(sequence, share):
-            count = min(count, self._most(start, share))
+            stop = start + min(count, self._most(start, share))
+            count = stop - stop % self._alignment - start
         self._full = start + count < total and share == 1
         stop = start + count
         self._rows.append(

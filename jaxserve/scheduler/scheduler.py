@@ -59,10 +59,14 @@ class Scheduler:
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
         policy: Policy | None = None, eviction: str | None = "lru", pace: Pace | None = None,
+        chunk_alignment: int = 1, replays: bool = False,
         on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
-        """eviction: the prefix cache's policy, None for no prefix cache. on_finish: called with
-        each request that has left, its outputs complete."""
+        """eviction: the prefix cache's policy, None for no prefix cache. chunk_alignment: chunks of
+        a prompt and its cached prefix end at multiples of it, but for the prompt's end. replays: a
+        retracted sequence decodes its outputs again, and only prompts are cached, because what an
+        extend step computes for an output is not bitwise what a decode step does. on_finish: called
+        with each request that has left, its outputs complete."""
         self.policy = policy or Policy()
         self.pages = PrefixCache(pages, page_size, eviction)
         self.page_size = page_size
@@ -71,14 +75,15 @@ class Scheduler:
         self.prefilling: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}
         self.live: dict[Request, Sequence] = {}
-        self.slots = Slots(max_rows)
+        self.slots = Slots(max_rows, replays=replays)
         self.admission = Admission(
-            self.pages, self.slots, page_size, self.policy.conservativeness
-        )  # fmt: skip
+            self.pages, self.slots, page_size, self.policy.conservativeness, chunk_alignment
+        )
         self._rows: Rows | None = None
         self._arrivals = 0
         self._on_finish = on_finish
-        self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
+        most = min(max_prefill_tokens, buckets.max_tokens)
+        self._limits = (most, max_prefill_rows, chunk_alignment)
         self._steps = steps_per_dispatch
         self._pace = pace
         self._decode_is_next = False
@@ -158,12 +163,11 @@ class Scheduler:
             self._preempt()
         if not self.prefilling and not self._may_admit:
             return None
-        max_tokens, max_prompts = self._limits
         expectant = self._expectant_rows()
         pace = self._pace if expectant is not None and expectant.watched else None
         riders = self._riders(expectant, pace)
         planner = ExtendPlanner(
-            self.buckets, max_tokens, max_prompts, pace, len(riders.slots) if riders else 0
+            self.buckets, *self._limits, pace, len(riders.slots) if riders else 0
         )
         self._extend_admitted(planner)
         if self._may_admit and planner.has_room():

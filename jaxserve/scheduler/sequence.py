@@ -69,8 +69,9 @@ class Sequence:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens known to the host: the prompt and the committed outputs."""
-        outputs = self.slots.produced[self.slot] if self.admitted else len(self.request.output_ids)
+        """The prompt and the outputs read since it was admitted, or with which it will be."""
+        slots = self.slots
+        outputs = slots.produced[self.slot] if self.admitted else slots.kept(self.request)
         return len(self.request.prompt_ids) + int(outputs)
 
     @property

@@ -47,8 +47,11 @@ class Slots:
     of a token before the end.
     """
 
-    def __init__(self, count: int, pending: int = 1024):
-        """pending: outputs that a slot keeps before they move into its request's list."""
+    def __init__(self, count: int, pending: int = 1024, replays: bool = False):
+        """pending: outputs that a slot keeps before they move into its request's list. replays: a
+        request that comes back decodes the outputs again that it has already; until they are
+        passed, `produced` is less than their number."""
+        self.replays = replays
         self.kv_len = np.zeros(count, np.int32)
         self.capacity = np.zeros(count, np.int32)
         self.scheduled = np.zeros(count, np.int32)
@@ -80,11 +83,15 @@ class Slots:
         missing = np.maximum(self.kv_len + ahead - self.capacity, 0)
         return int((-(-missing // page_size)).sum())
 
+    def kept(self, request: Request) -> int:
+        """Outputs that a waiting request need not decode any more."""
+        return 0 if self.replays else len(request.output_ids)
+
     def take(self, request: Request) -> int:
         """A free slot for `request`, which has cached nothing yet."""
         slot = self._free.pop()
         self.kv_len[slot] = self.capacity[slot] = 0
-        self.scheduled[slot] = self.produced[slot] = len(request.output_ids)
+        self.scheduled[slot] = self.produced[slot] = self.kept(request)
         self.limit[slot] = max(request.max_new_tokens, 1)
         stops = sorted(request.stop_ids)
         self.simple[slot] = (
@@ -143,7 +150,7 @@ class Slots:
         return ended
 
     def drain(self, slot: int, known: int) -> list[int]:
-        """The outputs from number `known` on."""
-        count = int(self.produced[slot]) - known
+        """The outputs from number `known` on; none while those before are decoded again."""
+        count = max(int(self.produced[slot]) - known, 0)
         start = known % self._pending.shape[1]
         return self._pending[slot, start : start + count].tolist()

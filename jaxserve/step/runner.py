@@ -148,7 +148,7 @@ class Runner:
             facts = (self.config, self.model_config)
             stored = StoredPrograms(self.config.program_folder, self._device, facts)
             stored.prune()
-        return Programs(self._program, self._device, stored)
+        return Programs(self._program, self._device, stored, self.config.deterministic)
 
     def _layout(self, tokens: int) -> ExtendLayout:
         rows = self.config.buckets.extend_rows(tokens)
@@ -157,10 +157,18 @@ class Runner:
     def _model(self) -> step.StepModel:
         """The model over a cache of the present size."""
         config = self.config
+        ops = PagedOps(
+            config.attention, config.other_kernels, self.num_pages, config.platform,
+            fixed_tiles=config.deterministic,
+        )  # fmt: skip
+        sampler = Sampler(
+            config.max_top_logprobs, config.raw_logprobs, config.other_kernels,
+            fixed_split=config.deterministic,
+        )  # fmt: skip
         return step.StepModel(
             bind=self._bind,
-            ops=PagedOps(config.attention, config.other_kernels, self.num_pages, config.platform),
-            sampler=Sampler(config.max_top_logprobs, config.raw_logprobs, config.other_kernels),
+            ops=ops,
+            sampler=sampler,
             page_size=config.page_size,
         )
 
