@@ -1,18 +1,14 @@
 """What runs next: admission, packing of prefill chunks, decode growth, retraction. No jax.
 
 Prefill goes first: waiting requests are packed into `extend` steps while slots and pages last, then
-every running sequence decodes one token a step; several steps are scheduled at once while everybody
-has that many tokens to go, and pages for them. But where a running request streams, or a prompt
-takes several whole steps, the running sequences get a token with each extend step: their next one
-rides in it if they are few, else a decode step follows. Where one streams, the extend step is short
-too; and prompts much shorter than a long one share its steps (`Pace`).
-
-A sequence begins behind the longest prefix that is cached, and its own prompt can be reused as soon
+every running sequence decodes a token a step, or several. But where a running request streams, or a
+prompt takes several whole steps, running sequences get a token with each extend step: it rides in
+it if they are few, else a decode step follows; and where one streams, extend steps are short
+(`Pace`). A sequence begins behind the longest cached prefix; its own prompt can be reused as soon
 as it is scheduled, even in the same step. When a decode step needs more pages than are available,
 the sequences of the lowest priority, and of those the youngest, are retracted: they leave their
 pages to the prefix cache, keep their tokens, and go on later. Results are read up to one step late,
-so a step may still be in flight for a sequence; `schedule` then asks for a drain instead of
-retracting it.
+so a step may be in flight for a sequence; `schedule` then asks for a drain instead.
 """
 
 from __future__ import annotations
