@@ -357,8 +357,10 @@ def test_recovery_recomputes_everything_admitted():
         machine.scheduler.add(request)
     for _ in range(5):
         machine.step()
+    assert machine.scheduler.slots.in_flight
     machine.in_flight.clear()
     machine.scheduler.retract_all()
+    assert not machine.scheduler.slots.in_flight  # or a pool that runs short would drain for ever
     machine.device = PagedDevice(8)
     machine.run_dry()
     assert all(r.output_ids == expected_tokens(r) for r in requests)

@@ -66,6 +66,8 @@ class Slots:
     def reset(self) -> None:
         """All slots are free, whoever has them."""
         self.epoch += 1
+        for counts in (self.kv_len, self.capacity, self.limit, self.scheduled, self.produced):
+            counts[:] = 0
         self._free = list(range(len(self.epoch) - 1, -1, -1))
 
     @property

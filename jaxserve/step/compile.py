@@ -54,7 +54,10 @@ class Programs:
         self._engine_thread = threading.get_ident()
 
     def close(self) -> None:
+        """Let go of the executables, whoever still holds this object (an exception's traceback,
+        say): each takes memory and, on a CPU, some 250 of a process's 65,530 mappings."""
         self._stop_listening()
+        self._compiled.clear()
 
     def __call__(self, key: ProgramKey, *args: Any) -> Any:
         """Run the program on arrays of its exact shapes."""
