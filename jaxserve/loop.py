@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.batch.batch import Batch
 from jaxserve.cache.pages import PageAllocator
+from jaxserve.cache.window import Window
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, InvalidRequestError
 from jaxserve.inbox import Inbox, Task, stop_error
@@ -48,6 +49,9 @@ class EngineLoop:
         self.startup_seconds = 0.0
         self._runner = runner
         self._stats = Stats()
+        self._window = Window.fitting(
+            runner.model_config.window, config.page_size, runner.num_pages
+        )  # fmt: skip
         self._scheduler = Scheduler(
             buckets=config.buckets,
             pages=PageAllocator(runner.num_pages),
@@ -57,6 +61,7 @@ class EngineLoop:
             max_prefill_rows=config.max_prefill_rows,
             policy=config.policy,
             eviction=config.radix_eviction,
+            window=self._window,
             steps_per_dispatch=config.steps_per_dispatch,
             on_finish=self._stats.ended,
         )
@@ -89,10 +94,11 @@ class EngineLoop:
     def limits(self) -> Limits:
         """What one request may ask for."""
         config, runner = self.config, self._runner
+        pool = runner.num_pages * config.page_size
         return Limits(
             runner.model_config.vocab_size,
             config.context_length,
-            runner.num_pages * config.page_size,
+            pool if self._window is None else max(pool, config.context_length),
             config.bias_capacity,
             config.max_top_logprobs,
             config.max_logprob_ids,

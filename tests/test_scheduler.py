@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
+from jaxserve.cache.window import Window
 from jaxserve.output.commit import commit, finish
 from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import SamplingParams
@@ -55,8 +56,9 @@ class Result:
 class Machine:
     """Scheduler, device and commit, with `depth` steps in flight."""
 
-    def __init__(self, pages, page_size, rows, tokens, depth, steps=1, **options):
-        self.device = PagedDevice(page_size)
+    def __init__(self, pages, page_size, rows, tokens, depth, steps=1, window=None, **options):
+        self.device = PagedDevice(page_size, window)
+        options["window"] = Window.fitting(window, page_size, pages)
         self.scheduler = Scheduler(
             buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
             max_rows=rows, max_prefill_tokens=tokens, steps_per_dispatch=steps,
@@ -83,7 +85,7 @@ class Machine:
         """Every page is free or cached, or held as often as its count says; slots are held once."""
         scheduler = self.scheduler
         tree, references = scheduler.pages.tree, scheduler.pages.allocator._references
-        held = Counter(p for s in scheduler.live.values() for p in s.pages)
+        held = Counter(p for s in scheduler.live.values() for p in s.pages[s.dropped :])
         cached = Counter(p for node in tree._nodes() for p in node.pages)
         assert tree.size == cached.total() == len(cached)
         assert all(references[page] == (held + cached)[page] for page in range(len(references)))
@@ -93,6 +95,7 @@ class Machine:
         assert len(slots) == len(set(slots))
         for s in scheduler.live.values():
             assert len(s.pages) * scheduler.page_size >= s.kv_len
+            assert not (s.dropped and s.lease.count)
             assert s.kv_len <= s.total_tokens + s.in_flight
 
     def run_dry(self):
@@ -142,16 +145,18 @@ POLICIES = [
     aborts=st.booleans(),
     eviction=st.sampled_from([None, "lru", "lru", "lfu"]),
     policy=st.sampled_from(POLICIES),
+    window=st.sampled_from([None, None, 1, 7, 16, 33, 100]),
 )
 def test_random_traffic_reads_its_own_tokens(
-    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy
+    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, window
 ):
     random_ = random.Random(seed)
     machine = Machine(
-        pages, page_size, rows, tokens, depth, steps, eviction=eviction, policy=policy
+        pages, page_size, rows, tokens, depth, steps, window, eviction=eviction, policy=policy
     )
     requests, aborted = [], set()
-    capacity = pages * page_size
+    slides = Window.fitting(window, page_size, pages) is not None
+    capacity = 350 if slides else pages * page_size
     for number in range(random_.randint(1, 12)):
         prompt = draw_prompt(random_, requests, min(capacity - 1, 200))
         new = random_.randint(0, min(capacity - len(prompt), 150))
@@ -436,6 +441,68 @@ def test_a_queue_that_cannot_move_is_left_alone(short, monkeypatch):
     for _ in range(20):
         assert not isinstance(machine.step(), ExtendBatch)
     assert tried == []
+
+
+@pytest.mark.parametrize("eviction", [None, "lru"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_window_slides_over_more_tokens_than_the_pool_holds(eviction, steps):
+    machine = Machine(
+        pages=24, page_size=8, rows=4, tokens=64, depth=1, steps=steps, window=20, eviction=eviction
+    )
+    requests = [make_request(f"r{i}", list(range(i, 30)), 1500) for i in range(3)]
+    for request in requests:
+        machine.scheduler.add(request)
+    while not machine.scheduler.idle:
+        machine.step()
+        for sequence in machine.scheduler.running:
+            shared = sequence.lease.count
+            held = len(sequence.pages) - sequence.dropped
+            assert held <= (4 if shared == 0 else (30 + 20 + 8) // 8 + 1)
+    assert all(r.output_ids == expected_tokens(r) for r in requests)
+    assert [r.num_retractions for r in requests] == [0, 0, 0]
+    assert machine.scheduler.pages.available == 24
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_prompt_longer_than_the_pool_runs_in_a_ring_of_pages(depth):
+    machine = Machine(pages=16, page_size=8, rows=2, tokens=64, depth=depth, window=20)
+    request = make_request("r", list(range(1000)), 20)
+    machine.scheduler.add(request)
+    chunks = []
+    while not machine.scheduler.idle:
+        batch = machine.step()
+        if isinstance(batch, ExtendBatch):
+            chunks += [row.stop - row.start for row in batch.rows]
+    assert sum(chunks) == 1000 and len(chunks) == 16
+    assert request.output_ids == expected_tokens(request)
+    assert machine.scheduler.pages.available == 16
+
+
+def test_what_outgrew_the_pool_can_be_retracted():
+    machine = Machine(pages=16, page_size=8, rows=2, tokens=64, depth=0, window=20)
+    request = make_request("r", list(range(30)), 900)
+    machine.scheduler.add(request)
+    for _ in range(600):
+        machine.step()
+    machine.scheduler.retract(machine.scheduler.live[request])
+    assert machine.scheduler.pages.available == 16
+    machine.run_dry()
+    assert request.output_ids == expected_tokens(request)
+
+
+def test_samples_share_what_a_window_has_left_of_their_prompt():
+    machine = Machine(pages=24, page_size=8, rows=4, tokens=64, depth=1, window=20)
+    requests = [make_request("r", list(range(301)), 60, sample, "g") for sample in range(4)]
+    for request in requests:
+        machine.scheduler.add(request)
+    machine.run_dry()
+    assert machine.device.tokens_run == 301
+    assert all(r.output_ids == expected_tokens(r) for r in requests)
+
+
+def test_a_window_wider_than_the_pool_is_none():
+    assert Window.fitting(None, 8, 100) is None
+    assert Window.fitting(57, 8, 8) is None and Window.fitting(56, 8, 8) == Window(56, 8)
 
 
 @settings(max_examples=100, deadline=None)

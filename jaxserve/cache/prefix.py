@@ -121,9 +121,8 @@ class PrefixCache:
 
     def _may_keep(self, pages: Sequence[int], start: int, known: int) -> bool:
         """Whether pages[start:known] can go into the tree. Not while other samples of the prompt
-        have them too, without a lease: evicting them would free nothing. (Samples share pages from
-        the first on, so one page tells.)"""
-        return self.enabled and known > start and self.allocator.references(pages[start]) == 1
+        have any of them too, without a lease: evicting those would free nothing."""
+        return self.enabled and known > start and self.allocator.unshared(pages[start:known])
 
     def clear(self) -> None:
         """Forget all prefixes. Leases end by that: whoever has one must drop it."""

@@ -6,6 +6,7 @@ import math
 import time
 
 from jaxserve.cache.prefix import Lease, PrefixCache
+from jaxserve.cache.window import Window
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.slots import Slots
 
@@ -16,15 +17,22 @@ class Admission:
     conservativeness: pages that are left free for each admitted sequence to grow into when another
     one comes (fewer where it may not generate as much). Nothing is reserved for the rest of an
     output: retraction is cheap, and most end early.
+
+    window: of models in which no layer sees further: pages outside are given back, and a sequence
+    for which there is no room as a whole gets a ring of pages that it takes over and over, to run
+    `chunk` tokens at a time.
     """
 
     def __init__(
-        self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0
-    ):
+        self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0,
+        window: Window | None = None, chunk: int = 1,
+    ):  # fmt: skip
         self._pages = pages
         self._slots = slots
         self._page_size = page_size
         self._margin = math.ceil(conservativeness * page_size)
+        self._window = window
+        self._ring = None if window is None else min(window.ring(chunk), pages.num_pages)
 
     @property
     def version(self) -> tuple[int, int]:
@@ -45,8 +53,8 @@ class Admission:
         return room is not None
 
     def admit(self, sequence: Sequence) -> bool:
-        """Take a slot, the cached prefix and pages for all tokens of `sequence`; False, if there is
-        no room, changes nothing."""
+        """Take a slot, the cached prefix and pages for all tokens of `sequence`, or a ring of them;
+        False, if there is no room, changes nothing."""
         room = self._find_room(sequence)
         if room is None:
             return False
@@ -72,15 +80,18 @@ class Admission:
         sibling.share_prompt(leader)
         sibling.lease = self._pages.copy(leader.lease)
         shared = leader.pages[:full]
-        self._pages.share(shared)
+        self._pages.share(shared[leader.dropped :])
         own = self._pages.allocate(1 if partial else 0)
         self.hold(sibling, shared + own)
+        sibling.dropped = leader.dropped
         sibling.kv_len = leader.prompt_len
         return [(leader.pages[full], page) for page in own]
 
     def publish(self, sequence: Sequence) -> None:
-        """Let others begin with the full pages of `sequence` that are scheduled."""
-        if self._pages.enabled:
+        """Let others begin with the full pages of `sequence` that are scheduled, unless it needs
+        them again for its own next ones."""
+        whole = sequence.capacity >= sequence.total_tokens and not sequence.dropped
+        if self._pages.enabled and whole:
             full = sequence.kv_len - sequence.kv_len % self._page_size
             self._pages.publish(sequence.lease, sequence.token_bytes(full), sequence.pages)
 
@@ -89,34 +100,66 @@ class Admission:
         sequence.pages += pages
         self._slots.capacity[sequence.slot] = len(sequence.pages) * self._page_size
 
+    def slide(self, sequence: Sequence) -> None:
+        """Give back the pages that no token to come sees. Steps in flight may still read them:
+        whoever takes them next runs later. The prefix shared with the cache goes as a whole."""
+        if self._window is None:
+            return
+        passed = self._window.passed(sequence.kv_len)
+        if passed <= sequence.dropped or passed < sequence.lease.count:
+            return
+        self._pages.end(sequence.lease, sequence.pages[sequence.dropped : passed])
+        sequence.lease = Lease(sequence.request.cache_salt)
+        sequence.dropped = passed
+
+    def advance(self, sequence: Sequence) -> None:
+        """Before a chunk: slide, and take the pages for further tokens, if those of an admitted
+        sequence do not reach to its last one."""
+        self.slide(sequence)
+        missing = self._count_pages(sequence) - len(sequence.pages)
+        if self._ring is not None and missing > 0:
+            held = len(sequence.pages) - sequence.dropped
+            self.hold(sequence, self._pages.allocate(min(missing, self._ring - held)))
+
     def release(self, sequence: Sequence) -> None:
         """Give back slot and pages. Full pages of tokens that have been read stay cached, except
         for the last output's: the step that computes its KV may not have run."""
         sequence.drain()
         tokens = b""
-        if self._pages.enabled:
+        if self._pages.enabled and not sequence.dropped:
             outputs = len(sequence.request.output_ids)
             known = min(sequence.kv_len, sequence.prompt_len + max(outputs - 1, 0))
             tokens = sequence.token_bytes(known - known % self._page_size)
-        self._pages.end(sequence.lease, sequence.pages, tokens)
+        self._pages.end(sequence.lease, sequence.pages[sequence.dropped :], tokens)
         self._slots.release(sequence.slot)
         sequence.lease = Lease()
         sequence.pages = []
+        sequence.dropped = 0
         sequence.slot = -1
 
     def _reserve(self) -> int:
         """Pages to leave to what is admitted already."""
         return self._slots.growth(self._margin, self._page_size)
 
+    def _count_pages(self, sequence: Sequence) -> int:
+        """Of all its tokens."""
+        return -(-sequence.total_tokens // self._page_size)
+
     def _find_room(self, sequence: Sequence) -> tuple[Lease, list[int], int] | None:
-        """The cached prefix of `sequence`, leased, its pages, and how many it needs beside them;
+        """The cached prefix of `sequence`, leased, its pages, and how many it takes beside them;
         None if that is too much."""
         if not self._slots.available:
             return None
         known = sequence.token_bytes(sequence.reusable) if self._pages.enabled else b""
         lease, shared = self._pages.lease(sequence.request.cache_salt, known)
-        own = -(-sequence.total_tokens // self._page_size) - len(shared)
-        if own + self._reserve() > self._pages.available:
+        own, reserve = self._count_pages(sequence) - len(shared), self._reserve()
+        if self._ring is not None and own + reserve > self._pages.available:
+            own = min(own, self._ring)
+            if shared and own + reserve > self._pages.available:  # the prefix is in the way
+                self._pages.end(lease, shared)
+                lease, shared = Lease(sequence.request.cache_salt), []
+                own = min(self._count_pages(sequence), self._ring)
+        if own + reserve > self._pages.available:
             self._pages.end(lease, shared)
             return None
         return lease, shared, own

@@ -31,9 +31,11 @@ class ExtendPlanner:
         return self.has_row and self._packed < self._max_tokens
 
     def add(self, sequence: Sequence) -> None:
-        """Pack as many of the sequence's unscheduled tokens as fit, and count them as scheduled."""
+        """Pack as many of the sequence's unscheduled tokens as fit, and as its pages reach to, and
+        count them as scheduled."""
         start = sequence.kv_len
-        stop = min(sequence.total_tokens, start + self._max_tokens - self._packed)
+        room = self._max_tokens - self._packed
+        stop = min(sequence.total_tokens, start + room, sequence.capacity)
         samples = stop == sequence.total_tokens
         fresh = start == sequence.reused
         self._rows.append(ExtendRow(sequence, start, stop, self._packed, samples, fresh))

@@ -21,6 +21,7 @@ from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import Lease, PrefixCache
+from jaxserve.cache.window import Window
 from jaxserve.request import Request
 from jaxserve.scheduler.admission import Admission
 from jaxserve.scheduler.policy import Policy, WaitingQueue
@@ -46,11 +47,12 @@ class Scheduler:
     def __init__(
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
-        policy: Policy | None = None, eviction: str | None = "lru",
+        policy: Policy | None = None, eviction: str | None = "lru", window: Window | None = None,
         on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
-        """eviction: the prefix cache's policy, None for no prefix cache. on_finish: called with
-        each request that has left, its outputs complete."""
+        """eviction: the prefix cache's policy, None for no prefix cache. window: of the model, if
+        none of its layers sees further. on_finish: called with each request that has left, its
+        outputs complete."""
         self.policy = policy or Policy()
         self.pages = PrefixCache(pages, page_size, eviction)
         self.page_size = page_size
@@ -61,7 +63,8 @@ class Scheduler:
         self.live: dict[Request, Sequence] = {}
         self.slots = Slots(max_rows)
         self.admission = Admission(
-            self.pages, self.slots, page_size, self.policy.conservativeness
+            self.pages, self.slots, page_size, self.policy.conservativeness, window,
+            chunk=min(max_prefill_tokens, buckets.max_tokens),
         )  # fmt: skip
         self._rows: Rows | None = None
         self._arrivals = 0
@@ -133,9 +136,9 @@ class Scheduler:
             return None
         max_tokens, max_rows = self._limits
         planner = ExtendPlanner(self.buckets, max_tokens, max_rows)
-        while self.prefilling and planner.has_room:
-            if self._extend(self.prefilling[0], planner):
-                self.prefilling.popleft()
+        for sequence in list(self.prefilling):  # a chunk of each, at most
+            if planner.has_room and self._extend(sequence, planner):
+                self.prefilling.remove(sequence)
         if self._may_admit and planner.has_room:
             self._extend_waiting(planner)
         return planner.batch()
@@ -155,6 +158,7 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, planner: ExtendPlanner) -> bool:
         """Pack what fits of an admitted sequence; whether that completes it."""
+        self.admission.advance(sequence)
         planner.add(sequence)
         self.admission.publish(sequence)
         if not planner.completes(sequence):
@@ -217,6 +221,7 @@ class Scheduler:
         slots, sequences = self.rows.slots, self.rows.sequences
         full = self.slots.kv_len.take(slots) + steps > self.slots.capacity.take(slots)
         for row in np.flatnonzero(full).tolist():
+            self.admission.slide(sequences[row])
             if not self.pages.available:
                 return True
             page = self.pages.allocate(1)

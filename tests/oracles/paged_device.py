@@ -18,8 +18,9 @@ def next_token(rid: str, sample: int, position: int) -> int:
 class PagedDevice:
     """Mirrors what the device keeps between steps: page contents, page tables, lengths, tokens."""
 
-    def __init__(self, page_size: int):
+    def __init__(self, page_size: int, window: int | None = None):
         self.page_size = page_size
+        self.window = window
         self.memory: dict[tuple[int, int], int] = {}
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
@@ -48,6 +49,9 @@ class PagedDevice:
                     self._write(sequence.slot, position, token, writes)
                 self.tokens_run += row.stop - row.start
             self.lengths[sequence.slot] = row.stop
+        for row in batch.rows:
+            if row.leader < 0:
+                self._check_seen(row.sequence, row.start, row.stop)
         for source, target in batch.page_copies:
             for offset in range(self.page_size):
                 if (source, offset) in self.memory:
@@ -93,15 +97,21 @@ class PagedDevice:
         """Check that attention would read the sequence's own tokens, then sample."""
         slot, request = sequence.slot, sequence.request
         length = self.lengths[slot]
-        seen = [
-            self.memory[self.tables[slot][p // self.page_size], p % self.page_size]
-            for p in range(length)
-        ]
-        expected = request.prompt_ids + [
-            next_token(request.rid, request.sample_index, p)
-            for p in range(len(request.prompt_ids), length)
-        ]
-        assert seen == expected
+        self._check_seen(sequence, length - 1, length)
         token = next_token(request.rid, request.sample_index, length)
         self.last[slot] = token
         return token
+
+    def _check_seen(self, sequence: Sequence, start: int, stop: int) -> None:
+        """What positions start..stop-1 attend to is what the sequence has there."""
+        slot, request = sequence.slot, sequence.request
+        first = 0 if self.window is None else max(start - self.window + 1, 0)
+        seen = [
+            self.memory[self.tables[slot][p // self.page_size], p % self.page_size]
+            for p in range(first, stop)
+        ]
+        expected = request.prompt_ids + [
+            next_token(request.rid, request.sample_index, p)
+            for p in range(len(request.prompt_ids), stop)
+        ]
+        assert seen == expected[first:stop]
