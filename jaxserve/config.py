@@ -27,6 +27,26 @@ MOST_STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """How much host memory is for evicted KV pages: `size` bytes, or where that is 0 `ratio` times
+    those of the pool on the device."""
+
+    ratio: float
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The option that decides, and its value."""
+        if self.size:
+            return f"hicache_size={self.size / 1e9:g} (GB)"
+        return f"hicache_ratio={self.ratio:g}"
+
+    def num_bytes(self, device_bytes: int) -> int:
+        """Beside a pool of `device_bytes`."""
+        return self.size or int(self.ratio * device_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Sizes of one engine. page_size S; max_rows R: requests that run at once; table_width W:
     pages a row can have; steps_per_dispatch: decode steps in one program where possible, 1 to 8 and
@@ -59,6 +79,8 @@ class EngineConfig:
     policy: Policy = dataclasses.field(repr=False)
     radix_eviction: str | None = dataclasses.field(repr=False)
     """Of the prefix cache; None is no prefix cache."""
+    host: HostMemory | None = dataclasses.field(repr=False)
+    """For pages that leave the device; None: they are forgotten."""
     program_folder: Path | None = dataclasses.field(repr=False)
     """Where whole programs are kept, see step.stored; None is nowhere."""
 
@@ -131,8 +153,15 @@ class EngineConfig:
             log_interval=args.decode_log_interval,
             policy=policy,
             radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
+            host=_host_memory(args),
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
+
+
+def _host_memory(args: ServerArgs) -> HostMemory | None:
+    if not args.enable_hierarchical_cache:
+        return None
+    return HostMemory(args.hicache_ratio, int(args.hicache_size * 1e9))
 
 
 def steps_per_dispatch(weight_bytes: int) -> int:

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.batch.batch import Batch
+from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
 from jaxserve.config import EngineConfig, Limits
@@ -52,6 +53,8 @@ class EngineLoop:
         self._window = Window.fitting(
             runner.model_config.window, config.page_size, runner.num_pages
         )  # fmt: skip
+        host = runner.host
+        self._host = None if host is None else HostPages(host.num_blocks, host.width)
         self._scheduler = Scheduler(
             buckets=config.buckets,
             pages=PageAllocator(runner.num_pages),
@@ -62,6 +65,7 @@ class EngineLoop:
             policy=config.policy,
             eviction=config.radix_eviction,
             window=self._window,
+            host=self._host,
             steps_per_dispatch=config.steps_per_dispatch,
             on_finish=self._stats.ended,
         )
@@ -262,6 +266,8 @@ class EngineLoop:
             return
         try:
             with self._phase("dispatch"):
+                if self._host is not None:
+                    self._runner.copy(self._host.take())
                 self._in_flight.append(self._runner.dispatch(prepared))
         except Exception as error:
             self._recover(error)
@@ -319,6 +325,15 @@ class EngineLoop:
         self._profiler.close()
         self._runner.close()
 
+    def _host_stats(self) -> dict[str, int]:
+        host = self._host
+        return {
+            "num_host_pages": 0 if host is None else host.num_blocks * host.width,
+            "num_used_host_pages": 0 if host is None else len(host),
+            "pages_moved_out": 0 if host is None else host.moved_out,
+            "pages_moved_in": 0 if host is None else host.moved_in,
+        }
+
     def _collect_stats(self) -> dict[str, Any]:
         scheduler, programs = self._scheduler, self._runner.programs
         size, pages = self.config.page_size, scheduler.pages.num_pages
@@ -330,6 +345,7 @@ class EngineLoop:
             "token_usage": 1 - free / pages,
             "available_tokens": free * size,
             "cached_prefix_tokens": scheduler.pages.cached * size,
+            **self._host_stats(),
             "max_total_num_tokens": pages * size,
             "max_running_requests": self.config.max_rows,
             "num_continuous_decode_steps": self.config.steps_per_dispatch,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
+from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.cache.window import Window
 from jaxserve.output.commit import commit, finish
@@ -56,9 +57,12 @@ class Result:
 class Machine:
     """Scheduler, device and commit, with `depth` steps in flight."""
 
-    def __init__(self, pages, page_size, rows, tokens, depth, steps=1, window=None, **options):
+    def __init__(
+        self, pages, page_size, rows, tokens, depth, steps=1, window=None, host=None, **options
+    ):
         self.device = PagedDevice(page_size, window)
         options["window"] = Window.fitting(window, page_size, pages)
+        self.host = options["host"] = None if host is None else HostPages(*host)
         self.scheduler = Scheduler(
             buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
             max_rows=rows, max_prefill_tokens=tokens, steps_per_dispatch=steps,
@@ -75,6 +79,8 @@ class Machine:
             batch = None
         if batch is not None:
             assert len(batch.sequences) <= batch.row_bucket
+            if self.host is not None:
+                self.device.copy(self.host.take())
             self.in_flight.append(Result(batch, self.device.run(batch)))
         if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
             commit(self.in_flight.popleft(), self.scheduler)
@@ -113,6 +119,10 @@ def expected_tokens(request):
     return tokens
 
 
+def admitted(request):
+    return request.admitted_time is not None
+
+
 def draw_prompt(random_, earlier, longest):
     """Fresh tokens, behind a part of an earlier request's prompt and output, or of common text."""
     fresh = [random_.randrange(1000) for _ in range(random_.randint(1, 60))]
@@ -146,13 +156,15 @@ POLICIES = [
     eviction=st.sampled_from([None, "lru", "lru", "lfu"]),
     policy=st.sampled_from(POLICIES),
     window=st.sampled_from([None, None, 1, 7, 16, 33, 100]),
+    host=st.sampled_from([None, (1, 1), (2, 3), (5, 4), (40, 8)]),
 )
 def test_random_traffic_reads_its_own_tokens(
-    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, window
+    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, window, host
 ):
     random_ = random.Random(seed)
+    host = host if eviction else None
     machine = Machine(
-        pages, page_size, rows, tokens, depth, steps, window, eviction=eviction, policy=policy
+        pages, page_size, rows, tokens, depth, steps, window, host, eviction=eviction, policy=policy
     )
     requests, aborted = [], set()
     slides = Window.fitting(window, page_size, pages) is not None
@@ -202,6 +214,7 @@ def test_random_traffic_reads_its_own_tokens(
         assert request.stream_interval or len(updates) == 1
         assert request.cached_tokens <= len(request.prompt_ids) - 1
         assert request.cached_tokens % page_size == 0
+        assert (request.cached_host_tokens is None) == (host is None or not admitted(request))
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -60,10 +60,13 @@ class Admission:
             return False
         lease, shared, own = room
         self._pages.used(lease)
+        found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own)
+        new = self._pages.allocate(own)
+        self._pages.load(found, new[: len(found)])
         sequence.lease = lease
-        sequence.reused = len(shared) * self._page_size
-        self._take_slot(sequence, sequence.reused)
-        self.hold(sequence, shared + self._pages.allocate(own))
+        sequence.reused = (len(shared) + len(found)) * self._page_size
+        self._take_slot(sequence, sequence.reused, len(found) * self._page_size)
+        self.hold(sequence, shared + new)
         sequence.kv_len = sequence.reused
         return True
 
@@ -150,7 +153,7 @@ class Admission:
         None if that is too much."""
         if not self._slots.available:
             return None
-        known = sequence.token_bytes(sequence.reusable) if self._pages.enabled else b""
+        known = self._reusable_bytes(sequence)
         lease, shared = self._pages.lease(sequence.request.cache_salt, known)
         own, reserve = self._count_pages(sequence) - len(shared), self._reserve()
         if self._ring is not None and own + reserve > self._pages.available:
@@ -164,10 +167,15 @@ class Admission:
             return None
         return lease, shared, own
 
-    def _take_slot(self, sequence: Sequence, cached: int) -> None:
-        """cached: leading tokens that need not run."""
+    def _reusable_bytes(self, sequence: Sequence) -> bytes:
+        """Its tokens whose KV may come from the cache."""
+        return sequence.token_bytes(sequence.reusable) if self._pages.enabled else b""
+
+    def _take_slot(self, sequence: Sequence, cached: int, on_host: int = 0) -> None:
+        """cached: leading tokens that need not run. on_host: those of them in host memory."""
         request = sequence.request
         sequence.slot = self._slots.take(request)
         if request.admitted_time is None:
             request.admitted_time = time.perf_counter()
             request.cached_tokens = cached
+            request.cached_host_tokens = None if self._pages.host is None else on_host

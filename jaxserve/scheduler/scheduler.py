@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
+from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.cache.window import Window
@@ -48,13 +49,15 @@ class Scheduler:
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
         policy: Policy | None = None, eviction: str | None = "lru", window: Window | None = None,
+        host: HostPages | None = None,
         on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
         """eviction: the prefix cache's policy, None for no prefix cache. window: of the model, if
-        none of its layers sees further. on_finish: called with each request that has left, its
-        outputs complete."""
+        none of its layers sees further. host: the memory for evicted pages; its copies are to be
+        made before each step. on_finish: called with each request that has left, its outputs
+        complete."""
         self.policy = policy or Policy()
-        self.pages = PrefixCache(pages, page_size, eviction)
+        self.pages = PrefixCache(pages, page_size, eviction, host)
         self.page_size = page_size
         self.buckets = buckets
         self.waiting = WaitingQueue()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendRow
+from jaxserve.cache.host import Copies
 from jaxserve.request import Request
 from jaxserve.scheduler.sequence import Sequence
 
@@ -22,6 +23,7 @@ class PagedDevice:
         self.page_size = page_size
         self.window = window
         self.memory: dict[tuple[int, int], int] = {}
+        self.host: dict[tuple[int, int], dict[int, int]] = {}
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
         self.last: dict[int, int] = {}
@@ -60,6 +62,21 @@ class PagedDevice:
         for i, sequence in batch.sampled:
             tokens[i] = self._sample(sequence)
         return np.asarray([tokens])
+
+    def copy(self, copies: Copies) -> None:
+        """Pages to blocks of host memory, then from there."""
+        size = self.page_size
+        for block, pages in copies.out:
+            for old in [place for place in self.host if place[0] == block]:
+                del self.host[old]
+            for index, page in enumerate(pages):
+                self.host[block, index] = {
+                    offset: self.memory[page, offset] for offset in range(size)
+                }
+        for block, wanted in copies.into:
+            for index, page in wanted:
+                for offset, token in self.host[block, index].items():
+                    self.memory[page, offset] = token
 
     def _check_what_must_run(self, row: ExtendRow) -> None:
         """Nothing is reused that has to run: input logprobs, and outputs that penalties count."""
