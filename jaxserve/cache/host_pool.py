@@ -16,9 +16,17 @@ MOST_PAGES = 16
 """A block: what one copy moves. Smaller ones cost more calls, larger ones more memory when they are
 not full."""
 COPYING_BYTES = 256 << 20
-"""Copies to the host that may be under way: their sources take device memory."""
+"""Copies that may be under way in each direction: they take device memory."""
 SPARED_BYTES = 4 << 30
 """Host memory that the tier leaves to everybody else."""
+SLACK_BYTES = 2 << 30
+"""What JAX may pin beside a pool of a known size, for transfers."""
+
+
+def pinned_limit(size: int) -> int:
+    """Bytes that JAX must be allowed to pin for a pool of `size` bytes (0: not known yet)."""
+    free = max(available_host_memory() - SPARED_BYTES, 0)
+    return min(size + SLACK_BYTES, free) if size else free
 
 
 def pages_per_block(page_bytes: int, num_pages: int) -> int:
@@ -61,8 +69,8 @@ class HostPool:
             jax.block_until_ready(self._blocks)
         except Exception as error:
             raise InvalidRequestError(
-                f"{asked} wants {num_bytes / gib:.1f} GiB of pinned host memory, and the device's "
-                f"driver does not give it: {error}"
+                f"{asked} wants {num_bytes / gib:.1f} GiB of pinned host memory, which JAX does not "
+                f"get (XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, read when it starts, may be less): {error}"
             ) from error
 
     @property

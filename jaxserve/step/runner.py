@@ -90,7 +90,7 @@ class Runner:
         self.programs.build(largest, threads=len(largest))
         others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
         if self.config.host is not None:
-            others += COPYING_BYTES + 2 * BLOCK_BYTES
+            others += 2 * (COPYING_BYTES + BLOCK_BYTES)
         pages = self._count_pages(max(map(self.programs.memory, largest)) + others)
         if pages < self.num_pages:
             self.num_pages = pages
@@ -321,13 +321,16 @@ class Runner:
             pages[: len(evicted)] = evicted
             content = self.programs(("gather_pages", self._block_pages), self.cache, pages)
             self.host.store(block, content)
-        for block, wanted in copies.into:
+        at_once = max(COPYING_BYTES // self.host.block_bytes, 1)
+        for number, (block, wanted) in enumerate(copies.into, 1):
             pages = np.full(self._block_pages, self.num_pages, np.int32)
             for index, page in wanted:
                 pages[index] = page
             content = self.host.load(block)
             key = ("scatter_pages", self._block_pages)
             self.cache = self.programs(key, self.cache, pages, content)
+            if number % at_once == 0:  # what was copied lies there twice until it is written
+                self.cache.k.block_until_ready()
 
     def _pack_sparse(self, request: Any) -> pack.SparseArrays | None:
         return pack.pack_sparse(request, self.config.bias_capacity, self.config.max_logprob_ids)
