@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +26,14 @@ OPTIONS = {
 TIER = {**OPTIONS, "enable_hierarchical_cache": True, "hicache_ratio": 8.0}
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "sampling_seed": 5, "max_new_tokens": 24, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 def text(seed, length):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,6 +24,14 @@ TINY = {
     "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
     "intermediate_size": 32, "max_position_embeddings": 131_072, "tokenizer": False,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 def text(seed, length):

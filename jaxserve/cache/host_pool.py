@@ -69,8 +69,9 @@ class HostPool:
             jax.block_until_ready(self._blocks)
         except Exception as error:
             raise InvalidRequestError(
-                f"{asked} wants {num_bytes / gib:.1f} GiB of pinned host memory, which JAX does not "
-                f"get (XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, read when it starts, may be less): {error}"
+                f"{asked} wants {num_bytes / gib:.1f} GiB of pinned memory, more than JAX gets "
+                "(XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, read when it starts, may be less): "
+                f"{error}"
             ) from error
 
     @property
