@@ -80,7 +80,8 @@ def test_pages_before_the_window_are_not_read(case, name):
     changed = reuse_passed_pages(*cache, passed)
     sizes = {} if name == "xla" else {"block": 16, "splits": 2}
     run = implementation("paged_decode", name, interpret=True, **sizes)
-    got = run(q, *changed, lengths, scale=case.head_dim**-0.5, **case.options)
+    arrays = map(jnp.asarray, (q, *changed, lengths))
+    got = run(*arrays, scale=case.head_dim**-0.5, **case.options)
     assert_close(got, want(q, *cache, lengths, **case.options), "float32")
 
 

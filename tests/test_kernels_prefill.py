@@ -67,7 +67,8 @@ def test_pages_before_the_window_are_not_read(case, name):
     sizes = {} if name == "xla" else {"rows": 32, "block": 32}
     run = implementation("paged_prefill", name, interpret=True, **sizes)
     rows = (starts, lens, prefixes)
-    got = np.asarray(run(q, *changed, *rows, scale=case.head_dim**-0.5, **case.options))
+    arrays = map(jnp.asarray, (q, *changed, *rows))
+    got = np.asarray(run(*arrays, scale=case.head_dim**-0.5, **case.options))
     live = case.live()
     assert_close(got[live], want(q, *cache, *rows, **case.options)[live], "float32")
 
