@@ -63,7 +63,7 @@ class Admission:
         found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own)
         new = self._pages.allocate(own)
         self._pages.load(found, new[: len(found)])
-        sequence.lease = lease
+        sequence.lease, sequence.dropped = lease, 0
         sequence.reused = (len(shared) + len(found)) * self._page_size
         self._take_slot(sequence, sequence.reused, len(found) * self._page_size)
         self.hold(sequence, shared + new)
@@ -137,7 +137,6 @@ class Admission:
         self._slots.release(sequence.slot)
         sequence.lease = Lease()
         sequence.pages = []
-        sequence.dropped = 0
         sequence.slot = -1
 
     def _reserve(self) -> int:
