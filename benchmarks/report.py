@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 Result = dict[str, Any]
 KINDS = (
     "offline_throughput", "latency", "startup", "host_overhead", "kernels", "quality", "cpu",
-    "load", "profile", "peer",
+    "load", "load_test", "interference", "profile", "peer",
 )  # fmt: skip
 """What a result file may be. Profiles are not shown: they are long, and read by themselves."""
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,8 +78,11 @@ def launch(model: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return result | rounded
 
 
-def run(model: str, options: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """All starts: `rounds` times a cold one and then a warm one."""
+def run(
+    model: str, options: dict[str, Any], rounds: int, kept: Path | None = None
+) -> dict[str, Any]:
+    """All starts: `rounds` times a cold one and then a warm one. The last round's programs go to
+    `kept`."""
     starts: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     machine: dict[str, Any] = {}
     for _ in range(rounds):
@@ -87,6 +91,8 @@ def run(model: str, options: dict[str, Any], rounds: int) -> dict[str, Any]:
                 result = launch(model, options, Path(folder))
                 machine = result.pop("machine")
                 starts[kind].append(result)
+            if kept is not None:
+                shutil.copytree(Path(folder) / "programs", kept, dirs_exist_ok=True)
     return {**machine, "benchmark": "startup", "model": model, "engine": options, **starts}
 
 
@@ -97,6 +103,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(workloads.SHAPES))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out-dir", type=Path, help="DEVICE_MODEL_startup.json goes here")
+    parser.add_argument("--keep", type=Path, help="the programs go here: a compilation_cache_dir")
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of Engine options")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -105,7 +112,7 @@ def main() -> None:
         return
     if "compilation_cache_dir" in given.engine:
         parser.error("--engine: compilation_cache_dir is what this benchmark varies")
-    result = run(given.model, given.engine, given.rounds)
+    result = run(given.model, given.engine, given.rounds, given.keep)
     print(json.dumps(result), flush=True)
     if given.out_dir:
         from benchmarks.machine import short_name

@@ -21,6 +21,7 @@ MACHINE = (
     "device", "platform", "cpus", "python", "jax", "jaxlib", "jaxserve", "commit", "date",
     "benchmark",
 )  # fmt: skip
+FAULT_COSTS = ("injected", "failed_calls", "recomputed_requests", "recomputed_tokens")
 
 
 def number(value: float | None, digits: int = 0, unit: str = "") -> str:
@@ -57,7 +58,8 @@ def markdown(devices: Sequence[Device]) -> str:
         if device.figures:
             parts += [f"![share of the floor](plots/{device.short}_floor.svg)"]
         parts += start_up(device) + host_overhead(device) + kernels(device) + quality(device)
-        parts += beside_transformers(device) + loading(device)
+        parts += beside_transformers(device) + loading(device) + under_load(device)
+        parts += interference(device)
     return "\n\n".join(parts) + "\n"
 
 
@@ -257,3 +259,51 @@ def loading(device: Device) -> list[str]:
         header = f"{r['model']} as {r['dtype']} | first load, s | later | peak, MiB | model, MiB"
         parts += ["### Loading", table(header, rows)]
     return parts
+
+
+def under_load(device: Device) -> list[str]:
+    parts = []
+    for r in device.of("load_test"):
+        seconds, memory = r["call_seconds"], r["rss_mib"]
+        row = [
+            number(r["requests"]), number(r["seconds"], 1), number(seconds["p50"], 2),
+            number(seconds["p99"], 2), number(seconds["max"], 2),
+            *(number(memory[mark], 1) for mark in ("25%", "50%", "100%")),
+            number(len(r["violations"])),
+        ]  # fmt: skip
+        header = (
+            "requests | s | s a call, median | p99 | most | MiB at 25% | 50% | 100% | violations"
+        )
+        faults = [
+            [kind, *(number(fault[name]) for name in FAULT_COSTS)]
+            for kind, fault in r["faults"].items()
+        ]
+        costs = "failure | injected | calls failed | requests recomputed | their tokens"
+        parts += ["### Load with failures", table(header, [row]), table(costs, faults)]
+    return parts
+
+
+def interference(device: Device) -> list[str]:
+    parts = []
+    for r in device.of("interference"):
+        rows = [
+            [chunks(way["chunked_prefill_size"]), number(way["undisturbed_gap_ms"], 1),
+             *(number(way["gap_ms"][name], 1) for name in ("p50", "p99", "max")),
+             number(way["ttft_beside_s"], 2), number(way["ttft_alone_s"], 2),
+             number(way["ttft_ratio"], 2)]
+            for way in r["ways"]
+        ]  # fmt: skip
+        said = f"{r['model']}: a prompt of {number(r['prompt_tokens'])} tokens arrives while "
+        said += f"{r['streams']} streams run; gaps between their tokens until its first one."
+        header = (
+            "chunks | gap before, ms | p50 | p99 | largest | its first token, s | alone | ratio"
+        )
+        parts += ["### A long prompt beside streams", said, table(header, rows)]
+    return parts
+
+
+def chunks(size: int | None) -> str:
+    """A chunked_prefill_size in words."""
+    if size is None:
+        return "by default"
+    return "off" if size == -1 else number(size)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ModelLoadError,
         NotSupportedError,
         ProfileError,
+        RequestFailedError,
         UnknownOptionError,
     )
     from jaxserve.sampling_params import SamplingParams
@@ -35,6 +36,7 @@ __all__ = [
     "ModelLoadError",
     "NotSupportedError",
     "ProfileError",
+    "RequestFailedError",
     "SamplingParams",
     "ServerArgs",
     "UnknownOptionError",

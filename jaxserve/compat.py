@@ -60,15 +60,23 @@ def enable_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def compiler_options(platform: str) -> dict[str, str | bool]:
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str | bool]:
     """Options of XLA for the step programs.
 
     On a GPU, XLA counts the cache once more for each kernel that updates it in place, finds that
     all this does not fit the device, and recomputes small things over and over to save memory
     (jax 0.11.2: angles and page tables in each layer, and seconds of compile time). The limit that
     it compares with, in per cent of the device's memory, is therefore raised.
+
+    deterministic: no kernels whose result depends on timing, for scatters and products (all
+    versions: 0.10.2 to 0.12). Algorithms are still chosen by timing them.
     """
-    return {} if platform == "cpu" else {"xla_gpu_memory_limit_slop_factor": "10000"}
+    if platform == "cpu":
+        return {}
+    options: dict[str, str | bool] = {"xla_gpu_memory_limit_slop_factor": "10000"}
+    if deterministic:
+        options["xla_gpu_exclude_nondeterministic_ops"] = True
+    return options
 
 
 def find_mosaic_runtime() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.batch.buckets import DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy
+from pallas_kernels import FIXED_TILE
 
 if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
@@ -22,6 +25,9 @@ DISPATCH_SECONDS = 1.2e-3
 """What queueing a program costs the host of a GPU (0.65-1.2 ms)."""
 READ_BANDWIDTH = 3.0e12
 """Bytes/s at which a decode step reads the weights (H100)."""
+FIXED_GPU, FIXED_CPU = (64, 1024), (32, 256)
+"""Rows of the one decode bucket and tokens of the one extend bucket of deterministic inference,
+unless the user says: every step costs as much as a full one."""
 MOST_STEPS = 4
 """In one decode program, unless the user asks for more: tokens arrive that many at a time."""
 
@@ -51,8 +57,10 @@ class EngineConfig:
     """Sizes of one engine. page_size S; max_rows R: requests that run at once; table_width W:
     pages a row can have; steps_per_dispatch: decode steps in one program where possible, 1 to 8 and
     so never more than S (each row bucket then has two decode programs, with one step and with
-    these); bias_capacity, max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists
-    and of top logprobs."""
+    these); deterministic: a request's numbers depend on nothing but itself: there is one bucket of
+    each kind, chunks and cached prefixes end at multiples of chunk_alignment tokens, and outputs
+    are always decoded; bias_capacity, max_logprob_ids, max_top_logprobs: per-request limits of the
+    sparse lists and of top logprobs."""
 
     platform: str
     page_size: int
@@ -63,6 +71,8 @@ class EngineConfig:
     max_prefill_rows: int | None
     max_queued: int | None
     steps_per_dispatch: int
+    deterministic: bool
+    chunk_alignment: int
     overlap: bool
     precompile: bool
     attention: str | None
@@ -77,6 +87,8 @@ class EngineConfig:
     """Decode steps from one line of the log to the next. What concerns the host only is outside the
     repr, which names programs."""
     policy: Policy = dataclasses.field(repr=False)
+    pace: Pace | None = dataclasses.field(repr=False)
+    """None: prefill goes first, in whole prompts."""
     radix_eviction: str | None = dataclasses.field(repr=False)
     """Of the prefix cache; None is no prefix cache."""
     host: HostMemory | None = dataclasses.field(repr=False)
@@ -110,17 +122,34 @@ class EngineConfig:
             decode = tuple(b for b in decode if b <= args.cuda_graph_max_bs)
             decode += (args.cuda_graph_max_bs,)
         largest = max(decode)
-        rows = args.max_running_requests or (min(largest, GPU_ROWS) if gpu else CPU_ROWS)
+        default_rows, default_tokens = CPU_ROWS, CPU_TOKENS
+        if gpu:
+            default_rows, default_tokens = min(largest, GPU_ROWS), GPU_TOKENS
+        fixed = args.enable_deterministic_inference
+        if fixed:
+            default_rows, default_tokens = FIXED_GPU if gpu else FIXED_CPU
+        rows = args.max_running_requests or default_rows
         if args.max_total_tokens is not None:
             rows = min(rows, max(args.max_total_tokens // page_size, 1))
         attention = args.attention_implementation or (None if gpu else "xla")
         if not gpu and attention != "xla":
             raise InvalidRequestError(f"attention_backend={attention!r} needs a CUDA device")
-        tokens = args.chunked_prefill_size or (GPU_TOKENS if gpu else CPU_TOKENS)
+        tokens, step_tokens = args.chunked_prefill_size or default_tokens, args.max_prefill_tokens
+        pace = None
         if tokens == -1:
-            tokens = args.max_prefill_tokens
+            tokens = step_tokens
+        elif not fixed:  # whose steps do not depend on who else is running
+            pace = Pace.of(model, tokens, gpu, args.enable_mixed_chunk)
         tokens = min(tokens, -(-context // 8) * 8 * rows)
-        steps = args.num_continuous_decode_steps or (steps_per_dispatch(weight_bytes) if gpu else 1)
+        alignment = 1
+        if fixed:
+            alignment = math.lcm(FIXED_TILE, page_size)
+            tokens, step_tokens = (-(-n // alignment) * alignment for n in (tokens, step_tokens))
+            buckets = Buckets((rows,), (tokens,))
+        else:
+            buckets = Buckets.make(rows, tokens, decode)
+        default_steps = steps_per_dispatch(weight_bytes) if gpu and not fixed else 1
+        steps = args.num_continuous_decode_steps or default_steps
         policy = Policy(
             schedule=args.schedule_policy,
             conservativeness=args.schedule_conservativeness,
@@ -135,11 +164,13 @@ class EngineConfig:
             page_size=page_size,
             context_length=context,
             max_rows=rows,
-            buckets=Buckets.make(rows, tokens, decode),
-            max_prefill_tokens=args.max_prefill_tokens,
+            buckets=buckets,
+            max_prefill_tokens=step_tokens,
             max_prefill_rows=args.prefill_max_requests,
             max_queued=args.max_queued_requests,
             steps_per_dispatch=steps,
+            deterministic=fixed,
+            chunk_alignment=alignment,
             overlap=not args.disable_overlap_schedule,
             precompile=gpu if args.precompile is None else args.precompile,
             attention=attention,
@@ -152,6 +183,7 @@ class EngineConfig:
             mem_fraction=args.mem_fraction_static,
             log_interval=args.decode_log_interval,
             policy=policy,
+            pace=pace,
             radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
             host=_host_memory(args),
             program_folder=Path(folder) / "whole" if gpu and folder else None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm import tqdm
@@ -101,8 +102,8 @@ class Engine(UnsupportedMethods):
         call, single = self._begin(given)
         if given.stream:
             return Stream(call)
-        with _progress(call, given.progress) as bar:
-            results = call.results(bar.update)
+        with _progress(call, given.progress) as finished:
+            results = call.results(finished)
         return results[0] if single else results
 
     async def async_generate(
@@ -125,8 +126,8 @@ class Engine(UnsupportedMethods):
         call, single = self._begin(given)
         if given.stream:
             return AsyncStream(call)
-        with _progress(call, given.progress) as bar:
-            results = await call.aresults(bar.update)
+        with _progress(call, given.progress) as finished:
+            results = await call.aresults(finished)
         return results[0] if single else results
 
     def chat(
@@ -180,10 +181,11 @@ class Engine(UnsupportedMethods):
 
     # -- control ----------------------------------------------------------------------------------
 
-    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+    def abort_request(self, rid: str | None = "", abort_all: bool = False) -> None:
         """Ends the requests whose id starts with `rid`, or all. Their calls return what there is,
-        with finish_reason type "abort". Unknown ids and "" are ignored."""
-        self._loop.abort(rid, abort_all)
+        with finish_reason type "abort". Unknown ids, "" and None are ignored. Raises
+        InvalidRequestError."""
+        self.tokenizer_manager.abort_request(rid, abort_all)
 
     def flush_cache(self) -> FlushResult:
         """Forgets cached prefixes; `.success` is False while requests are queued or running."""
@@ -274,5 +276,16 @@ class Engine(UnsupportedMethods):
         self.shutdown()
 
 
-def _progress(call: Call, shown: bool) -> tqdm:
-    return tqdm(total=call.size, desc="Requests", unit="req", disable=not shown)
+class _Bar(tqdm):
+    monitor_interval = 0
+    """No monitor: that is a thread which outlives the engine."""
+
+
+@contextlib.contextmanager
+def _progress(call: Call, shown: bool) -> Iterator[Callable[[], object]]:
+    """What to call when a request has finished: it moves a bar if one is to be shown."""
+    if not shown:
+        yield lambda: None
+        return
+    with _Bar(total=call.size, desc="Requests", unit="req") as bar:
+        yield bar.update

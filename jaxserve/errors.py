@@ -1,5 +1,7 @@
 """Exceptions raised by jaxserve. Each also subclasses the built-in that SGLang users catch."""
 
+from __future__ import annotations
+
 
 class JaxserveError(Exception):
     """Base of every exception that jaxserve raises on purpose."""
@@ -23,6 +25,18 @@ class ModelLoadError(JaxserveError, ValueError):
 
 class ProfileError(JaxserveError, RuntimeError):
     """A profile cannot start or stop now: one runs already, or none does."""
+
+
+class RequestFailedError(JaxserveError, RuntimeError):
+    """The engine failed at this request alone, and goes on; `__cause__` is that failure."""
+
+    @classmethod
+    def caused_by(cls, failure: BaseException) -> RequestFailedError:
+        """A fresh one for each caller: an exception raised in several threads grows a traceback of
+        all of them."""
+        error = cls(f"the request failed: {type(failure).__name__}: {failure}")
+        error.__cause__ = failure
+        return error
 
 
 class EngineDeadError(JaxserveError, RuntimeError):

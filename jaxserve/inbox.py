@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import deque
 from collections.abc import Callable
 
 from jaxserve.errors import EngineDeadError, EngineShutdownError
+from jaxserve.signals import Signal
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,44 +20,53 @@ class Task:
 
 
 class Inbox:
-    """A queue of tasks that can be closed for good. Thread-safe."""
+    """A queue of tasks that can be closed for good. Thread-safe, whatever interrupts a caller.
+
+    The collector may drop a call, and put its abort, at any allocation: hence a re-entrant lock.
+    Ctrl-C may come at any call of a Python function, so that leaving `with threading.Condition()`
+    may leave it locked for ever: hence a lock that is entered and left in C.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._tasks: deque[Task] = deque()
+        self._lock = threading.RLock()
+        self._signal = Signal()
+        self._tasks: list[Task] = []
         self._closed: BaseException | None = None
 
     def put(self, task: Task) -> None:
         """Raises EngineShutdownError or EngineDeadError once the inbox is closed."""
-        with self._changed:
+        with self._lock:
             if self._closed is not None:
                 raise stop_error(self._closed)
             self._tasks.append(task)
-            self._changed.notify()
+            self._signal.set()
 
     def take(self, block: bool) -> list[Task] | None:
         """All tasks so far; waits for one if `block`. None when closed."""
-        with self._changed:
-            while block and not self._tasks and self._closed is None:
-                self._changed.wait()
-            if self._closed is not None:
-                return None
-            tasks = list(self._tasks)
-            self._tasks.clear()
-            return tasks
+        while True:
+            with self._lock:
+                if self._closed is not None:
+                    return None
+                if self._tasks or not block:
+                    return self._take()
+            self._signal.wait()
 
     def close(self, reason: BaseException) -> BaseException:
         """Refuse further tasks and cancel those left. The first reason stays, and is returned."""
-        with self._changed:
+        with self._lock:
             if self._closed is None:
                 self._closed = reason
             reason = self._closed
-            tasks = list(self._tasks)
-            self._tasks.clear()
-            self._changed.notify_all()
+            tasks = self._take()
+            self._signal.set()
         for task in tasks:
             task.cancel(stop_error(reason))
         return reason
+
+    def _take(self) -> list[Task]:
+        # Not copied and cleared: `put` may come in between.
+        tasks, self._tasks = self._tasks, []
+        return tasks
 
 
 def stop_error(reason: BaseException) -> BaseException:

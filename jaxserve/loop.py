@@ -22,7 +22,7 @@ from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
 from jaxserve.config import EngineConfig, Limits
-from jaxserve.errors import EngineShutdownError, InvalidRequestError
+from jaxserve.errors import EngineShutdownError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Inbox, Task, stop_error
 from jaxserve.output import commit as output
 from jaxserve.output.progress import ProgressLog
@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 MOST_FAILURES = 2
-"""Failed steps in a row after which the engine gives up."""
+"""Failed steps, with no sampled token in between, after which the engine gives up."""
 
 
 class EngineLoop:
@@ -51,7 +50,7 @@ class EngineLoop:
         self._runner = runner
         self._stats = Stats()
         self._window = Window.fitting(
-            runner.model_config.window, config.page_size, runner.num_pages
+            runner.model_config.window, config.page_size, runner.num_pages, config.chunk_alignment
         )  # fmt: skip
         host = runner.host
         self._host = None if host is None else HostPages(host.num_blocks, host.width)
@@ -66,7 +65,10 @@ class EngineLoop:
             eviction=config.radix_eviction,
             window=self._window,
             host=self._host,
+            chunk_alignment=config.chunk_alignment,
+            replays=config.deterministic,
             steps_per_dispatch=config.steps_per_dispatch,
+            pace=config.pace,
             on_finish=self._stats.ended,
         )
         self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)
@@ -131,10 +133,10 @@ class EngineLoop:
                 self._scheduler.add(request)
             while shedding and most is not None and len(self._scheduler.waiting) > most:
                 worst = self._scheduler.waiting.last().request
-                self._fail(worst, InvalidRequestError(
+                output.fail(worst, InvalidRequestError(
                     f"the queue is full: max_queued_requests={most}, and the others in it go "
                     f"before the request {worst.rid!r} of priority {worst.priority}"
-                ))  # fmt: skip
+                ), self._scheduler)  # fmt: skip
 
         def cancel(error: BaseException) -> None:
             for request in requests:
@@ -151,7 +153,7 @@ class EngineLoop:
         def run() -> None:
             for request in list(self._scheduler.live):
                 if abort_all or request.rid.startswith(rid):
-                    output.finish(request, dict(ABORTED), self._scheduler)
+                    output.finish(request, dict(output.ABORTED), self._scheduler)
 
         self._try_put(Task(run, cancel=lambda error: None))
 
@@ -161,7 +163,7 @@ class EngineLoop:
         def run() -> None:
             for request in requests:
                 if request in self._scheduler.live:
-                    output.finish(request, dict(ABORTED), self._scheduler)
+                    output.finish(request, dict(output.ABORTED), self._scheduler)
 
         self._try_put(Task(run, cancel=lambda error: None))
 
@@ -219,15 +221,22 @@ class EngineLoop:
         self._runner.programs.watch_this_thread()
         try:
             while self._admit():
-                batch = self._schedule()
-                if batch is not None:
-                    self._dispatch(batch)
-                if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
-                    self._commit()
+                try:
+                    self._step()
+                except Exception as error:
+                    self._recover(error)
         except BaseException as error:
             logger.exception("the engine thread failed")
             self._inbox.close(error)
         self._stop()
+
+    def _step(self) -> None:
+        """Queue the next step on the device, and read the one before."""
+        batch = self._schedule()
+        if batch is not None:
+            self._dispatch(batch)
+        if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
+            self._commit()
 
     def _admit(self) -> bool:
         """Do what callers asked for; sleep while nothing runs. False: the engine is to stop."""
@@ -236,13 +245,22 @@ class EngineLoop:
             since = time.perf_counter()
             tasks = self._inbox.take(block=idle)
             if idle:
+                self._failures = 0  # whatever failed before, its requests are gone
                 self._stats.rested(time.perf_counter() - since)
             if tasks is None:
                 return False
             for task in tasks:
-                task.run()
+                self._do(task)
             if self._in_flight or not self._scheduler.idle:
                 return True
+
+    def _do(self, task: Task) -> None:
+        """A task that fails costs its caller, not the engine and not the tasks behind it."""
+        try:
+            task.run()
+        except Exception as error:
+            logger.exception("a task of a caller failed")
+            task.cancel(RequestFailedError.caused_by(error))
 
     def _schedule(self) -> Batch | None:
         try:
@@ -261,30 +279,25 @@ class EngineLoop:
         except Exception as error:
             logger.exception("a batch could not be prepared; its requests fail")
             for sequence in batch.sequences:
-                self._fail(sequence.request, error)
+                failure = RequestFailedError.caused_by(error)
+                output.fail(sequence.request, failure, self._scheduler)
             self._scheduler.forget_prefixes()  # some were to be computed by this batch
             return
-        try:
-            with self._phase("dispatch"):
-                if self._host is not None:
-                    self._runner.copy(self._host.take())
-                self._in_flight.append(self._runner.dispatch(prepared))
-        except Exception as error:
-            self._recover(error)
+        with self._phase("dispatch"):
+            if self._host is not None:
+                self._runner.copy(self._host.take())
+            self._in_flight.append(self._runner.dispatch(prepared))
         self._stats.dispatched(batch)
         self._progress.dispatched(batch)
 
     def _commit(self) -> None:
         result = self._in_flight.popleft()
-        try:
-            with phase("wait"):
-                result.tokens.block_until_ready()
-        except Exception as error:
-            self._recover(error)
-            return
+        with phase("wait"):
+            result.wait()
         with self._phase("commit"):
             kept = output.commit(result, self._scheduler)
-        self._failures = 0
+        if result.batch.samples:  # a prompt may fail at its second part again and again
+            self._failures = 0
         self._stats.committed(kept)
         if self._profiler.active:
             self._profiler.stepped(self._stats.steps)
@@ -299,28 +312,25 @@ class EngineLoop:
         self._stats.spent(name, time.perf_counter() - started - compiling)
 
     def _recover(self, error: Exception) -> None:
-        """A step failed on the device: its donated cache is lost. Start over with an empty one and
-        recompute every admitted request; give up when that fails again at once."""
+        """A step failed: on the device, which loses the donated cache, or half way through the
+        host's own books. Start both over and recompute every admitted request; give up when that
+        fails again at once."""
         self._failures += 1
         if self._failures >= MOST_FAILURES:
             raise error
-        logger.error("a step failed on the device, its requests are recomputed: %s", error)
+        logger.error("a step failed, its requests are recomputed", exc_info=error)
         self._in_flight.clear()
         self._scheduler.retract_all()
         self._runner.reset()
 
-    def _fail(self, request: Request, error: BaseException) -> None:
-        """End one request with an exception for its caller."""
-        request.finish_reason = {**ABORTED, "message": str(error), "status_code": 500}
-        request.finish_time = time.perf_counter()
-        self._scheduler.finish(request)
-        request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
-
     def _stop(self) -> None:
         """Tell everybody still waiting, then let go of the device."""
         reason = self._inbox.close(EngineShutdownError("the engine was shut down"))
-        for request in list(self._scheduler.live):
-            self._fail(request, stop_error(reason))
+        for request in self._scheduler.live:  # the scheduler itself may be what has failed
+            error = stop_error(reason)
+            request.finish_reason = output.failure_reason(error)
+            request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
+        self._scheduler.live.clear()
         self._in_flight.clear()
         self._profiler.close()
         self._runner.close()

@@ -180,7 +180,16 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "max_running_requests": Option("integer", "cap on the running batch", 1, optional=True),
         "max_queued_requests": Option("integer", "cap on the waiting queue", 1, optional=True),
         "chunked_prefill_size": Option(
-            "integer", "largest prefill bucket, tokens; -1: max_prefill_tokens", -1, optional=True
+            "integer",
+            "most tokens of an extend step, a quarter while a running request streams; None: 8192 "
+            "on GPU, 1024 on CPU; -1: prompts go first, in steps of max_prefill_tokens",
+            -1,
+            optional=True,
+        ),
+        "enable_mixed_chunk": Option(
+            "flag",
+            "up to 24 running requests decode within a prompt's step; None: where it is faster",
+            optional=True,
         ),
         "max_prefill_tokens": Option("integer", "most tokens in one prefill batch", 1),
         "prefill_max_requests": Option(
@@ -217,6 +226,9 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             1,
             8,
             optional=True,
+        ),
+        "enable_deterministic_inference": Option(
+            "flag", "bitwise the same result whatever else runs, ran or is cached; slower"
         ),
         "page_size": Option(
             "integer", "KV tokens per page; None: 64 on GPU, 16 on CPU", 1, optional=True

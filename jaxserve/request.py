@@ -129,3 +129,9 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def count_retraction(self) -> None:
+        """It leaves the device with its tokens, and will run again from the first one."""
+        self.num_retractions += 1
+        if self.input_logprobs is None:
+            self.pending_input_logprobs.clear()

@@ -47,6 +47,7 @@ class ServerArgs:
     max_running_requests: int | None = None
     max_queued_requests: int | None = None
     chunked_prefill_size: int | None = None
+    enable_mixed_chunk: bool | None = None
     max_prefill_tokens: int = 16384
     prefill_max_requests: int | None = None
     schedule_policy: str = "fcfs"
@@ -57,6 +58,7 @@ class ServerArgs:
     default_priority_value: int | None = None
     abort_on_priority_when_disabled: bool = False
     num_continuous_decode_steps: int | None = None
+    enable_deterministic_inference: bool = False
     page_size: int | None = None
     disable_radix_cache: bool = False
     radix_eviction_policy: str = "lru"
@@ -111,7 +113,21 @@ class ServerArgs:
                 "enable_hierarchical_cache=True keeps cached prefixes in host memory, and "
                 "disable_radix_cache=True keeps none"
             )
+        if self.enable_deterministic_inference:
+            self._check_deterministic()
         SamplingParams.from_dict(self.preferred_params)
+
+    def _check_deterministic(self) -> None:
+        """The options that ask for more than one decode program."""
+        for name, only in (
+            ("cuda_graph_bs", None), ("cuda_graph_max_bs", None), ("num_continuous_decode_steps", 1)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in (None, only):
+                raise InvalidRequestError(
+                    f"enable_deterministic_inference runs one decode program, of "
+                    f"max_running_requests rows and one step: {name}={value!r} contradicts it"
+                )
 
     @property
     def preferred_params(self) -> dict[str, Any]:

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.add_norm.api import OPERATION as _ADD_NORM
+from pallas_kernels.add_norm.api import add_norm
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.kv_write.api import OPERATION as _KV_WRITE
 from pallas_kernels.kv_write.api import kv_write
 from pallas_kernels.linear.api import OPERATION as _LINEAR
-from pallas_kernels.linear.api import linear
+from pallas_kernels.linear.api import linear, runs_as_one_kernel
 from pallas_kernels.paged_decode.api import OPERATION as _PAGED_DECODE
 from pallas_kernels.paged_decode.api import paged_decode
 from pallas_kernels.paged_prefill.api import OPERATION as _PAGED_PREFILL
 from pallas_kernels.paged_prefill.api import paged_prefill
+from pallas_kernels.paged_prefill.plan import FIXED_TILE
 from pallas_kernels.registry import Operation
 from pallas_kernels.rope_kv_write.api import OPERATION as _ROPE_KV_WRITE
 from pallas_kernels.rope_kv_write.api import rope_kv_write
@@ -26,10 +29,12 @@ from pallas_kernels.sample.api import OPERATION as _SAMPLE
 from pallas_kernels.sample.api import RowParams, Samples, SlotLists, sample
 
 __all__ = [
+    "FIXED_TILE",
     "Device",
     "RowParams",
     "Samples",
     "SlotLists",
+    "add_norm",
     "available_implementations",
     "current_device",
     "kv_write",
@@ -38,13 +43,16 @@ __all__ = [
     "paged_decode",
     "paged_prefill",
     "rope_kv_write",
+    "runs_as_one_kernel",
     "sample",
 ]
 
 
 def operations() -> dict[str, Operation]:
     """Every operation, by name."""
-    known = (_PAGED_DECODE, _PAGED_PREFILL, _KV_WRITE, _ROPE_KV_WRITE, _LINEAR, _SAMPLE)
+    known = (
+        _PAGED_DECODE, _PAGED_PREFILL, _KV_WRITE, _ROPE_KV_WRITE, _LINEAR, _ADD_NORM, _SAMPLE
+    )  # fmt: skip
     return {entry.name: entry for entry in known}
 
 

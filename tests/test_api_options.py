@@ -182,7 +182,6 @@ def test_parallelism_is_not_supported_yet(name):
         ("schedule_policy", "lof"),
         ("radix_eviction_policy", "slru"),
         ("load_format", "sharded_state"),
-        ("enable_deterministic_inference", True),
     ],
 )
 def test_unsupported_options_say_so(name, value):

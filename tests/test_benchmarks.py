@@ -18,6 +18,7 @@ import pytest
 from benchmarks import (
     engine,
     host_overhead,
+    interference,
     latency,
     machine,
     offline_throughput,
@@ -521,9 +522,38 @@ def test_the_suite_on_a_tiny_engine(tmp_path):
 
 
 @pytest.mark.slow
-def test_cold_and_warm_starts_of_a_tiny_engine():
+def test_streams_beside_a_long_prompt_on_a_tiny_engine(tmp_path):
+    options = {"chunked_prefill_size": 128, "max_prefill_tokens": 1024, "precompile": True}
+    result = interference.run("tiny", 1000, 3, 1, options)
+    chunked, whole = result["ways"]
+    assert (chunked["chunked_prefill_size"], whole["chunked_prefill_size"]) == (128, -1)
+    for way in (chunked, whole):
+        assert way["gap_ms"]["p50"] <= way["gap_ms"]["p99"] <= way["gap_ms"]["max"]
+        assert min(way["ttft_alone_s"], way["ttft_beside_s"]) > 0
+        assert way["late_compiles"] == 0
+    # 8 + about 1,000 / 32 extend steps, and a gap for each stream in each of the latter
+    assert chunked["extend_steps"] > 8 + 20 and chunked["gaps"] > 3 * 20
+    assert whole["extend_steps"] <= 2 + 3 and whole["gaps"] <= 3 * 4
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = tables.markdown(report.read(tmp_path))
+    assert "tiny: a prompt of 1,000 tokens arrives while 3 streams run" in text
+    assert "| 128 |" in text and "| off |" in text
+
+
+def test_gaps_are_those_that_overlap_the_span():
+    assert interference.gaps([0, 1, 3, 6, 10], since=2, until=5) == [2, 3]
+    assert interference.gaps([0, 1], since=2, until=5) == []
+    values = [float(i) for i in range(1, 201)]
+    shares = (0.5, 0.99, 1.0)
+    assert [interference.percentile(values, share) for share in shares] == [100, 198, 200]
+    assert interference.percentile([3.0], 0.99) == 3
+
+
+@pytest.mark.slow
+def test_cold_and_warm_starts_of_a_tiny_engine(tmp_path):
     options = {"precompile": True, "max_running_requests": 1, "chunked_prefill_size": 64}
-    result = startup.run("tiny", options, rounds=1)
+    result = startup.run("tiny", options, rounds=1, kept=tmp_path / "programs")
+    assert any((tmp_path / "programs").iterdir())
     (cold,), (warm,) = result["cold"], result["warm"]
     assert cold["programs"] == warm["programs"] > 0
     assert warm["compile_s"] < cold["compile_s"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import jax
 import pytest
 
 import jaxserve
+from jaxserve.attention import paged
+from jaxserve.attention.paged import PagedOps
 from tests.checkpoints import make_checkpoint
 from tests.oracles.huggingface import Reference
 
@@ -80,6 +84,27 @@ def test_a_batch_gives_each_prompt_the_tokens_it_gets_alone(family):
         engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"] for prompt in batch
     ]
     assert together == alone
+
+
+def test_sums_left_to_the_next_norm_change_nothing(llama, tiny_models, monkeypatch):
+    engine, folder = llama
+    batch = prompts(8, seed=5)
+    want = ids(engine.generate(input_ids=batch, sampling_params=GREEDY))
+    monkeypatch.setattr(PagedOps, "_leaves_the_sum", lambda *_: True)
+    monkeypatch.setattr(paged, "add_norm", counted := Counted(paged.add_norm))
+    with jaxserve.Engine(model_path=folder, **OPTIONS) as other:
+        assert ids(other.generate(input_ids=batch, sampling_params=GREEDY)) == want
+    layers = json.loads((Path(folder) / "config.json").read_text())["num_hidden_layers"]
+    assert counted.calls and counted.calls % (2 * layers) == 0
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return self.function(*args, **options)
 
 
 def test_input_and_output_logprobs_equal_hugging_face(family):

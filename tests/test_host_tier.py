@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxserve
-from jaxserve.cache.host import HostPages
+from jaxserve.cache.host import HostPages, scatter_targets
 from jaxserve.cache.keys import chain, namespace_key
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import PrefixCache
@@ -134,6 +134,31 @@ def test_blocks_against_a_model(seed, num_blocks, width):
             loads = []
         assert set(host._places) == {key for block in model.blocks for key in block}
         assert len(host) == sum(map(len, model.blocks)) <= num_blocks * width
+
+
+def test_a_page_that_two_want_goes_to_both():
+    wanted = [(2, 7), (0, 5), (2, 8), (2, 9), (0, 4)]
+    arrays = [targets.tolist() for targets in scatter_targets(wanted, 4, 99)]
+    assert arrays == [[5, 99, 7, 99], [4, 99, 8, 99], [99, 99, 9, 99]]
+    assert list(scatter_targets([], 4, 99)) == []
+
+
+def test_a_page_that_changes_hands_is_filled_once():
+    host = HostPages(4, 1)
+    host.keep([b"a", b"b"], [1, 2])
+    host.take()
+    for key, page in ((b"a", 3), (b"b", 3)):  # whoever had page 3 has given it back
+        host.load(host.find([key], 1), [page])
+    [(_, wanted)] = host.take().into
+    [block] = [place.block for place in host.find([b"b"], 1)]
+    assert wanted == [(0, 3)] and host._places[b"b"].block == block
+
+
+def test_pages_are_found_in_whole_units():
+    host = HostPages(4, 3)
+    keys = [bytes([i]) for i in range(5)]
+    host.keep(keys, range(5))
+    assert [len(host.find(keys, most, 2)) for most in range(6)] == [0, 0, 2, 2, 4, 4]
 
 
 @settings(max_examples=100, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,20 @@ def test_float32_lowers_for_cuda_in_triton_only():
         compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
 
 
+@pytest.mark.parametrize("name", ["triton", "mosaic_sm90"])
+@pytest.mark.parametrize("model", MODELS)
+def test_fixed_tiles_lower_for_cuda(name, model):
+    heads, kv_heads, head_dim, page_size = MODELS[model]
+    pages, row = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16), ((16,), jnp.int32)
+    shapes = compat.shape_list(
+        [((1024, heads, head_dim), jnp.bfloat16), pages, pages, ((16, 128), jnp.int32), row, row,
+         row]
+    )  # fmt: skip
+    run = implementation("paged_prefill", name, interpret=False)
+    run = functools.partial(run, scale=0.1, window=1024, fixed_tiles=True)
+    assert "custom_call" in compat.lower_for_cuda(run, *shapes)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_cap_and_fp8_lower_for_cuda(model):
     heads, kv_heads, head_dim, page_size = MODELS[model]
@@ -267,6 +282,68 @@ def test_mistakes_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         paged_prefill(**{**arguments, **change})
+
+
+def check_cuts(name, dtype, group, window, *, interpret=False):
+    """A sequence of 430 tokens whole, and cut at 128, 256 or both, behind another sequence: every
+    token is bitwise the same."""
+    page_size, kv_heads, head_dim, tokens, length = 64, 2, 64, 512, 430
+    keys = jax.random.split(jax.random.key(group), 3)
+    pages = (24, page_size, kv_heads, head_dim)
+    k_pages, v_pages = (jax.random.normal(key, pages, jnp.dtype(dtype)) for key in keys[:2])
+    q = np.asarray(jax.random.normal(keys[2], (length, kv_heads * group, head_dim), k_pages.dtype))
+    table = np.stack([np.arange(8), np.arange(8, 16)]).astype(np.int32)
+    run = implementation("paged_prefill", name, interpret=interpret)
+    call = jax.jit(functools.partial(run, scale=0.125, window=window, fixed_tiles=True))
+
+    def attend(start, stop, beside):
+        """The tokens start..stop-1 behind `beside` tokens of another sequence."""
+        packed = np.zeros((tokens, *q.shape[1:]), q.dtype)
+        packed[:beside] = q[::-1][:beside]
+        packed[beside : beside + stop - start] = q[start:stop]
+        starts, lens, prefixes = (
+            np.array(x, np.int32) for x in ([0, beside], [beside, stop - start], [7, start])
+        )
+        out = call(packed, k_pages, v_pages, table, starts, lens, prefixes)
+        return np.asarray(out)[beside : beside + stop - start]
+
+    whole = attend(0, length, 0)
+    for cuts in ((128,), (256,), (128, 384)):
+        edges = (0, *cuts, length)
+        parts = [attend(a, b, 40) for a, b in itertools.pairwise(edges)]
+        assert np.concatenate(parts).tobytes() == whole.tobytes(), cuts
+
+
+CUTS = pytest.mark.parametrize(("group", "window"), [(2, None), (3, None), (7, 100), (1, 200)])
+
+
+@CUTS
+def test_cuts_at_fixed_tiles_change_no_bit(group, window):
+    check_cuts("xla", "float32", group, window)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize(("group", "window"), [(3, None), (7, 100)])
+def test_cuts_at_fixed_tiles_change_no_bit_in_triton_interpreted(group, window):
+    check_cuts("triton", "float32", group, window, interpret=True)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@interprets_mosaic
+@nan_keys_are_meant
+def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted():
+    check_cuts("mosaic_sm90", "bfloat16", 2, 100, interpret=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@CUTS
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("mosaic_sm90", "bfloat16"), ("triton", "bfloat16"), ("triton", "float32")],
+)
+def test_cuts_at_fixed_tiles_change_no_bit_on_device(name, dtype, group, window):
+    check_cuts(name, dtype, group, window)
 
 
 @pytest.mark.gpu

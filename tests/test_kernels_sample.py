@@ -122,6 +122,29 @@ def test_sizes_change_nothing(sizes):
         check("triton", EDGES[name], 3, sizes=sizes)
 
 
+@interpreted
+@pytest.mark.parametrize("fixed", [False, True])
+def test_how_rows_are_split_changes_nothing(fixed):
+    """Rows that take several passes, each by itself among decided ones, and all together."""
+    case = EDGES["random across halves"]
+    logits, rows, slots = case.inputs(6)
+    filters = {"top_p": np.float32(0.7), "top_k": np.int32(1 << 30), "min_p": np.float32(0)}
+    rows = rows._replace(
+        live=np.ones_like(rows.live),
+        **{k: np.full_like(rows.top_k, v, v.dtype) for k, v in filters.items()},
+    )
+    run = implementation("sample", "triton", interpret=True, **{**dict(SMALL), "rounds": 3})
+    call = jax.jit(functools.partial(run, top=0, raw_logprobs=False, fixed_split=fixed))
+    together = np.asarray(call(logits, rows, slots).tokens)
+    np.testing.assert_array_equal(
+        together, want(logits, rows, slots, top=0, raw_logprobs=False).tokens
+    )
+    for b in range(len(together)):
+        greedy = np.where(np.arange(len(together)) == b, rows.top_k, 1).astype(np.int32)
+        alone = call(logits, rows._replace(top_k=greedy), slots).tokens
+        assert np.asarray(alone)[b] == together[b]
+
+
 # -- noise ----------------------------------------------------------------------------------------
 
 
@@ -283,7 +306,7 @@ def shapes(batch, vocab, slots=9, bias=64, named=16):
 def test_lowers_for_cuda(batch):
     for vocab, top, raw in ((151_936, 20, False), (128_256, 0, True), (151_936, 3, True)):
         run = implementation("sample", "triton", interpret=False)
-        run = functools.partial(run, top=top, raw_logprobs=raw)
+        run = functools.partial(run, top=top, raw_logprobs=raw, fixed_split=top == 3)
         text = compat.lower_for_cuda(run, *shapes(batch, vocab))
         # the rounds of refine share one
         assert text.count("custom_call @") == 3

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import jaxserve
-from jaxserve.errors import InvalidRequestError, NotSupportedError
+from jaxserve.errors import InvalidRequestError, NotSupportedError, RequestFailedError
 from jaxserve.output.stats import BOUNDS, LATENCIES
 
 OPTIONS = {
@@ -148,7 +148,7 @@ def test_failed_requests_count_as_errors(engine, monkeypatch):
         raise ZeroDivisionError("injected")
 
     monkeypatch.setattr(engine._loop._runner, "prepare", prepare)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RequestFailedError, match="ZeroDivisionError: injected"):
         engine.generate(input_ids=PROMPTS[0], sampling_params=LONG)
     assert engine.get_server_info()["finished_requests"]["error"] == 1
 

@@ -20,6 +20,7 @@ from jaxserve.cache.window import Window
 from jaxserve.output.commit import commit, finish
 from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -60,16 +61,20 @@ class Machine:
     def __init__(
         self, pages, page_size, rows, tokens, depth, steps=1, window=None, host=None, **options
     ):
+        self.page_size, self.window = page_size, window
         self.device = PagedDevice(page_size, window)
-        options["window"] = Window.fitting(window, page_size, pages)
+        alignment = options.get("chunk_alignment", 1)
+        options["window"] = Window.fitting(window, page_size, pages, alignment)
         self.host = options["host"] = None if host is None else HostPages(*host)
         self.scheduler = Scheduler(
             buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
             max_rows=rows, max_prefill_tokens=tokens, steps_per_dispatch=steps,
             **options,
         )  # fmt: skip
-        self.scheduler.slots.__init__(rows, pending=16)  # so that outputs outgrow it
+        # so that outputs outgrow it
+        self.scheduler.slots.__init__(rows, pending=16, replays=options.get("replays", False))
         self.depth = depth
+        self.alignment = alignment
         self.in_flight: deque[Result] = deque()
 
     def step(self):
@@ -79,6 +84,7 @@ class Machine:
             batch = None
         if batch is not None:
             assert len(batch.sequences) <= batch.row_bucket
+            self.check_cuts(batch)
             if self.host is not None:
                 self.device.copy(self.host.take())
             self.in_flight.append(Result(batch, self.device.run(batch)))
@@ -86,6 +92,25 @@ class Machine:
             commit(self.in_flight.popleft(), self.scheduler)
         self.check()
         return batch
+
+    def fail(self):
+        """The device loses everything, as `EngineLoop` has it."""
+        self.in_flight.clear()
+        self.scheduler.retract_all()
+        self.device = PagedDevice(self.page_size, self.window)
+        self.check()
+
+    def check_cuts(self, batch):
+        """Chunks are cut at multiples of the alignment; what is to be decoded again runs in no
+        chunk."""
+        if not isinstance(batch, ExtendBatch):
+            return
+        for row in batch.rows:
+            end = row.sequence.prompt_len if self.scheduler.slots.replays else 1 << 30
+            assert row.stop <= end
+            if row.leader < 0:
+                assert row.start % self.alignment == 0
+                assert row.stop % self.alignment == 0 or row.samples
 
     def check(self):
         """Every page is free or cached, or held as often as its count says; slots are held once."""
@@ -141,6 +166,9 @@ POLICIES = [
     Policy(), Policy(schedule="lpm"), Policy(conservativeness=0), Policy(conservativeness=3.5),
     Policy(priorities=True, threshold=1), Policy(priorities=True, low_first=True, threshold=0),
 ]  # fmt: skip
+PACES = [
+    None, Pace(8), Pace(16, 0.1, 1), Pace(24, 0, 24), Pace(64, 0.02, 24, 16), Pace(48, 0.001, 9, 24)
+]  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
@@ -155,19 +183,26 @@ POLICIES = [
     aborts=st.booleans(),
     eviction=st.sampled_from([None, "lru", "lru", "lfu"]),
     policy=st.sampled_from(POLICIES),
+    pace=st.sampled_from(PACES),
+    replays=st.booleans(),
+    aligned_pages=st.sampled_from([0, 0, 1, 2]),
     window=st.sampled_from([None, None, 1, 7, 16, 33, 100]),
     host=st.sampled_from([None, (1, 1), (2, 3), (5, 4), (40, 8)]),
 )
 def test_random_traffic_reads_its_own_tokens(
-    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, window, host
-):
+    seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, pace, replays,
+    aligned_pages, window, host,
+):  # fmt: skip
     random_ = random.Random(seed)
     host = host if eviction else None
+    alignment = aligned_pages * page_size or 1
     machine = Machine(
-        pages, page_size, rows, tokens, depth, steps, window, host, eviction=eviction, policy=policy
-    )
+        pages, page_size, rows, max(tokens, alignment), depth, steps, window, host,
+        eviction=eviction, policy=policy, pace=None if replays or aligned_pages else pace,
+        chunk_alignment=alignment, replays=replays,
+    )  # fmt: skip
     requests, aborted = [], set()
-    slides = Window.fitting(window, page_size, pages) is not None
+    slides = Window.fitting(window, page_size, pages, alignment) is not None
     capacity = 350 if slides else pages * page_size
     for number in range(random_.randint(1, 12)):
         prompt = draw_prompt(random_, requests, min(capacity - 1, 200))
@@ -200,6 +235,8 @@ def test_random_traffic_reads_its_own_tokens(
         if random_.random() < 0.05:
             machine.scheduler.forget_prefixes()
             machine.check()
+        if random_.random() < 0.05:
+            machine.fail()
     machine.run_dry()
     assert machine.scheduler.pages.available == pages
     assert len(machine.scheduler.waiting) == 0 and machine.scheduler.waiting.siblings(group) == []
@@ -215,6 +252,7 @@ def test_random_traffic_reads_its_own_tokens(
         assert request.cached_tokens <= len(request.prompt_ids) - 1
         assert request.cached_tokens % page_size == 0
         assert (request.cached_host_tokens is None) == (host is None or not admitted(request))
+        assert request.group or request.cached_tokens % alignment == 0
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -283,6 +321,40 @@ def test_tokens_after_an_end_inside_a_dispatch_are_dropped(interval):
     assert machine.scheduler.pages.available == 40
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("interval", [0, 1])
+def test_what_is_retracted_may_have_to_decode_again(depth, interval):
+    """Extend steps then run prompts only; callers hear of each token once."""
+    machine = Machine(
+        pages=14, page_size=8, rows=4, tokens=64, depth=depth, replays=True, chunk_alignment=16
+    )
+    requests = [
+        make_request(f"r{i}", [100 * i + j for j in range(20)], 60, interval=interval)
+        for i in range(3)
+    ]
+    for request in requests:
+        machine.scheduler.add(request)
+    machine.run_dry()
+    retracted = sum(request.num_retractions for request in requests)
+    assert retracted > 0
+    # 16 of the 20 are cached, until somebody needs their pages
+    assert 4 * retracted <= machine.device.tokens_run - 3 * 20 < 20 * retracted
+    assert machine.scheduler.pages.cached <= 3 * 2  # pages: of prompts only
+    for request in requests:
+        assert request.output_ids == expected_tokens(request)
+        told = [token for update in request.mailbox.updates for token in update.new_ids]
+        assert told == request.output_ids
+
+
+def test_who_has_decoded_much_comes_back_when_there_is_room_for_that():
+    machine = Machine(pages=14, page_size=8, rows=4, tokens=64, depth=0, replays=True)
+    first, second = (make_request(f"r{i}", [i], 80) for i in range(2))
+    for request in (first, second):
+        machine.scheduler.add(request)
+    machine.run_dry()
+    assert (first.num_retractions, second.num_retractions) == (0, 1)
+
+
 def test_samples_of_a_prompt_prefill_once():
     machine = Machine(pages=40, page_size=8, rows=8, tokens=64, depth=1)
     requests = [make_request("r", list(range(21)), 5, sample, "g") for sample in range(4)]
@@ -319,6 +391,32 @@ def test_recovery_recomputes_everything_admitted():
     machine.device = PagedDevice(8)
     machine.run_dry()
     assert all(r.output_ids == expected_tokens(r) for r in requests)
+
+
+def test_recovery_from_a_half_changed_state():
+    """As an exception in the middle of `schedule` may leave it: pages that nobody has, and
+    sequences in no queue."""
+    machine = Machine(pages=40, page_size=8, rows=4, tokens=64, depth=1)
+    requests = [make_request(f"r{i}", [i] * 9, 12) for i in range(6)]
+    for request in requests:
+        machine.scheduler.add(request)
+    for _ in range(3):
+        machine.step()
+    scheduler = machine.scheduler
+    scheduler.running.popitem()
+    scheduler.waiting.remove(scheduler.waiting.first())
+    scheduler.pages.allocate(3)
+    scheduler.pages.share(scheduler.live[requests[0]].pages)
+    scheduler.live[requests[1]].pages.pop()
+    scheduler.finish(requests[0])
+    machine.in_flight.clear()
+    scheduler.retract_all()
+    assert [s.request for s in scheduler.waiting] == requests[1:]
+    assert scheduler.pages.available == 40 and scheduler.slots.available == 4
+    machine.device = PagedDevice(8)
+    machine.run_dry()
+    assert all(r.output_ids == expected_tokens(r) for r in requests[1:])
+    assert scheduler.pages.available == 40 and scheduler.slots.available == 4
 
 
 def finished_in(machine, requests):
@@ -489,6 +587,49 @@ def test_a_prompt_longer_than_the_pool_runs_in_a_ring_of_pages(depth):
     assert sum(chunks) == 1000 and len(chunks) == 16
     assert request.output_ids == expected_tokens(request)
     assert machine.scheduler.pages.available == 16
+
+
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_who_runs_in_a_ring_leaves_the_step_to_others_and_takes_their_tokens_along(alignment):
+    """A ring for 32 tokens at a time, in steps of 160 with running requests in them."""
+    machine = Machine(
+        pages=16, page_size=8, rows=4, tokens=160, depth=1, window=90,
+        pace=Pace(160, 0, 4) if alignment == 1 else None, chunk_alignment=alignment,
+    )  # fmt: skip
+    long, short = make_request("l", list(range(600)), 5), make_request("s", [7] * 9, 30, interval=1)
+    machine.scheduler.add(long)
+    machine.step()
+    machine.scheduler.add(short)
+    machine.run_dry()
+    assert [r.output_ids for r in (long, short)] == [expected_tokens(r) for r in (long, short)]
+    assert machine.scheduler.pages.available == 16
+
+
+def test_a_ring_too_small_for_an_aligned_chunk_is_none():
+    assert Window.fitting(40, 8, 8, 16) == Window(40, 8)
+    assert Window.fitting(40, 8, 8, 24) is None
+
+
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_recovery_forgets_what_was_given_back_and_what_the_host_has(alignment):
+    machine = Machine(
+        pages=16, page_size=8, rows=2, tokens=64, depth=1, window=20, host=(8, 4),
+        chunk_alignment=alignment, replays=alignment > 1,
+    )  # fmt: skip
+    for i in range(3):
+        machine.scheduler.add(make_request(f"old{i}", [i] * 60, 2))
+        machine.run_dry()
+    assert len(machine.host) > 0
+    request = make_request("r", list(range(300)), 200)
+    machine.scheduler.add(request)
+    for _ in range(60):
+        machine.step()
+    assert machine.scheduler.live[request].dropped > 0
+    machine.fail()
+    assert machine.scheduler.live[request].dropped == 0 == len(machine.host)
+    assert machine.host.take() == ((), ())
+    machine.run_dry()
+    assert request.output_ids == expected_tokens(request)
 
 
 def test_what_outgrew_the_pool_can_be_retracted():

@@ -61,6 +61,7 @@ def test_steps_use_the_kernels(monkeypatch, shape, kind, size):
     text = lowered(monkeypatch, shape, kind, size)
     for kernel in ("rope_kv_write", "paged_decode" if kind == "decode" else "mosaic_gpu", "sample"):
         assert kernel in text
+    assert ("@add_norm" in text) == (size > 1)
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "w8a16_int8"])

@@ -29,28 +29,31 @@ class LiveIds:
     def __init__(self) -> None:
         # Re-entrant: the collector may drop a stream, and release its ids, at any allocation.
         self._lock = threading.RLock()
-        self._ids: set[str] = set()
+        self._holders: dict[str, object] = {}
 
-    def reserve(self, rids: Sequence[str]) -> None:
+    def reserve(self, rids: Sequence[str], holder: object) -> None:
         """Raises InvalidRequestError, reserving none, if one of them is in flight."""
         with self._lock:
             for rid in rids:
-                if rid in self._ids:
+                if rid in self._holders:
                     raise InvalidRequestError(f"Duplicate request ID: {rid!r} is in flight")
-            self._ids.update(rids)
+            self._holders.update(dict.fromkeys(rids, holder))
 
-    def release(self, rids: Sequence[str]) -> None:
+    def release(self, rids: Sequence[str], holder: object) -> None:
+        """Those of `rids` that are `holder`'s are free again."""
         with self._lock:
-            self._ids.difference_update(rids)
+            for rid in rids:
+                if self._holders.get(rid) is holder:
+                    del self._holders[rid]
 
 
 class Call:
     """Submits requests on construction and collects their updates.
 
     Whoever stops reading before the end must call `close`, which aborts what still runs; the
-    methods do so themselves when they are interrupted or cancelled. `owner` is kept alive until
-    the call has ended: an engine that is used only through a stream must not be collected. `log`
-    is told of each request.
+    methods do so themselves when they are interrupted or cancelled, and a call that is dropped
+    too. `owner` is kept alive until the call has ended: an engine that is used only through a
+    stream must not be collected. `log` is told of each request.
     """
 
     def __init__(
@@ -66,12 +69,13 @@ class Call:
         self._ids = ids
         self._mailbox = mailbox
         self._outputs = {output.request: output for output in outputs}
-        self._unfinished = set(self._outputs)
-        self._owner = owner
+        self._unfinished: set[Request] = set()
         self._log = log
         self._rids = [request.rid for request in self._outputs]
-        ids.reserve(self._rids)
+        self._owner = owner
         try:
+            ids.reserve(self._rids, mailbox)
+            self._unfinished.update(self._outputs)
             if log is not None:
                 for request in self._outputs:
                     log.received(request)
@@ -95,13 +99,20 @@ class Call:
 
     def close(self) -> None:
         """Aborts the requests that have not finished. May be called at any time."""
-        left, self._unfinished = self._unfinished, set()
-        self._end_if_finished()
+        left = list(self._unfinished)
         if left:
+            # Before anything is forgotten: Ctrl-C may come here too, and `close` again.
+            self._core.abort_requests(left)
+            self._unfinished.clear()
             if self._log is not None:
                 for request in left:
                     self._log.left(request)
-            self._core.abort_requests(list(left))
+        self._end_if_finished()
+
+    def __del__(self) -> None:
+        # Ctrl-C may come after the requests are queued and before anybody has this call.
+        if getattr(self, "_owner", None) is not None:
+            self.close()
 
     def results(self, finished: Callable[[], object]) -> list[dict[str, Any]]:
         """Waits for all requests; `finished` is called as each one ends."""
@@ -153,8 +164,8 @@ class Call:
 
     def _end_if_finished(self) -> None:
         if not self._unfinished and self._owner is not None:
+            self._ids.release(self._rids, self._mailbox)
             self._owner = None
-            self._ids.release(self._rids)
 
     @contextlib.contextmanager
     def _closing_on_error(self) -> Generator[None]:
@@ -188,9 +199,6 @@ class Stream(Generator[dict[str, Any], Any, None]):
         self._ready.clear()
         self._call.close()
 
-    def __del__(self) -> None:
-        self.close()
-
 
 class AsyncStream(AsyncGenerator[dict[str, Any], Any]):
     """Chunks of a call for `async for`. Closing, dropping or cancelling aborts the requests."""
@@ -217,6 +225,3 @@ class AsyncStream(AsyncGenerator[dict[str, Any], Any]):
     def _stop(self) -> None:
         self._ready.clear()
         self._call.close()
-
-    def __del__(self) -> None:
-        self._stop()

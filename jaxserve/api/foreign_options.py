@@ -114,7 +114,6 @@ NO_OP: Mapping[str, Any] = MappingProxyType(
         "enable_request_time_stats_logging": False,
         "otlp_traces_endpoint": "localhost:4317",
         # scheduling knobs without a counterpart
-        "enable_mixed_chunk": False,
         "enable_dynamic_chunking": False,
         "enable_prefill_delayer": False,
         "prefill_delayer_max_delay_passes": 30,
@@ -266,7 +265,6 @@ UNSUPPORTED: Mapping[str, Any] = MappingProxyType(
         "enable_custom_logit_processor": False,
         "enable_return_hidden_states": False,
         "enable_return_routed_experts": False,
-        "enable_deterministic_inference": False,
         "rl_on_policy_target": None,
         "enable_nsa_prefill_context_parallel": False,
         "nsa_prefill_cp_mode": "round-robin-split",

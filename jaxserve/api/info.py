@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jaxserve
+from jaxserve.api import checks
 from jaxserve.api.foreign_options import NO_OP, UNSUPPORTED
+from jaxserve.errors import InvalidRequestError
 from jaxserve.options import ALIASES
 from jaxserve.server_args import ServerArgs
 
@@ -40,9 +42,11 @@ class TokenizerManager:
         self.tokenizer = tokenizer
         self._abort = abort
 
-    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+    def abort_request(self, rid: str | None = "", abort_all: bool = False) -> None:
         """`Engine.abort_request`."""
-        self._abort(rid, abort_all)
+        if not isinstance(rid, str | None):
+            raise InvalidRequestError(f"rid must be a string, got {checks.shown(rid)}")
+        self._abort(rid or "", checks.boolean("abort_all", abort_all))
 
 
 def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
-from jaxserve.models.ops import AttentionSpec
+from jaxserve.models.layers import rms_norm
+from jaxserve.models.ops import AttentionSpec, Stream
 from jaxserve.weights import kept_transposed
-from pallas_kernels import linear, paged_decode, paged_prefill, rope_kv_write
+from pallas_kernels import (
+    add_norm,
+    linear,
+    paged_decode,
+    paged_prefill,
+    rope_kv_write,
+    runs_as_one_kernel,
+)
+
+LEAST_ROWS_TO_SUM = 16
+"""Below, XLA makes the sum and the norm parts of the products around them (H100)."""
 
 
 class Cache(NamedTuple):
@@ -33,16 +44,49 @@ class PagedOps:
     """`models.ops.Ops` of the engine.
 
     attention, others: names of the implementations of attention and of everything else, None for
-    the device's default order. num_pages P: of one layer.
+    the device's default order. num_pages P: of one layer. fixed_tiles: see `paged_prefill`.
     """
 
     attention: str | None
     others: str | None
     num_pages: int
     platform: str
+    fixed_tiles: bool = False
 
-    def linear(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
-        """See `Ops.linear`."""
+    def linear_in(
+        self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float, **options: Any
+    ) -> tuple[jax.Array, Stream]:
+        """See `Ops.linear_in`."""
+        if stream.pending is None:
+            return self._linear(stream.x, kernel, norm=norm, eps=eps, **options), stream
+        x, normed = add_norm(
+            stream.x, stream.pending, norm, eps=eps, implementation=self.others
+        )  # fmt: skip
+        return self._linear(normed, kernel, **options), Stream(x)
+
+    def linear_out(self, y: jax.Array, kernel: jax.Array, stream: Stream, **options: Any) -> Stream:
+        """See `Ops.linear_out`."""
+        assert stream.pending is None, "a product has read this stream, and so its pending part"
+        if self._leaves_the_sum(y, kernel):
+            return Stream(stream.x, self._linear(y, kernel, **options))
+        return Stream(self._linear(y, kernel, residual=stream.x, **options))
+
+    def norm(self, stream: Stream, scale: jax.Array, eps: float) -> jax.Array:
+        """See `Ops.norm`."""
+        if stream.pending is None:
+            return rms_norm(stream.x, scale, eps)
+        return add_norm(stream.x, stream.pending, scale, eps=eps, implementation=self.others)[1]
+
+    def _leaves_the_sum(self, y: jax.Array, kernel: jax.Array) -> bool:
+        """Whether the sum is made with the next norm: where Triton kernels are, and the product is
+        none of them, which would add it on the way."""
+        if self.platform == "cpu" or self.others is not None or y.shape[0] < LEAST_ROWS_TO_SUM:
+            return False
+        transposed = kept_transposed(kernel, self.platform)
+        kernel = kernel.T if transposed else kernel
+        return not runs_as_one_kernel(y, kernel, transposed=transposed)
+
+    def _linear(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         transposed = kept_transposed(kernel, self.platform)
         return linear(
             x, kernel.T if transposed else kernel, transposed=transposed,
@@ -72,6 +116,7 @@ class PagedOps:
             )
         else:
             out = paged_prefill(
-                q, k, v, meta.page_table, meta.q_starts, meta.q_lens, meta.prefix_lens, **options
-            )
+                q, k, v, meta.page_table, meta.q_starts, meta.q_lens, meta.prefix_lens,
+                fixed_tiles=self.fixed_tiles, **options,
+            )  # fmt: skip
         return out.reshape(qkv.shape[0], -1), Cache(k, v, locks)

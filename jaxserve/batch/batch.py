@@ -12,9 +12,10 @@ from jaxserve.scheduler.slots import Rows
 class ExtendRow:
     """One row of an extend step.
 
-    A row either runs `stop - start` tokens of its sequence (positions start..stop-1), packed from
-    row `packed_start`, or is a fork: a sample of the same prompt that runs no token, and samples
-    from the last token of `leader`'s row in the same batch.
+    A row runs `stop - start` tokens of its sequence (positions start..stop-1), packed from row
+    `packed_start`. Or it is a fork: a sample of the same prompt that runs no token, and samples
+    from the last token of `leader`'s row in the same batch. Or it is `carried`: the decode step of
+    a running sequence, whose one token is the device's own last sample.
     """
 
     sequence: Sequence
@@ -25,13 +26,16 @@ class ExtendRow:
     """False for a chunk that is not the last of its sequence."""
     fresh: bool
     """True for the first chunk of an admission: the slot's counters start from zero."""
+    epoch: int
+    """The slot's, see Slots: whether the sequence was retracted meanwhile."""
     leader: int = -1
     """Index of the leader's row for a fork, else -1."""
+    carried: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExtendBatch:
-    """Packed prompts (or chunks of them) of several sequences.
+    """Packed prompts (or chunks of them) of several sequences, and running ones' next tokens.
 
     tokens: bucket T of packed tokens. row_bucket: bucket B of rows.
     page_copies: (source, destination) pages to copy after the step, for forks.
@@ -46,6 +50,16 @@ class ExtendBatch:
     def wants_logprobs(self) -> bool:
         """Whether any row wants the logprobs of its outputs."""
         return any(row.sequence.request.logprobs is not None for row in self.rows)
+
+    @property
+    def samples(self) -> bool:
+        """Whether any row samples a token."""
+        return any(row.samples for row in self.rows)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether running sequences ride along."""
+        return any(row.carried for row in self.rows)
 
     @property
     def sampled(self) -> list[tuple[int, Sequence]]:
@@ -68,6 +82,11 @@ class DecodeBatch:
     row_bucket: int
     new_pages: tuple[tuple[int, int], ...] = ()
     steps: int = 1
+
+    @property
+    def samples(self) -> bool:
+        """As of an ExtendBatch."""
+        return True
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:

@@ -13,7 +13,7 @@ from jaxserve.scheduler.sequence import Sequence
 
 ROW_FIELDS = (
     "slots", "q_starts", "q_lens", "prefix_lens", "new_lengths", "sample_at", "fresh",
-    "next_tokens", "wants_input_logprobs",
+    "next_tokens", "wants_input_logprobs", "carried",
 )  # fmt: skip
 NUM_FLOATS = 6
 NUM_INTS = 8
@@ -25,7 +25,8 @@ class ExtendArrays(NamedTuple):
     tokens [T]. By row [B]: slots (R: padding), q_starts, q_lens, prefix_lens as paged_prefill has
     them (forks and padding start at T), new_lengths (KV tokens after the step), sample_at (packed
     row whose logits the row samples from, -1: none), fresh (1: the slot's counts restart),
-    next_tokens (successor of the row's last token, -1: unknown), wants_input_logprobs (0 or 1).
+    next_tokens (successor of the row's last token, -1: unknown), wants_input_logprobs (0 or 1),
+    carried (1: the row's token is the slot's last sample, whatever `tokens` says).
     page_table [B, W]. floats [B, 6], ints [B, 8]: see step.state.
     """
 
@@ -39,6 +40,7 @@ class ExtendArrays(NamedTuple):
     fresh: Any
     next_tokens: Any
     wants_input_logprobs: Any
+    carried: Any
     page_table: Any
     ints: Any
     floats: Any
@@ -102,6 +104,10 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
         out.q_starts[i] = row.packed_start
         out.q_lens[i] = length
         out.prefix_lens[i] = row.start
+        if row.carried:
+            out.carried[i] = 1
+            out.sample_at[i] = row.packed_start
+            continue
         out.tokens[row.packed_start : row.packed_start + length] = sequence.tokens(
             row.start, row.stop
         )

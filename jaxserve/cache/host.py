@@ -9,8 +9,10 @@ a page whose predecessors have gone is found again when those come back.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Place(NamedTuple):
@@ -33,6 +35,23 @@ class Copies(NamedTuple):
 NOTHING = Copies()
 
 
+def scatter_targets(
+    wanted: Sequence[tuple[int, int]], width: int, nowhere: int
+) -> Iterator[np.ndarray]:
+    """The (index, page) of a block's copies as page numbers [width] int32 by index, `nowhere` for
+    none: one array, or more where sequences want the same content in pages of their own."""
+    left = list(wanted)
+    while left:
+        targets, later = np.full(width, nowhere, np.int32), []
+        for index, page in left:
+            if targets[index] == nowhere:
+                targets[index] = page
+            else:
+                later.append((index, page))
+        yield targets
+        left = later
+
+
 class HostPages:
     """Up to `num_blocks` blocks of `width` pages; the least recently used goes for a new one.
 
@@ -50,6 +69,7 @@ class HostPages:
         self._open: int | None = None
         self._out: dict[int, list[int]] = {}
         self._into: dict[int, list[tuple[int, int]]] = {}
+        self._loading: dict[int, Place] = {}  # by page
 
     def __len__(self) -> int:
         """Pages here."""
@@ -72,23 +92,29 @@ class HostPages:
             self._out[block].append(page)
             self.moved_out += 1
 
-    def find(self, keys: Iterable[bytes], most: int) -> list[Place]:
-        """Where the pages of `keys` are, up to the first that is not here, and `most`. Their blocks
-        stay until `take`."""
+    def find(self, keys: Iterable[bytes], most: int, unit: int = 1) -> list[Place]:
+        """Where the pages of `keys` are, up to the first that is not here, and `most`; a multiple
+        of `unit`. Their blocks stay until `take`."""
         found: list[Place] = []
         for key in keys:
             place = self._places.get(key) if len(found) < most else None
             if place is None:
                 break
             found.append(place)
+        del found[len(found) - len(found) % unit :]
         for block, _ in reversed(found):  # a prefix without its beginning is of no use
             self._blocks.move_to_end(block)
             self._into.setdefault(block, [])
         return found
 
     def load(self, places: Sequence[Place], pages: Sequence[int]) -> None:
-        """Copy what `find` has found into `pages` of the device."""
+        """Copy what `find` has found into `pages` of the device. One that was to be filled before,
+        and has changed hands since, is filled once."""
         for place, page in zip(places, pages, strict=True):
+            former = self._loading.get(page)
+            if former is not None:
+                self._into[former.block].remove((former.index, page))
+            self._loading[page] = place
             self._into[place.block].append((place.index, page))
         self.moved_in += len(places)
 
@@ -96,8 +122,9 @@ class HostPages:
         """What is to be copied before the next step; the caller does it."""
         if not (self._out or self._into):
             return NOTHING
-        copies = Copies(tuple(self._out.items()), tuple(self._into.items()))
-        self._out, self._into, self._open = {}, {}, None
+        into = tuple((block, wanted) for block, wanted in self._into.items() if wanted)
+        copies = Copies(tuple(self._out.items()), into)
+        self._forget_copies()
         return copies
 
     def clear(self) -> None:
@@ -105,7 +132,10 @@ class HostPages:
         self._places.clear()
         self._blocks.clear()
         self._free = list(range(self.num_blocks - 1, -1, -1))
-        self._out, self._into, self._open = {}, {}, None
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        self._out, self._into, self._loading, self._open = {}, {}, {}, None
 
     def _block_with_room(self) -> int | None:
         """The block that takes the next page; None if every one is about to be read."""

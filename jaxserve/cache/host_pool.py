@@ -91,6 +91,11 @@ class HostPool:
         """Block number `block`, on its way to the device."""
         return jax.device_put(self._blocks[block], self._device)
 
+    def reset(self) -> None:
+        """Forget copies under way: they may have failed, and wait for nothing. What blocks hold is
+        not to be read before it is stored anew."""
+        self._copying.clear()
+
     def close(self) -> None:
         """Free the memory."""
         self._copying.clear()

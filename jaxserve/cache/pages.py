@@ -17,8 +17,12 @@ class PageAllocator:
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
-        self._references = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.reset()
+
+    def reset(self) -> None:
+        """All pages are free, whoever holds them."""
+        self._references = [0] * self.num_pages
+        self._free = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def available(self) -> int:

@@ -92,9 +92,9 @@ class PrefixCache:
         self.allocator.share(pages)
         return Lease(namespace, node, len(pages)), pages
 
-    def find_on_host(self, lease: Lease, tokens: bytes, most: int) -> list[Place]:
-        """The pages of `tokens` behind the leased prefix that host memory has, at most `most`:
-        `load` them before the next step."""
+    def find_on_host(self, lease: Lease, tokens: bytes, most: int, unit: int = 1) -> list[Place]:
+        """The pages of `tokens` behind the leased prefix that host memory has, at most `most` and a
+        multiple of `unit`: `load` them before the next step."""
         if self.host is None:
             return []
         rest = tokens[lease.count * self._page_bytes :]
@@ -102,7 +102,7 @@ class PrefixCache:
             return []
         node = lease.node
         key = namespace_key(lease.namespace) if node is None else self.tree.keys(node)[-1]
-        return self.host.find(chain(key, rest, self._page_bytes), most)
+        return self.host.find(chain(key, rest, self._page_bytes), most, unit)
 
     def load(self, places: Sequence[Place], pages: Sequence[int]) -> None:
         """Copy pages found on the host into as many newly allocated ones."""
@@ -158,5 +158,14 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget all prefixes. Leases end by that: whoever has one must drop it."""
         self.allocator.release(self.tree.clear())
+        self._clear_host()
+
+    def reset(self) -> None:
+        """All pages are free, whoever holds them, and nothing is cached, on the host neither."""
+        self.tree.clear()
+        self.allocator.reset()
+        self._clear_host()
+
+    def _clear_host(self) -> None:
         if self.host is not None:
             self.host.clear()

@@ -13,13 +13,15 @@ class Window:
     page_size: int
 
     @classmethod
-    def fitting(cls, tokens: int | None, page_size: int, num_pages: int) -> Window | None:
-        """The window of a model (None: a layer sees everything); None also for one that a pool of
-        `num_pages` cannot hold: there no page of a sequence is ever outside."""
+    def fitting(
+        cls, tokens: int | None, page_size: int, num_pages: int, chunk: int = 1
+    ) -> Window | None:
+        """The window of a model (None: a layer sees everything); None also where a pool of
+        `num_pages` has no ring for `chunk` tokens at a time: there no page is given back early."""
         if tokens is None:
             return None
         window = cls(tokens, page_size)
-        return window if window.ring(1) <= num_pages else None
+        return window if window.ring(chunk) <= num_pages else None
 
     def passed(self, kv_len: int) -> int:
         """Leading pages of a sequence that its token at position `kv_len`, and later ones, do not

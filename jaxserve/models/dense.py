@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxserve.models import rope
 from jaxserve.models.layers import activation, rms_norm
-from jaxserve.models.ops import AttentionSpec
+from jaxserve.models.ops import AttentionSpec, Stream
 
 
 class DenseOps:
@@ -20,22 +20,27 @@ class DenseOps:
     `cache` passes through.
     """
 
-    def linear(
-        self, x: jax.Array, kernel: jax.Array, *, bias: jax.Array | None = None,
-        norm: jax.Array | None = None, eps: float = 0.0, residual: jax.Array | None = None,
-        act: str | None = None, scale: jax.Array | None = None,
-    ) -> jax.Array:  # fmt: skip
-        """See `Ops.linear`."""
-        if norm is not None:
-            x = rms_norm(x, norm, eps)
-        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        y = y if scale is None else y * scale
-        y = y if bias is None else y + bias
+    def linear_in(
+        self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float,
+        bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
+    ) -> tuple[jax.Array, Stream]:  # fmt: skip
+        """See `Ops.linear_in`."""
+        y = product(rms_norm(stream.x, norm, eps), kernel, bias, scale)
         if act is not None:
             gate, up = jnp.split(y, 2, axis=-1)
             y = activation(act)(gate) * up
-        y = y if residual is None else y + residual
-        return y.astype(x.dtype)
+        return y.astype(stream.x.dtype), stream
+
+    def linear_out(
+        self, y: jax.Array, kernel: jax.Array, stream: Stream, *,
+        bias: jax.Array | None = None, scale: jax.Array | None = None,
+    ) -> Stream:  # fmt: skip
+        """See `Ops.linear_out`."""
+        return Stream((product(y, kernel, bias, scale) + stream.x).astype(stream.x.dtype))
+
+    def norm(self, stream: Stream, scale: jax.Array, eps: float) -> jax.Array:
+        """See `Ops.norm`."""
+        return rms_norm(stream.x, scale, eps)
 
     def attend(
         self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: jax.Array | None,
@@ -55,6 +60,15 @@ class DenseOps:
         weights = jax.nn.softmax(jnp.where(visible, scores * spec.scale, -jnp.inf), axis=-1)
         out = jnp.einsum("kgts,skh->tkgh", weights.astype(v.dtype), v)
         return out.reshape(tokens, -1), cache
+
+
+def product(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, scale: jax.Array | None
+) -> jax.Array:
+    """x [T, in] times kernel [in, out], float32."""
+    y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
 
 
 def split_heads(

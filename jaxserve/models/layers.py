@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.errors import NotSupportedError
-from jaxserve.models.ops import Ops
+from jaxserve.models.ops import Ops, Stream
 from jaxserve.models.quantization import kernel_dtype, quantize
 
 _INIT_STD = 0.02
@@ -43,7 +43,7 @@ class Embedding(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """kernel [in, out] (+ bias [out]); how it is applied is up to `Ops.linear`.
+    """kernel [in, out] (+ bias [out]); how it is applied is up to `Ops`.
 
     quantization: a scheme of models.quantization, whose kernel has a kernel_scale [out] float32.
     """
@@ -59,21 +59,24 @@ class Linear(nnx.Module):
         self.kernel, self.kernel_scale = kernel, scale
         self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
 
-    def __call__(
-        self, x: jax.Array, ops: Ops, *, norm: RMSNorm | None = None,
-        residual: jax.Array | None = None, act: str | None = None,
-    ) -> jax.Array:  # fmt: skip
-        """x [T, in] -> [T, out], or [T, out / 2] with a gated activation: see `Ops.linear`."""
-        return ops.linear(
-            x,
-            self.kernel[...],
-            bias=None if self.bias is None else self.bias[...],
-            norm=None if norm is None else norm.scale[...],
-            eps=0.0 if norm is None else norm.eps,
-            residual=residual,
-            act=act,
-            scale=None if self.kernel_scale is None else self.kernel_scale[...],
+    def read(
+        self, stream: Stream, ops: Ops, norm: RMSNorm, act: str | None = None
+    ) -> tuple[jax.Array, Stream]:
+        """norm(stream) [T, in] -> [T, out], or [T, out / 2] with a gated activation; the stream.
+        See `Ops.linear_in`."""
+        return ops.linear_in(
+            stream, self.kernel[...], norm=norm.scale[...], eps=norm.eps, act=act, **self._rest()
         )
+
+    def write(self, y: jax.Array, ops: Ops, stream: Stream) -> Stream:
+        """y [T, in] -> the stream [T, out] with it. See `Ops.linear_out`."""
+        return ops.linear_out(y, self.kernel[...], stream, **self._rest())
+
+    def _rest(self) -> dict[str, jax.Array | None]:
+        return {
+            "bias": None if self.bias is None else self.bias[...],
+            "scale": None if self.kernel_scale is None else self.kernel_scale[...],
+        }
 
 
 class RMSNorm(nnx.Module):
@@ -116,12 +119,10 @@ class MLP(nnx.Module):
         self.gate_up = Linear(dim, 2 * mlp_dim, **options)
         self.down = Linear(mlp_dim, dim, **options)
 
-    def __call__(
-        self, x: jax.Array, ops: Ops, *, norm: RMSNorm | None = None,
-        residual: jax.Array | None = None,
-    ) -> jax.Array:  # fmt: skip
-        """x [T, D] -> [T, D], normalized first and added to `residual` where these are given."""
-        return self.down(self.gate_up(x, ops, norm=norm, act=self.act), ops, residual=residual)
+    def __call__(self, stream: Stream, ops: Ops, norm: RMSNorm) -> Stream:
+        """The stream [T, D] with mlp(norm(stream)) added."""
+        y, stream = self.gate_up.read(stream, ops, norm, act=self.act)
+        return self.down.write(y, ops, stream)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

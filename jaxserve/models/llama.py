@@ -15,7 +15,7 @@ from flax import nnx
 from jaxserve.models import rope
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import MLP, Embedding, Linear, RMSNorm
-from jaxserve.models.ops import AttentionSpec, Ops
+from jaxserve.models.ops import AttentionSpec, Ops, Stream
 
 
 class Attention(nnx.Module):
@@ -60,17 +60,17 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = head_norm(), head_norm()
 
     def __call__(
-        self, x: jax.Array, norm: RMSNorm, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any,
+        self, stream: Stream, norm: RMSNorm, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any,
         ops: Ops,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """x [T, D], cos and sin [T, H/2] -> x + attention(norm(x)) [T, D], new cache."""
-        qkv = self.qkv(x, ops, norm=norm)  # [T, (N + 2K) * H]
+    ) -> tuple[Stream, Any]:  # fmt: skip
+        """The stream [T, D] with attention(norm(stream)) added, new cache. cos, sin [T, H/2]."""
+        qkv, stream = self.qkv.read(stream, ops, norm)  # [T, (N + 2K) * H]
         out, cache = ops.attend(
             qkv, cos, sin, cache, meta, self.spec,
             q_norm=None if self.q_norm is None else self.q_norm.scale[...],
             k_norm=None if self.k_norm is None else self.k_norm.scale[...],
         )  # fmt: skip
-        return self.o(out, ops, residual=x), cache
+        return self.o.write(out, ops, stream), cache
 
 
 class Layer(nnx.Module):
@@ -94,11 +94,11 @@ class Layer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any, ops: Ops
-    ) -> tuple[jax.Array, Any]:
-        """x [T, D] -> [T, D], new cache."""
-        x, cache = self.attn(x, self.input_norm, cos, sin, cache, meta, ops)
-        return self.mlp(x, ops, norm=self.post_norm, residual=x), cache
+        self, stream: Stream, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any, ops: Ops
+    ) -> tuple[Stream, Any]:
+        """stream [T, D] -> [T, D], new cache."""
+        stream, cache = self.attn(stream, self.input_norm, cos, sin, cache, meta, ops)
+        return self.mlp(stream, ops, self.post_norm), cache
 
 
 class Llama(nnx.Module):
@@ -153,10 +153,10 @@ class Llama(nnx.Module):
         `cache` goes through `ops.attend` of each layer with `meta`; the model reads neither.
         """
         cos, sin = rope.cos_sin(self.config.rope, self.config.head_dim, positions)
-        x = self.embed(token_ids)
+        stream = Stream(self.embed(token_ids))
         for layer in self.layers:
-            x, cache = layer(x, cos, sin, cache, meta, ops)
-        return self.final_norm(x), cache
+            stream, cache = layer(stream, cos, sin, cache, meta, ops)
+        return ops.norm(stream, self.final_norm.scale[...], self.final_norm.eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, D] after the final norm -> [B, V] float32."""

@@ -9,7 +9,7 @@ Letters: T tokens, N query heads, K KV heads, H head dim, D model dim, F mlp dim
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -31,21 +31,40 @@ class AttentionSpec:
     eps: float
 
 
+class Stream(NamedTuple):
+    """The residual stream of T tokens: x [T, D], and what the last layer adds to it where an
+    implementation of `Ops` leaves the sum to the next norm, else None."""
+
+    x: jax.Array
+    pending: jax.Array | None = None
+
+
 class Ops(Protocol):
-    """The two operations of a transformer layer."""
+    """What a transformer layer does: products that read the residual stream and write to it, and
+    attention. kernel [in, out], bias [out]; scale [out] float32: of a kernel that holds int8 or
+    float8. Products have the dtype of what is multiplied."""
 
-    def linear(
-        self, x: jax.Array, kernel: jax.Array, *, bias: jax.Array | None = None,
-        norm: jax.Array | None = None, eps: float = 0.0, residual: jax.Array | None = None,
-        act: str | None = None, scale: jax.Array | None = None,
-    ) -> jax.Array:  # fmt: skip
-        """x [T, in] times kernel [in, out], with what stands before and after it.
+    def linear_in(
+        self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float,
+        bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
+    ) -> tuple[jax.Array, Stream]:  # fmt: skip
+        """The stream, RMS-normalized with scales norm [in] (Zhang and Sennrich 2019), times kernel:
+        [T, out]; and the stream as it goes on.
 
-        norm [in]: x is RMS-normalized first (Zhang and Sennrich 2019). bias [out]. act: a gated
-        MLP's activation: kernel is gate columns, then up columns, and the result is
-        act(gate) * up, [T, out / 2] (Shazeer 2020). residual: added to the result. scale [out]
-        float32: of a kernel that holds int8 or float8. Returns x's dtype.
+        act: a gated MLP's activation: kernel is gate columns, then up columns, and the result is
+        act(gate) * up, [T, out / 2] (Shazeer 2020).
         """
+        ...
+
+    def linear_out(
+        self, y: jax.Array, kernel: jax.Array, stream: Stream, *,
+        bias: jax.Array | None = None, scale: jax.Array | None = None,
+    ) -> Stream:  # fmt: skip
+        """The stream with y [T, in] times kernel added to it."""
+        ...
+
+    def norm(self, stream: Stream, scale: jax.Array, eps: float) -> jax.Array:
+        """The stream, RMS-normalized with scale [D]: [T, D], behind the last layer."""
         ...
 
     def attend(

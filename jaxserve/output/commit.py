@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -9,9 +10,13 @@ import numpy as np
 
 from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
 from jaxserve.batch.pack import unpack_logprobs
+from jaxserve.errors import RequestFailedError
 from jaxserve.request import Logprobs, Request, TopLogprobs, Update
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 
 class HostLogprobs:
@@ -52,11 +57,12 @@ def commit(result: Any, scheduler: Scheduler) -> int:
     if result.input_logprobs is not None:
         host = HostLogprobs(np.asarray(result.input_logprobs), result.top)
         for row in batch.rows:
-            if not row.sequence.request.finished:
+            if row.sequence.epoch == row.epoch:
                 _read_input_logprobs(row, host)
     _complete_input_logprobs(batch)
     for row, sequence in batch.sampled:
         if not sequence.request.finished:
+            sequence.drain()  # a carried row's earlier tokens may still be in its slot
             kept += _accept(sequence, row, int(tokens[0, row]), logprobs, scheduler)
     return kept
 
@@ -98,7 +104,10 @@ def _accept(
     sequence: Sequence, row: int, token: int, logprobs: HostLogprobs | None, scheduler: Scheduler
 ) -> int:
     """Append row `row`'s token to its request; 1 if it was kept."""
-    request = sequence.request
+    request, progress = sequence.request, scheduler.slots
+    if progress.replays and progress.produced[sequence.slot] < len(request.output_ids):
+        progress.produced[sequence.slot] += 1  # decoded before it was retracted, and handed out
+        return 1
     if logprobs is not None and request.logprobs is not None:
         logprobs.add(row, request, request.pending_logprobs)
     if request.first_token_time is None:
@@ -108,8 +117,13 @@ def _accept(
         finish(request, {"type": "length", "length": 0}, scheduler)
         return 0
     request.output_ids.append(token)
-    scheduler.slots.produced[sequence.slot] += 1
-    reason = finish_reason(request, token)
+    progress.produced[sequence.slot] += 1
+    try:
+        reason = finish_reason(request, token)
+    except Exception as error:  # of the tokenizer or a pattern: they are this request's alone
+        logger.exception("the stops of request %s could not be checked; it fails", request.rid)
+        fail(request, RequestFailedError.caused_by(error), scheduler)
+        return 1
     if reason is not None:
         finish(request, reason, scheduler)
     elif request.stream_interval and _due(request):
@@ -136,6 +150,19 @@ def finish(request: Request, reason: dict[str, Any], scheduler: Scheduler) -> No
     request.finish_time = time.perf_counter()
     scheduler.finish(request)
     report(request)
+
+
+def fail(request: Request, error: BaseException, scheduler: Scheduler) -> None:
+    """End a request with an exception for its caller."""
+    request.finish_reason = failure_reason(error)
+    request.finish_time = time.perf_counter()
+    scheduler.finish(request)
+    request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
+
+
+def failure_reason(error: BaseException) -> dict[str, Any]:
+    """The finish_reason of a request that ended with `error`."""
+    return {**ABORTED, "message": str(error), "status_code": 500}
 
 
 def report(request: Request) -> None:

@@ -8,6 +8,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from jaxserve.signals import Signal
+
 if TYPE_CHECKING:
     from jaxserve.request import Update
 
@@ -21,7 +23,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
+        self._signal = Signal()
         self._updates: list[Update] = []
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
@@ -30,7 +32,7 @@ class Mailbox:
         with self._lock:
             self._updates.append(update)
             waiters, self._waiters = self._waiters, []
-            self._arrived.notify_all()
+            self._signal.set()
         for loop, future in waiters:
             # A closed loop has no reader left; whoever reads next finds the update in the box.
             with contextlib.suppress(RuntimeError):
@@ -39,13 +41,13 @@ class Mailbox:
     def get(self, timeout: float | None = None) -> list[Update]:
         """Takes all updates, waiting for the first. An empty list after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            while not self._updates:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return []
-                self._arrived.wait(left)
-            return self._take()
+        while True:
+            with self._lock:
+                if self._updates:
+                    return self._take()
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if not self._signal.wait(left):
+                return []
 
     async def aget(self) -> list[Update]:
         """Takes all updates, waiting for the first without blocking the running event loop."""

@@ -39,7 +39,7 @@ class ProgressLog:
             "Prefill batch, #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
             "#running-req: %d, #queue-req: %d",
             len(first),
-            sum(row.stop - row.start for row in batch.rows),
+            sum(row.stop - row.start for row in batch.rows if not row.carried),
             sum(row.sequence.request.cached_tokens for row in first),
             self._usage,
             self._running,

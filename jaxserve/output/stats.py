@@ -81,6 +81,7 @@ class Stats:
 
     def __init__(self) -> None:
         self.extend_steps = 0
+        self.mixed_steps = 0
         self.decode_steps = 0
         self.generated_tokens = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -113,6 +114,7 @@ class Stats:
             self.decode_steps += batch.steps
         else:
             self.extend_steps += 1
+            self.mixed_steps += batch.mixed
 
     def committed(self, tokens: int) -> None:
         """A step's `tokens` were handed out."""
@@ -148,6 +150,7 @@ class Stats:
         sums = self._ended.with_(live)
         return {
             "extend_steps": self.extend_steps,
+            "mixed_steps": self.mixed_steps,
             "decode_steps": self.decode_steps,
             "generated_tokens": self.generated_tokens,
             "prompt_tokens": sums.prompt_tokens,

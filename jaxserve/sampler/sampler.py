@@ -16,11 +16,13 @@ from jaxserve.step.state import RowParams, Sampled, SparseRows
 class Sampler:
     """Fixed when the engine starts. top: columns of the best-logprobs output. raw_logprobs: report
     logprobs before temperature instead of after (upstream's SGLANG_RETURN_ORIGINAL_LOGPROB).
-    implementation: of the kernel, None for the device's default."""
+    implementation: of the kernel, None for the device's default. fixed_split: see
+    `pallas_kernels.sample`."""
 
     top: int
     raw_logprobs: bool
     implementation: str | None
+    fixed_split: bool = False
 
     def __call__(
         self, logits: jax.Array, sampled: Sampled, rows: jax.Array, positions: jax.Array,
@@ -46,6 +48,7 @@ class Sampler:
             pallas_kernels.SlotLists(sampled.counts, *sparse),
             top=self.top,
             raw_logprobs=self.raw_logprobs,
+            fixed_split=self.fixed_split,
             implementation=self.implementation,
         )
         tokens = found.tokens

@@ -1,34 +1,42 @@
 """What runs next: admission, packing of prefill chunks, decode growth, retraction. No jax.
 
 Prefill goes first: waiting requests are packed into `extend` steps while slots and pages last, then
-every running sequence decodes one token a step; several steps are scheduled at once while everybody
-has that many tokens to go, and pages for them. A sequence begins behind the longest prefix that is
-cached, and its own prompt can be reused as soon as it is scheduled, even in the same step. When a
-decode step needs more pages than are available, the sequences of the lowest priority, and of those
-the youngest, are retracted: they leave their pages to the prefix cache, keep their tokens, and go
-on later. Results are read up to one step late, so a step may still be in flight for a sequence;
-`schedule` then asks for a drain instead of retracting it.
+every running sequence decodes a token a step, or several. But where a running request streams, or a
+prompt takes several whole steps, running sequences get a token with each extend step: it rides in
+it if they are few, else a decode step follows; and where one streams, extend steps are short
+(`Pace`). A sequence begins behind the longest cached prefix; its own prompt can be reused as soon
+as it is scheduled, even in the same step. When a decode step needs more pages than are available,
+the sequences of the lowest priority, and of those the youngest, are retracted: they leave their
+pages to the prefix cache, keep their tokens, and go on later. Results are read up to one step late,
+so a step may be in flight for a sequence; `schedule` then asks for a drain instead.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
-from jaxserve.batch.buckets import Buckets
+from jaxserve.batch.buckets import ALIGNMENT, Buckets
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.cache.window import Window
 from jaxserve.request import Request
 from jaxserve.scheduler.admission import Admission
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.prefill import ExtendPlanner
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.slots import Rows, Slots
+
+PASSING = 0.5
+"""The share of a step that shorter prompts may take from one that needs several."""
+PASSING_WINDOW = 8
+"""How many of the queue are looked at for such prompts."""
 
 
 class DrainNeeded(Exception):
@@ -42,20 +50,24 @@ class Scheduler:
     the prompt still to run. running: decoding, in the order of a batch's rows. A sequence whose
     last token is scheduled but not read is in none of them, and stays in `live`. slots: progress of
     everything admitted. steps_per_dispatch: decode steps scheduled at once where possible, at most
-    the page size.
+    the page size. pace: None lets prefill go first, whatever runs.
     """
 
     def __init__(
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
-        policy: Policy | None = None, eviction: str | None = "lru", window: Window | None = None,
+        policy: Policy | None = None, eviction: str | None = "lru", pace: Pace | None = None,
+        chunk_alignment: int = 1, replays: bool = False, window: Window | None = None,
         host: HostPages | None = None,
         on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
-        """eviction: the prefix cache's policy, None for no prefix cache. window: of the model, if
-        none of its layers sees further. host: the memory for evicted pages; its copies are to be
-        made before each step. on_finish: called with each request that has left, its outputs
-        complete."""
+        """eviction: the prefix cache's policy, None for no prefix cache. chunk_alignment: chunks of
+        a prompt and its cached prefix end at multiples of it, but for the prompt's end. replays: a
+        retracted sequence decodes its outputs again, and only prompts are cached, because what an
+        extend step computes for an output is not bitwise what a decode step does. window: of the
+        model, if none of its layers sees further and the pool holds it and one aligned chunk. host:
+        the memory for evicted pages; its copies are to be made before each step. on_finish: called
+        with each request that has left, its outputs complete."""
         self.policy = policy or Policy()
         self.pages = PrefixCache(pages, page_size, eviction, host)
         self.page_size = page_size
@@ -64,16 +76,19 @@ class Scheduler:
         self.prefilling: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}
         self.live: dict[Request, Sequence] = {}
-        self.slots = Slots(max_rows)
+        self.slots = Slots(max_rows, replays=replays)
         self.admission = Admission(
-            self.pages, self.slots, page_size, self.policy.conservativeness, window,
-            chunk=min(max_prefill_tokens, buckets.max_tokens),
+            self.pages, self.slots, page_size, self.policy.conservativeness, chunk_alignment,
+            window, chunk=min(max_prefill_tokens, buckets.max_tokens),
         )  # fmt: skip
         self._rows: Rows | None = None
         self._arrivals = 0
         self._on_finish = on_finish
-        self._limits = (min(max_prefill_tokens, buckets.max_tokens), max_prefill_rows)
+        most = min(max_prefill_tokens, buckets.max_tokens)
+        self._limits = (most, max_prefill_rows, chunk_alignment)
         self._steps = steps_per_dispatch
+        self._pace = pace
+        self._decode_is_next = False
         self._refused: object = None
         self._no_victims: object = None
 
@@ -100,17 +115,25 @@ class Scheduler:
         assert sequence.in_flight == 0, "a retracted sequence's tokens must all have been read"
         self._drop_from_queues(sequence)
         self.admission.release(sequence)
-        sequence.request.num_retractions += 1
-        if sequence.request.input_logprobs is None:
-            sequence.request.pending_input_logprobs.clear()
+        sequence.request.count_retraction()
         self.waiting.add(sequence)
 
     def retract_all(self) -> None:
-        """After the device lost its KV: everything admitted starts over."""
-        for sequence in [s for s in self.live.values() if s.admitted]:
-            self.slots.scheduled[sequence.slot] = self.slots.produced[sequence.slot]
-            self.retract(sequence)
-        self.forget_prefixes()
+        """After a failure: everything admitted starts over, in the order of arrival. Slots, pages,
+        prefixes and queues are made anew, because the failure may have left them half changed."""
+        self.waiting = WaitingQueue()
+        for sequence in self.live.values():
+            if sequence.admitted:
+                sequence.drain()
+                sequence.request.count_retraction()
+                sequence.pages, sequence.slot, sequence.dropped = [], -1, 0
+            sequence.lease = Lease(sequence.request.cache_salt)
+            self.waiting.add(sequence)
+        self.slots.reset()
+        self.pages.reset()
+        self.prefilling.clear()
+        self.running.clear()
+        self._rows = self._refused = self._no_victims = None
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache. What is admitted keeps its pages, for itself."""
@@ -129,28 +152,77 @@ class Scheduler:
 
         DrainNeeded: pages are short and somebody who could give some has a step in flight.
         """
-        batch = self._schedule_extend()
-        return batch if batch is not None else self._schedule_decode()
+        batch = None
+        if not (self._decode_is_next and self.running):
+            batch = self._schedule_extend()
+        if batch is None:
+            batch = self._schedule_decode()
+            self._decode_is_next = False
+        return batch
 
     def _schedule_extend(self) -> ExtendBatch | None:
         if self.policy.priorities and self.waiting:
             self._preempt()
         if not self.prefilling and not self._may_admit:
             return None
-        max_tokens, max_rows = self._limits
-        planner = ExtendPlanner(self.buckets, max_tokens, max_rows)
-        for sequence in list(self.prefilling):  # a chunk of each, at most
-            if planner.has_room and self._extend(sequence, planner):
-                self.prefilling.remove(sequence)
-        if self._may_admit and planner.has_room:
+        expectant = self._expectant_rows()
+        pace = self._pace if expectant is not None and expectant.watched else None
+        riders = self._riders(expectant, pace)
+        planner = ExtendPlanner(
+            self.buckets, *self._limits, pace, len(riders.slots) if riders else 0
+        )
+        self._extend_admitted(planner)
+        if self._may_admit and planner.has_room():
             self._extend_waiting(planner)
+        if planner.empty:
+            return None
+        ridden = riders is not None and self._ride(riders, planner)
+        self._decode_is_next = expectant is not None and not ridden
         return planner.batch()
+
+    def _extend_admitted(self, planner: ExtendPlanner) -> None:
+        """Pack what is left of admitted prompts, a chunk of each: one may be cut where its pages
+        end, before the step is full."""
+        for sequence in list(self.prefilling):
+            if not planner.has_room():
+                return
+            self.admission.advance(sequence)
+            if self._pace is not None and not planner.fits(sequence):
+                self._let_pass(sequence, planner)
+            if self._extend(sequence, planner):
+                self.prefilling.remove(sequence)
+
+    def _let_pass(self, long: Sequence, planner: ExtendPlanner) -> None:
+        """Pack prompts that are much shorter than what is left of `long`, into a part of the step:
+        admitted ones, then waiting ones, which may overtake longer ones but nobody who finds no
+        room."""
+        for sequence in [s for s in self.prefilling if s is not long]:
+            if planner.has_room(PASSING) and self._extend(sequence, planner, PASSING):
+                self.prefilling.remove(sequence)
+        most = min(self._limits[0], (long.total_tokens - long.kv_len) // 2)
+        for sequence in list(islice(self.waiting, PASSING_WINDOW)):
+            if not (self.slots.available and planner.has_room(PASSING)):
+                return
+            if sequence.admitted or self._to_run(sequence, most) > most:
+                continue
+            if not self.admission.admit(sequence):
+                return
+            self.waiting.remove(sequence)
+            if not self._extend(sequence, planner, PASSING):
+                self.prefilling.append(sequence)
+
+    def _to_run(self, sequence: Sequence, enough: int) -> int:
+        """Tokens of a waiting sequence that are not cached; if all are at most `enough`, all."""
+        total = sequence.total_tokens
+        if total <= enough:
+            return total
+        return total - self.admission.cached_pages(sequence) * self.page_size
 
     def _extend_waiting(self, planner: ExtendPlanner) -> None:
         """Admit and pack waiting sequences, up to the first for which there is no room."""
         if self.policy.schedule == "lpm":
             self.waiting.prefer(self.admission.cached_pages)
-        while self.waiting and planner.has_room:
+        while self.waiting and planner.has_room():
             sequence = self.waiting.first()
             if not self.admission.admit(sequence):
                 self._refused = self._circumstances
@@ -159,10 +231,10 @@ class Scheduler:
             if not self._extend(sequence, planner):
                 self.prefilling.append(sequence)
 
-    def _extend(self, sequence: Sequence, planner: ExtendPlanner) -> bool:
+    def _extend(self, sequence: Sequence, planner: ExtendPlanner, share: float = 1.0) -> bool:
         """Pack what fits of an admitted sequence; whether that completes it."""
         self.admission.advance(sequence)
-        planner.add(sequence)
+        planner.add(sequence, share)
         self.admission.publish(sequence)
         if not planner.completes(sequence):
             return False
@@ -171,34 +243,75 @@ class Scheduler:
         return True
 
     def _schedule_decode(self) -> Batch | None:
-        rows, progress = self.rows, self.slots
-        # whoever waits now finds no slot or page: all others are admitted and prefilled already
         steps = self._steps
-        left = rows.limit - progress.scheduled.take(rows.slots)
-        if left.min(initial=steps) < steps:
-            complete = left <= 0
-            for row in np.flatnonzero(complete).tolist():
-                self._leave(rows.sequences[row])
-            steps = steps if (left[~complete] >= steps).all() else 1
-        new_pages: list[tuple[int, int]] = []
-        starved = self._grow(new_pages, steps)
-        if starved and steps > 1:
-            self._shrink(new_pages)
+        if steps > 1 and (self.prefilling or self._may_admit):
             steps = 1
-            starved = self._grow(new_pages, steps)
+        least = self._drop_complete()
+        steps = steps if least >= steps else 1
+        rows, new_pages = self.rows, []
+        starved = self.admission.grow(rows, new_pages, steps)
+        if starved and steps > 1:
+            self.admission.shrink(rows, new_pages)
+            steps = 1
+            starved = self.admission.grow(rows, new_pages, steps)
         while starved:
+            self.admission.shrink(rows, new_pages)
             if self.slots.in_flight:
-                self._shrink(new_pages)
                 raise DrainNeeded
-            self._shrink(new_pages)
-            self.retract(max(self.running, key=lambda s: s.order))
-            starved = self._grow(new_pages, steps)
+            self.retract(max((*self.running, *self.prefilling), key=lambda s: s.order))
+            rows = self.rows
+            starved = self.admission.grow(rows, new_pages, steps)
         if not self.running:
             return self._schedule_extend()
-        rows = self.rows
-        progress.advance(rows.slots, steps)
+        self.slots.advance(rows.slots, steps)
         bucket = self.buckets.decode_rows(len(rows.slots))
         return DecodeBatch(rows, bucket, tuple(new_pages), steps)
+
+    def _drop_complete(self) -> int:
+        """Take those out of `running` whose last token is scheduled. How many tokens at least, up
+        to a dispatch's, the others have to go."""
+        rows = self.rows
+        left = rows.limit - self.slots.scheduled.take(rows.slots)
+        least = left.min(initial=self._steps)
+        if least > 0:
+            return least
+        complete = left <= 0
+        for row in np.flatnonzero(complete).tolist():
+            self._leave(rows.sequences[row])
+        return left[~complete].min(initial=self._steps)
+
+    # -- running sequences while prompts come in --------------------------------------------------
+
+    def _expectant_rows(self) -> Rows | None:
+        """The running sequences, if they are to get a token with this extend step: when one of them
+        streams, or a prompt goes on for longer than this step. None: prefill goes first."""
+        if self._pace is None or not self.running:
+            return None
+        self._drop_complete()
+        long = False
+        if self.prefilling:
+            first = self.prefilling[0]
+            long = first.total_tokens - first.kv_len > self._limits[0]
+        return self.rows if self.running and (long or self.rows.watched) else None
+
+    def _riders(self, rows: Rows | None, pace: Pace | None) -> Rows | None:
+        """`rows`, if an extend step limited by `pace` has room for all of them beside prompts."""
+        if rows is None or self._pace is None or len(rows.slots) > self._pace.riders:
+            return None
+        tokens = min(self._limits[0], pace.work if pace is not None else self._limits[0])
+        few = 2 * len(rows.slots) * ALIGNMENT <= tokens
+        few = few and len(rows.slots) < self.buckets.max_extend_rows
+        return rows if few and self.slots.kv_len[rows.slots].max() <= self._pace.reach else None
+
+    def _ride(self, rows: Rows, planner: ExtendPlanner) -> bool:
+        """Pack the next token of `rows`; False, if pages are short, changes nothing."""
+        new_pages: list[tuple[int, int]] = []
+        if self.admission.grow(rows, new_pages, 1):
+            self.admission.shrink(rows, new_pages)
+            return False
+        planner.ride(rows)
+        self.slots.advance(rows.slots, 1)
+        return True
 
     @property
     def rows(self) -> Rows:
@@ -215,31 +328,6 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         del self.running[sequence]
         self._rows = None
-
-    # -- pages ------------------------------------------------------------------------------------
-
-    def _grow(self, new_pages: list[tuple[int, int]], steps: int) -> bool:
-        """Give a page to each running sequence whose last one has no room for `steps` tokens, in
-        row order. True when pages ran out on the way."""
-        slots, sequences = self.rows.slots, self.rows.sequences
-        full = self.slots.kv_len.take(slots) + steps > self.slots.capacity.take(slots)
-        for row in np.flatnonzero(full).tolist():
-            self.admission.slide(sequences[row])
-            if not self.pages.available:
-                return True
-            page = self.pages.allocate(1)
-            self.admission.hold(sequences[row], page)
-            new_pages.append((row, page[0]))
-        return False
-
-    def _shrink(self, new_pages: list[tuple[int, int]]) -> None:
-        """Take back what `_grow` gave: rows are about to change."""
-        sequences = self.rows.sequences
-        for row, page in new_pages:
-            sequences[row].pages.pop()
-            self.admission.hold(sequences[row], [])
-            self.pages.release([page])
-        new_pages.clear()
 
     def _begin_decode(self, sequence: Sequence) -> None:
         self.slots.scheduled[sequence.slot] += 1

@@ -44,6 +44,12 @@ class Sequence:
         return self.slot >= 0
 
     @property
+    def epoch(self) -> int:
+        """The slot's, which has been another before this sequence was admitted and is another once
+        it is released; -1 outside."""
+        return int(self.slots.epoch[self.slot]) if self.admitted else -1
+
+    @property
     def kv_len(self) -> int:
         """Tokens whose keys and values are scheduled to be in the pages."""
         return int(self.slots.kv_len[self.slot]) if self.admitted else 0
@@ -70,8 +76,9 @@ class Sequence:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens known to the host: the prompt and the committed outputs."""
-        outputs = self.slots.produced[self.slot] if self.admitted else len(self.request.output_ids)
+        """The prompt and the outputs read since it was admitted, or with which it will be."""
+        slots = self.slots
+        outputs = slots.produced[self.slot] if self.admitted else slots.kept(self.request)
         return len(self.request.prompt_ids) + int(outputs)
 
     @property

@@ -22,7 +22,8 @@ class Rows:
     """The running sequences in the order of a batch's rows, and what of them stays the same from
     step to step: made anew when one comes or goes.
 
-    slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots.
+    slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots. watched: one of them
+    streams.
     """
 
     sequences: tuple[Sequence, ...]
@@ -33,6 +34,7 @@ class Rows:
     simple: np.ndarray
     all_simple: bool
     wants_logprobs: bool
+    watched: bool
 
 
 class Slots:
@@ -45,8 +47,11 @@ class Slots:
     of a token before the end.
     """
 
-    def __init__(self, count: int, pending: int = 1024):
-        """pending: outputs that a slot keeps before they move into its request's list."""
+    def __init__(self, count: int, pending: int = 1024, replays: bool = False):
+        """pending: outputs that a slot keeps before they move into its request's list. replays: a
+        request that comes back decodes the outputs again that it has already; until they are
+        passed, `produced` is less than their number."""
+        self.replays = replays
         self.kv_len = np.zeros(count, np.int32)
         self.capacity = np.zeros(count, np.int32)
         self.scheduled = np.zeros(count, np.int32)
@@ -57,6 +62,13 @@ class Slots:
         self._stops = np.full((count, MAX_STOPS), -1, np.int32)
         self._pending = np.zeros((count, pending), np.int32)  # output i is at i % pending
         self._free = list(range(count - 1, -1, -1))
+
+    def reset(self) -> None:
+        """All slots are free, whoever has them."""
+        self.epoch += 1
+        for numbers in (self.kv_len, self.capacity, self.scheduled, self.produced, self.limit):
+            numbers[:] = 0
+        self._free = list(range(len(self.epoch) - 1, -1, -1))
 
     @property
     def available(self) -> int:
@@ -73,11 +85,15 @@ class Slots:
         missing = np.maximum(self.kv_len + ahead - self.capacity, 0)
         return int((-(-missing // page_size)).sum())
 
+    def kept(self, request: Request) -> int:
+        """Outputs that a waiting request need not decode any more."""
+        return 0 if self.replays else len(request.output_ids)
+
     def take(self, request: Request) -> int:
         """A free slot for `request`, which has cached nothing yet."""
         slot = self._free.pop()
         self.kv_len[slot] = self.capacity[slot] = 0
-        self.scheduled[slot] = self.produced[slot] = len(request.output_ids)
+        self.scheduled[slot] = self.produced[slot] = self.kept(request)
         self.limit[slot] = max(request.max_new_tokens, 1)
         stops = sorted(request.stop_ids)
         self.simple[slot] = (
@@ -111,6 +127,7 @@ class Slots:
             simple=simple,
             all_simple=bool(simple.all()),
             wants_logprobs=any(s.request.logprobs is not None for s in sequences),
+            watched=any(s.request.stream_interval for s in sequences),
         )
 
     def advance(self, slots: np.ndarray, steps: int) -> None:
@@ -135,7 +152,7 @@ class Slots:
         return ended
 
     def drain(self, slot: int, known: int) -> list[int]:
-        """The outputs from number `known` on."""
-        count = int(self.produced[slot]) - known
+        """The outputs from number `known` on; none while those before are decoded again."""
+        count = max(int(self.produced[slot]) - known, 0)
         start = known % self._pending.shape[1]
         return self._pending[slot, start : start + count].tolist()

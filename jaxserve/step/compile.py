@@ -31,10 +31,14 @@ class Programs:
     use of a program: a shape that slipped through the buckets.
     """
 
-    def __init__(self, builder: Builder, device: Any, stored: StoredPrograms | None = None):
+    def __init__(
+        self, builder: Builder, device: Any, stored: StoredPrograms | None = None,
+        deterministic: bool = False,
+    ):  # fmt: skip
+        """deterministic: no operation of a program may have a result that depends on timing."""
         self._builder = builder
         self._device = device
-        self._options = compiler_options(device.platform)
+        self._options = compiler_options(device.platform, deterministic)
         self._stored = stored
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}

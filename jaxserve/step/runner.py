@@ -14,7 +14,7 @@ from jaxserve.attention.paged import PagedOps
 from jaxserve.batch import pack
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.pack import ExtendLayout
-from jaxserve.cache.host import Copies
+from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import BLOCK_BYTES, COPYING_BYTES, HostPool, pages_per_block
 from jaxserve.cache.pool import cache_dtype, count_pages, make_cache, page_bytes
 from jaxserve.config import EngineConfig
@@ -49,6 +49,12 @@ class StepResult(NamedTuple):
     logprobs: jax.Array | None
     input_logprobs: jax.Array | None
     top: int
+
+    def wait(self) -> None:
+        """Until the device is done. Raises what went wrong there."""
+        for array in (self.tokens, self.logprobs, self.input_logprobs):
+            if array is not None:
+                array.block_until_ready()
 
 
 class Runner:
@@ -122,6 +128,8 @@ class Runner:
     def reset(self) -> None:
         """A fresh cache and state: at the start, and after a failure on the device."""
         self._free()
+        if self.host is not None:
+            self.host.reset()
         with jax.default_device(self._device):
             self.cache = make_cache(
                 self.model_config, self.num_pages, self.config.page_size, self.config.max_rows,
@@ -172,7 +180,7 @@ class Runner:
             facts = (self.config, self.model_config)
             stored = StoredPrograms(self.config.program_folder, self._device, facts)
             stored.prune()
-        return Programs(self._program, self._device, stored)
+        return Programs(self._program, self._device, stored, self.config.deterministic)
 
     def _layout(self, tokens: int) -> ExtendLayout:
         rows = self.config.buckets.extend_rows(tokens)
@@ -181,10 +189,18 @@ class Runner:
     def _model(self) -> step.StepModel:
         """The model over a cache of the present size."""
         config = self.config
+        ops = PagedOps(
+            config.attention, config.other_kernels, self.num_pages, config.platform,
+            fixed_tiles=config.deterministic,
+        )  # fmt: skip
+        sampler = Sampler(
+            config.max_top_logprobs, config.raw_logprobs, config.other_kernels,
+            fixed_split=config.deterministic,
+        )  # fmt: skip
         return step.StepModel(
             bind=self._bind,
-            ops=PagedOps(config.attention, config.other_kernels, self.num_pages, config.platform),
-            sampler=Sampler(config.max_top_logprobs, config.raw_logprobs, config.other_kernels),
+            ops=ops,
+            sampler=sampler,
             page_size=config.page_size,
         )
 
@@ -322,13 +338,11 @@ class Runner:
             content = self.programs(("gather_pages", self._block_pages), self.cache, pages)
             self.host.store(block, content)
         at_once = max(COPYING_BYTES // self.host.block_bytes, 1)
+        key = ("scatter_pages", self._block_pages)
         for number, (block, wanted) in enumerate(copies.into, 1):
-            pages = np.full(self._block_pages, self.num_pages, np.int32)
-            for index, page in wanted:
-                pages[index] = page
             content = self.host.load(block)
-            key = ("scatter_pages", self._block_pages)
-            self.cache = self.programs(key, self.cache, pages, content)
+            for pages in scatter_targets(wanted, self._block_pages, self.num_pages):
+                self.cache = self.programs(key, self.cache, pages, content)
             if number % at_once == 0:  # what was copied lies there twice until it is written
                 self.cache.k.block_until_ready()
 

@@ -2,7 +2,7 @@
 
 Two programs, each from token ids to sampled tokens. `extend` runs packed ragged tokens (prompts,
 chunks, resumed sequences); `decode` runs a token a row, taken from the device's own last sample,
-once or several times.
+once or several times. Rows of `extend` may be decode steps, too.
 `input_logprobs` follows an extend step whose prompts' logprobs are wanted.
 """
 
@@ -141,14 +141,16 @@ def extend_step(
     row_params = RowParams(
         row_params.floats.at[slots].set(batch.floats), row_params.ints.at[slots].set(batch.ints)
     )
-    tokens = batch.tokens
     owner, offset, valid = locate(batch, layout.tokens)
     positions = jnp.where(valid, batch.prefix_lens[owner] + offset, 0)
+    carried = valid & (batch.carried[owner] > 0)
+    tokens = jnp.where(carried, sampled.last_tokens[slots[owner]], batch.tokens)
 
-    # a slot's counts start from zero, and a resumed sequence's outputs are counted again
+    # a slot's counts start from zero, and a resumed sequence's outputs are counted again; carried
+    # tokens were when they were sampled
     counts = sampled.counts
     counts = counts.at[jnp.where(batch.fresh > 0, slots, num_rows)].set(0, mode="drop")
-    generated = valid & (positions >= row_params.ints[slots[owner], PROMPT_LEN])
+    generated = valid & ~carried & (positions >= row_params.ints[slots[owner], PROMPT_LEN])
     counts = counts.at[jnp.where(generated, slots[owner], num_rows), tokens].add(1, mode="drop")
 
     cache_positions = cache_slots(

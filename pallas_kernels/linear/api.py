@@ -88,8 +88,8 @@ def linear(
             raise ValueError(f"{name} {list(array.shape)}: expected {list(shape)}")
         checks.check_dtype(name, array, like)
     if implementation is None:
-        known = tuned(current_device(), "linear", "triton", features(x, w, act, transposed))
-        implementation = None if known else "xla"
+        alone = runs_as_one_kernel(x, w, act=act, transposed=transposed)
+        implementation = None if alone else "xla"
     return OPERATION(
         x,
         w,
@@ -103,6 +103,14 @@ def linear(
         implementation=implementation,
         dtype=x.dtype,
     )
+
+
+def runs_as_one_kernel(
+    x: jax.Array, w: jax.Array, *, act: str | None = None, transposed: bool = False
+) -> bool:
+    """Whether `linear` does this product, with what stands before and after it, in a single launch
+    by default: where the tuning table has sizes for it."""
+    return bool(tuned(current_device(), "linear", "triton", features(x, w, act, transposed)))
 
 
 def _check_weights(x: jax.Array, w: jax.Array, scale: jax.Array | None, size_out: int) -> None:

@@ -45,6 +45,7 @@ def paged_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     first_page: jax.Array | None = None,
+    fixed_tiles: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Causal attention of the new tokens of B sequences, each after its cached prefix.
@@ -59,6 +60,12 @@ def paged_prefill(
     positions only, the token's own included. soft_cap: scores become cap * tanh(scores / cap).
     first_page [1] int32: the table's pages count from this one (0 if None): where one array holds
     the pages of all layers, those of one layer.
+    fixed_tiles: tiles hold a number of tokens that divides FIXED_TILE = 128. What a token gets is
+    then bitwise the same however its sequence was cut and packed, as long as every cut is at a
+    multiple of 128. It does depend on the tile that a token is in: blocks of keys that all queries
+    of the tile see are not masked, and compilers fuse the two cases differently. All else does not
+    matter: blocks are counted from the sequence's first key, and one of which a query sees nothing
+    adds exact zeros to its sums, or what its first key then multiplies by zero.
     implementation: a name, or names in order of preference ("mosaic_sm90", "triton", "xla"); None
     is the default order of this device.
 
@@ -92,6 +99,7 @@ def paged_prefill(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         window=window,
         soft_cap=None if soft_cap is None else float(soft_cap),
+        fixed_tiles=bool(fixed_tiles),
         implementation=implementation,
         dtype=q.dtype,
     )

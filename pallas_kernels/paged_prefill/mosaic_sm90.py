@@ -59,7 +59,7 @@ from pallas_kernels.mosaic_ops import (
     zero_outside,
 )
 from pallas_kernels.paged_decode.splits import HOPPER_CORES
-from pallas_kernels.paged_prefill.plan import plan_work
+from pallas_kernels.paged_prefill.plan import FIXED_TILE, plan_work
 from pallas_kernels.softmax import TINY
 from pallas_kernels.tuning import tuned
 
@@ -112,6 +112,7 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    fixed_tiles: bool = False,
     sizes: Sizes | None = None,
     interpret: Any = None,
 ) -> jax.Array:
@@ -143,6 +144,8 @@ def paged_prefill(
     pages = block // page_size
     own = ROWS // packed // 8 * 8  # tokens of a warpgroup: a power of two
     tile = own * COMPUTE
+    if fixed_tiles and FIXED_TILE % tile:
+        raise NotImplementedError(f"tiles of {tile} tokens do not divide {FIXED_TILE}")
     units = heads // packed  # items a tile of tokens
     work, used = plan_work(
         q_starts, q_lens, prefix_lens, tokens, tile=tile, block=block, window=window

@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+FIXED_TILE = 128
+"""With fixed_tiles, tiles hold a number of tokens that divides this."""
+
 
 def plan_tiles(q_lens: jax.Array, total: int, tile: int) -> tuple[jax.Array, jax.Array]:
     """(sequence [n], offset [n]) of n = ceil(T / tile) + B tiles; sequence -1 for tiles unused.

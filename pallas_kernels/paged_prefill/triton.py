@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
-from pallas_kernels.paged_prefill.plan import plan_tiles
+from pallas_kernels.paged_prefill.plan import FIXED_TILE, plan_tiles
 from pallas_kernels.softmax import NEG, TINY
 from pallas_kernels.triton_ops import (
     base2_scores,
@@ -69,11 +69,11 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
 
 def _kernel(
     q_ref, k_ref, v_ref, table_ref, start_ref, len_ref, prefix_ref, first_page_ref,
-    sequence_ref, offset_ref, out_ref, *, group, rows, width, block, scale, window, soft_cap,
+    sequence_ref, offset_ref, out_ref, *, group, rows, tokens_a_tile, width, block, scale, window,
+    soft_cap,
 ):  # fmt: skip
     head, number = pl.program_id(0), pl.program_id(1)
     head_dim = q_ref.shape[-1]
-    tokens_a_tile = rows // group
     sequence = sequence_ref[number]
 
     @pl.when(sequence >= 0)
@@ -159,6 +159,7 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    fixed_tiles: bool = False,
     sizes: Sizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -179,11 +180,15 @@ def paged_prefill(
         raise NotImplementedError(f"{group} query heads a KV head do not fit {sizes.rows} rows")
     if first_page is None:
         first_page = jnp.zeros(1, jnp.int32)
-    sequence, offset = plan_tiles(q_lens, tokens, sizes.rows // group)
+    tokens_a_tile = sizes.rows // group
+    if fixed_tiles:
+        tokens_a_tile = min(1 << (tokens_a_tile.bit_length() - 1), FIXED_TILE)
+    sequence, offset = plan_tiles(q_lens, tokens, tokens_a_tile)
     return triton_call(
         functools.partial(
-            _kernel, group=group, rows=sizes.rows, width=pl.next_power_of_2(head_dim),
-            block=sizes.block, scale=scale, window=window, soft_cap=soft_cap,
+            _kernel, group=group, rows=sizes.rows, tokens_a_tile=tokens_a_tile,
+            width=pl.next_power_of_2(head_dim), block=sizes.block, scale=scale, window=window,
+            soft_cap=soft_cap,
         ),
         name="paged_prefill",
         grid=(kv_heads, sequence.shape[0]),

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.paged_prefill.plan import FIXED_TILE
 from pallas_kernels.softmax import NEG, TINY
 from pallas_kernels.xla_blocks import cap, dot, pad_table, pages_per_block, read_block
 
@@ -34,11 +35,14 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    fixed_tiles: bool = False,
     tile: int = 64,
     block: int = 64,
 ) -> jax.Array:
     """See pallas_kernels.paged_prefill. tile: query rows, block: tokens an inner step, rounded to
     whole pages."""
+    if fixed_tiles and FIXED_TILE % tile:
+        raise NotImplementedError(f"tiles of {tile} tokens do not divide {FIXED_TILE}")
     tokens, heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     group = heads // kv_heads

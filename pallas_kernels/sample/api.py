@@ -97,6 +97,7 @@ def sample(
     *,
     top: int,
     raw_logprobs: bool,
+    fixed_split: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> Samples:
     """Draw one token per row of logits [B, V] float32; every parameter is per row.
@@ -110,7 +111,9 @@ def sample(
     position, token): see noise.py.
 
     top: columns of the best logprobs. raw_logprobs: logprobs of the cleaned logits instead of x
-    (greedy rows: x = logits). Logprobs are never below float32's lowest. implementation: a name, or
+    (greedy rows: x = logits). Logprobs are never below float32's lowest. fixed_split: a row's sums
+    are made of the same parts whatever the other rows want, and so are bitwise the same; otherwise
+    rounding may decide differently about a token just at top_p. implementation: a name, or
     names in order of preference ("triton", "xla"); None is the default order of this device.
 
     Returns Samples. Raises ValueError for arguments that do not fit together, NotImplementedError
@@ -139,6 +142,7 @@ def sample(
         slots,
         top=int(top),
         raw_logprobs=bool(raw_logprobs),
+        fixed_split=bool(fixed_split),
         implementation=implementation,
         dtype=logits.dtype,
     )

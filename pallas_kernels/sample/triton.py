@@ -286,7 +286,7 @@ def _of_pivots(ref: Any, b: Any, chunks: Any) -> Any:
 
 
 def _refine_kernel(
-    memory_in, logits, refs, before, memory, done, parts, *, lanes, tiles, interpret
+    memory_in, logits, refs, before, memory, done, parts, *, lanes, tiles, fixed_split, interpret
 ):  # fmt: skip
     del memory_in  # goes in and out
     program, programs, batch = pl.program_id(0), pl.num_programs(0), logits.shape[0]
@@ -294,7 +294,8 @@ def _refine_kernel(
     decided = plt.load(before.at[rows], mask=inside, other=1)
     rank = jnp.cumsum(1 - decided)
     count = jnp.max(rank)
-    share = lax.div(programs, jnp.maximum(count, 1))
+    # with a fixed split one row's share is what it would be if all were undecided
+    share = lax.div(programs, batch if fixed_split else jnp.maximum(count, 1))
     per_chunk = lax.div(tiles + share - 1, share)
     chunks = lax.div(tiles + per_chunk - 1, per_chunk)
 
@@ -408,6 +409,7 @@ def sample(
     *,
     top: int,
     raw_logprobs: bool,
+    fixed_split: bool = False,
     sizes: Sizes | None = None,
     interpret: bool = False,
 ) -> Samples:
@@ -461,7 +463,8 @@ def sample(
     )  # fmt: skip
     refine = jax.jit(call(  # jitted: traced and lowered once for all rounds
         functools.partial(
-            _refine_kernel, lanes=sizes.refine_lanes, tiles=refine_tiles, interpret=interpret
+            _refine_kernel, lanes=sizes.refine_lanes, tiles=refine_tiles, fixed_split=fixed_split,
+            interpret=interpret,
         ),
         name="sample_refine",
         grid=(programs,),

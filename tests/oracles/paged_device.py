@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.batch.batch import Batch, DecodeBatch, ExtendRow
+from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch, ExtendRow
 from jaxserve.cache.host import Copies
 from jaxserve.request import Request
 from jaxserve.scheduler.sequence import Sequence
@@ -36,16 +36,20 @@ class PagedDevice:
         if isinstance(batch, DecodeBatch):
             return np.asarray(self._decode(batch))
         writes: set[tuple[int, int]] = set()
+        self._check_packing(batch)
         for row in batch.rows:
             sequence = row.sequence
             self.tables[sequence.slot] = list(sequence.pages)
-            if row.leader < 0:
+            assert row.epoch == int(sequence.slots.epoch[sequence.slot])
+            assert row.fresh == (self.epochs.get(sequence.slot) != row.epoch)
+            self.epochs[sequence.slot] = row.epoch
+            if row.carried:
+                assert row.samples and row.stop - row.start == 1
+                assert row.start == self.lengths[sequence.slot]
+                self._write(sequence.slot, row.start, self.last[sequence.slot], writes)
+            elif row.leader < 0:
                 self._check_what_must_run(row)
-            epoch = int(sequence.slots.epoch[sequence.slot])
-            assert row.fresh == (self.epochs.get(sequence.slot) != epoch)
-            self.epochs[sequence.slot] = epoch
-            if row.leader < 0:
-                assert row.packed_start % 8 == 0
+                assert row.stop > row.start
                 for position in range(row.start, row.stop):
                     token = sequence.tokens(position, position + 1)[0]
                     self._write(sequence.slot, position, token, writes)
@@ -73,10 +77,23 @@ class PagedDevice:
                 self.host[block, index] = {
                     offset: self.memory[page, offset] for offset in range(size)
                 }
+        targets = [page for _, wanted in copies.into for _, page in wanted]
+        assert len(set(targets)) == len(targets)
         for block, wanted in copies.into:
             for index, page in wanted:
                 for offset, token in self.host[block, index].items():
                     self.memory[page, offset] = token
+
+    def _check_packing(self, batch: ExtendBatch) -> None:
+        """Rows are in order, in tiles of their own, and as many as the buckets hold."""
+        end = 0
+        for row in batch.rows:
+            if row.leader < 0:
+                assert row.packed_start % 8 == 0 and row.packed_start >= end
+                end = row.packed_start + row.stop - row.start
+        assert end <= batch.tokens and len(batch.rows) <= batch.row_bucket
+        sequences = [id(row.sequence) for row in batch.rows]
+        assert len(set(sequences)) == len(sequences)
 
     def _check_what_must_run(self, row: ExtendRow) -> None:
         """Nothing is reused that has to run: input logprobs, and outputs that penalties count."""

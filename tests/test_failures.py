@@ -1,0 +1,261 @@
+"""What each failure inside the engine costs (docs/architecture.md): never more than that."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+
+import jaxserve
+from jaxserve.batch.batch import ExtendBatch
+from jaxserve.cache.pages import OutOfPagesError
+from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from jaxserve.inbox import Task
+from tests.test_engine_hardening import LONG, PROMPT, SHORT, assert_works, in_thread
+
+OPTIONS = {
+    "context_length": 256, "max_running_requests": 16, "chunked_prefill_size": 128,
+    "max_total_tokens": 2048, "log_level": "critical",
+}  # fmt: skip
+CHUNKED = [5 + i % 300 for i in range(200)]
+MANY = {"input_ids": [PROMPT, CHUNKED], "sampling_params": {**LONG, "max_new_tokens": 50, "n": 3}}
+
+
+@pytest.fixture
+def engine(tiny_models):
+    with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
+        yield engine
+
+
+class FailingArray:
+    """A step's result that the device could not compute."""
+
+    def block_until_ready(self):
+        raise RuntimeError("injected on the device")
+
+
+def fail_at(monkeypatch, owner, name, number, error):
+    """Let call `number` (from 0) of a method raise; returns how many calls there were."""
+    real, calls = getattr(owner, name), []
+
+    def method(*args, **kwargs):
+        calls.append(args)
+        if len(calls) - 1 == number:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, method)
+    return calls
+
+
+def outputs(results):
+    return [result["output_ids"] for result in results]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 12])
+@pytest.mark.parametrize("error", [OutOfPagesError("injected"), MemoryError("injected")])
+def test_an_allocation_that_fails_is_recomputed(engine, monkeypatch, number, error):
+    """Of a first prompt, of samples that share it, and of running sequences that grow."""
+    expected = outputs(engine.generate(**MANY))
+    pages = engine._loop._scheduler.pages
+    calls = fail_at(monkeypatch, pages, "allocate", number, error)
+    assert outputs(engine.generate(**MANY)) == expected
+    assert len(calls) > number
+    assert_works(engine)
+    assert engine._loop._scheduler.slots.available == OPTIONS["max_running_requests"]
+
+
+def test_a_program_that_raises_with_its_arguments_donated_is_recomputed(engine, monkeypatch):
+    expected = outputs(engine.generate(**MANY))
+    runner = engine._loop._runner
+    programs, calls = runner.programs, []
+
+    class Programs:
+        def __call__(self, key, *args):
+            made = programs(key, *args)
+            calls.append(key)
+            if len(calls) == 20:
+                raise RuntimeError("injected")
+            return made
+
+        def __getattr__(self, name):
+            return getattr(programs, name)
+
+    monkeypatch.setattr(runner, "programs", Programs())
+    results = engine.generate(**MANY)
+    assert outputs(results) == expected
+    assert all(r["meta_info"]["num_retractions"] == 1 for r in results)
+
+
+@pytest.mark.parametrize("broken", ["tokens", "logprobs", "input_logprobs"])
+def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
+    wanted = {**MANY, "return_logprob": True, "logprob_start_len": 0}
+    expected = engine.generate(**wanted)
+    runner, failed = engine._loop._runner, []
+    real = runner.dispatch
+
+    def dispatch(prepared):
+        result = real(prepared)
+        if not failed and getattr(result, broken) is not None:
+            failed.append(result)
+            return result._replace(**{broken: FailingArray()})
+        return result
+
+    monkeypatch.setattr(runner, "dispatch", dispatch)
+    results = engine.generate(**wanted)
+    assert outputs(results) == outputs(expected) and failed
+    for result, other in zip(results, expected, strict=True):
+        for name in ("input_token_logprobs", "output_token_logprobs"):
+            ours, theirs = result["meta_info"][name], other["meta_info"][name]
+            assert [t[1] for t in ours] == [t[1] for t in theirs]
+            assert [t[0] for t in ours[1:]] == pytest.approx([t[0] for t in theirs[1:]], abs=1e-4)
+
+
+def test_a_commit_that_fails_half_way_is_recomputed(engine, monkeypatch):
+    expected = outputs(engine.generate(**MANY))
+    slots = engine._loop._scheduler.slots
+    calls = fail_at(monkeypatch, slots, "append", 5, MemoryError("injected"))
+    assert outputs(engine.generate(**MANY)) == expected
+    assert len(calls) > 5
+    assert_works(engine)
+
+
+def test_failures_are_not_in_a_row_when_the_engine_was_idle_between(engine, monkeypatch):
+    """Nobody reads a token between them, because the requests are aborted; yet they are no sign
+    that the engine cannot go on."""
+    real, failures = engine._loop._runner.dispatch, itertools.count(1)
+
+    def dispatch(prepared):
+        if next(failures) <= 3:
+            engine.abort_request(abort_all=True)
+            raise RuntimeError("injected on the device")
+        return real(prepared)
+
+    monkeypatch.setattr(engine._loop._runner, "dispatch", dispatch)
+    for _ in range(3):
+        result = engine.generate(input_ids=PROMPT, sampling_params=SHORT)
+        assert result["meta_info"]["finish_reason"]["type"] == "abort"
+    assert_works(engine)
+
+
+@pytest.mark.timeout(60)
+def test_a_prompt_that_always_fails_at_its_second_part_does_not_run_for_ever(engine, monkeypatch):
+    runner = engine._loop._runner
+    real = runner.dispatch
+
+    def dispatch(prepared):
+        result = real(prepared)
+        batch = prepared.batch
+        if isinstance(batch, ExtendBatch) and any(row.start for row in batch.rows):
+            return result._replace(tokens=FailingArray())
+        return result
+
+    monkeypatch.setattr(runner, "dispatch", dispatch)
+    with pytest.raises(EngineDeadError, match="injected on the device"):
+        engine.generate(input_ids=CHUNKED, sampling_params=SHORT)
+
+
+def test_stops_that_cannot_be_checked_fail_their_request_alone(engine, monkeypatch):
+    expected = engine.generate(input_ids=PROMPT, sampling_params=LONG)["output_ids"]
+    real, thread = engine.tokenizer.decode, engine._loop._thread
+
+    def decode(*args, **kwargs):
+        if threading.current_thread() is thread:
+            raise ZeroDivisionError("injected")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine.tokenizer, "decode", decode)
+    beside, outcome = in_thread(lambda: engine.generate(input_ids=PROMPT, sampling_params=LONG))
+    for params in ({**LONG, "stop": "never"}, {**LONG, "stop_regex": "never"}):
+        with pytest.raises(RequestFailedError, match="ZeroDivisionError: injected") as caught:
+            engine.generate(input_ids=PROMPT, sampling_params=params)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    beside.join(timeout=60)
+    assert outcome[0]["output_ids"] == expected
+    assert engine.get_server_info()["finished_requests"]["error"] == 2
+    assert_works(engine)
+
+
+@pytest.mark.parametrize("where", ["encode", "decode"])
+def test_a_tokenizer_that_fails_in_a_call_fails_that_call(engine, monkeypatch, where):
+    if where == "encode":
+
+        class Tokenizer:
+            def __call__(self, prompts):
+                raise ZeroDivisionError("injected")
+
+        monkeypatch.setattr(engine._builder, "_tokenizer", Tokenizer())
+    else:
+        fail_at(monkeypatch, engine.tokenizer, "decode", 2, ZeroDivisionError("injected"))
+    with pytest.raises(ZeroDivisionError, match="injected"):
+        list(engine.generate(["hello", "world"], LONG, stream=True))
+    monkeypatch.undo()
+    assert_works(engine)
+
+
+def test_callers_of_one_failed_batch_get_an_exception_each(engine, monkeypatch):
+    """A shared one would be raised by several threads at a time, and grow with each."""
+    real, runner = engine._loop._runner.prepare, engine._loop._runner
+    monkeypatch.setattr(
+        runner, "prepare", lambda batch: real(batch) if len(batch.sequences) < 4 else 1 / 0
+    )
+    calls = [
+        in_thread(lambda: engine.generate(input_ids=PROMPT, sampling_params={**LONG, "n": 2}))
+        for _ in range(4)
+    ]
+    for thread, _ in calls:
+        thread.join(timeout=60)
+    errors = [outcome[0] for _, outcome in calls if isinstance(outcome[0], Exception)]
+    assert len(errors) > 1 and len({id(error) for error in errors}) == len(errors)
+    assert all(type(error) is RequestFailedError for error in errors)
+    assert all(isinstance(error.__cause__, ZeroDivisionError) for error in errors)
+    assert_works(engine)
+
+
+def test_a_failing_task_costs_its_caller_and_not_those_behind_it(engine):
+    """They are taken from the inbox together."""
+    loop, go, cancelled = engine._loop, threading.Event(), []
+    loop._inbox.put(Task(lambda: go.wait(60) and None, cancelled.append))
+    loop._inbox.put(Task(lambda: 1 / 0, cancelled.append))
+    behind, outcome = in_thread(engine.flush_cache)
+    go.set()
+    behind.join(timeout=60)
+    assert outcome[0].success
+    [error] = cancelled
+    assert isinstance(error, RequestFailedError)
+    assert isinstance(error.__cause__, ZeroDivisionError)
+    assert_works(engine)
+
+
+@pytest.mark.parametrize("arguments", [(5,), (["a"],), ("a", "yes")])
+def test_a_bad_abort_is_the_callers_error(engine, arguments):
+    for method in (engine.abort_request, engine.tokenizer_manager.abort_request):
+        with pytest.raises(InvalidRequestError, match="must be"):
+            method(*arguments)
+    engine.abort_request(None)
+    assert_works(engine)
+
+
+@pytest.mark.timeout(60)
+def test_everybody_hears_of_the_end_though_the_scheduler_is_broken(tiny_models, monkeypatch):
+    engine = jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS)
+    waiting = [
+        in_thread(lambda: engine.generate(input_ids=PROMPT, sampling_params=LONG)) for _ in range(4)
+    ]
+    scheduler = engine._loop._scheduler
+    for name in ("schedule", "finish", "retract_all"):
+        monkeypatch.setattr(scheduler, name, lambda *_: 1 / 0)
+    for thread, outcome in waiting:
+        thread.join(timeout=30)
+        assert isinstance(outcome[0], EngineDeadError)
+        assert isinstance(outcome[0].__cause__, ZeroDivisionError)
+    engine.shutdown()
+
+
+def test_shutdown_leaves_no_thread(tiny_models):
+    before = set(threading.enumerate())
+    with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
+        for shown in (False, True):
+            engine.generate("hello", SHORT, progress=shown)
+    assert set(threading.enumerate()) <= before
