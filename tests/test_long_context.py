@@ -132,7 +132,8 @@ def test_packing_wide_tables_takes_the_host_little_time():
         sequence = Sequence(make_request(f"r{number}", prompt, 4), number, slots)
         sequence.slot = slots.take(sequence.request)
         sequence.pages = list(range(-(-len(prompt) // 64)))
-        rows.append(ExtendRow(sequence, len(prompt) - 40, len(prompt), 40 * number, True, True))
+        start, stop, epoch = len(prompt) - 40, len(prompt), sequence.epoch
+        rows.append(ExtendRow(sequence, start, stop, 40 * number, True, True, epoch=epoch))
     batch = ExtendBatch(tuple(rows), 6144, 128)
     times = {}
     for width in (64, 2048):
