@@ -22,6 +22,16 @@ def reserve_device_memory(fraction: float) -> None:
         os.environ[names[0]] = f"{fraction:.3f}"
 
 
+def allow_pinned_memory(num_bytes: int) -> None:
+    """Let JAX pin up to `num_bytes` of host memory, unless the user chose otherwise.
+
+    XLA's GPU clients pin 64 GiB at most by default, in regions of which each is as large as all
+    before it, so that the limit also bounds what is pinned and not needed. The variable is read
+    when the backend starts, so this has no effect later. All versions: 0.10.2 to 0.12.
+    """
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(num_bytes >> 30, 1)))
+
+
 def on_backend_compile(callback: Callable[[float], None]) -> Callable[[], None]:
     """Call `callback(seconds)` after each XLA compilation of this process, on the thread that
     compiled; returns the function that stops it.

@@ -12,7 +12,6 @@ from jaxserve.batch.buckets import DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy
-from pallas_kernels import FIXED_TILE
 
 if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
@@ -30,6 +29,26 @@ FIXED_GPU, FIXED_CPU = (64, 1024), (32, 256)
 unless the user says: every step costs as much as a full one."""
 MOST_STEPS = 4
 """In one decode program, unless the user asks for more: tokens arrive that many at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """How much host memory is for evicted KV pages: `size` bytes, or where that is 0 `ratio` times
+    those of the pool on the device."""
+
+    ratio: float
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The option that decides, and its value."""
+        if self.size:
+            return f"hicache_size={self.size / 1e9:g} (GB)"
+        return f"hicache_ratio={self.ratio:g}"
+
+    def num_bytes(self, device_bytes: int) -> int:
+        """Beside a pool of `device_bytes`."""
+        return self.size or int(self.ratio * device_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +90,8 @@ class EngineConfig:
     """None: prefill goes first, in whole prompts."""
     radix_eviction: str | None = dataclasses.field(repr=False)
     """Of the prefix cache; None is no prefix cache."""
+    host: HostMemory | None = dataclasses.field(repr=False)
+    """For pages that leave the device; None: they are forgotten."""
     program_folder: Path | None = dataclasses.field(repr=False)
     """Where whole programs are kept, see step.stored; None is nowhere."""
 
@@ -121,6 +142,8 @@ class EngineConfig:
         tokens = min(tokens, -(-context // 8) * 8 * rows)
         alignment = 1
         if fixed:
+            from pallas_kernels import FIXED_TILE  # here: kernels import JAX, and this comes first
+
             alignment = math.lcm(FIXED_TILE, page_size)
             tokens, step_tokens = (-(-n // alignment) * alignment for n in (tokens, step_tokens))
             buckets = Buckets((rows,), (tokens,))
@@ -163,8 +186,15 @@ class EngineConfig:
             policy=policy,
             pace=pace,
             radix_eviction=None if args.disable_radix_cache else args.radix_eviction_policy,
+            host=_host_memory(args),
             program_folder=Path(folder) / "whole" if gpu and folder else None,
         )
+
+
+def _host_memory(args: ServerArgs) -> HostMemory | None:
+    if not args.enable_hierarchical_cache:
+        return None
+    return HostMemory(args.hicache_ratio, int(args.hicache_size * 1e9))
 
 
 def steps_per_dispatch(weight_bytes: int) -> int:

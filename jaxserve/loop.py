@@ -18,7 +18,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.batch.batch import Batch
+from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
+from jaxserve.cache.window import Window
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Inbox, Task, stop_error
@@ -47,6 +49,11 @@ class EngineLoop:
         self.startup_seconds = 0.0
         self._runner = runner
         self._stats = Stats()
+        self._window = Window.fitting(
+            runner.model_config.window, config.page_size, runner.num_pages, config.chunk_alignment
+        )  # fmt: skip
+        host = runner.host
+        self._host = None if host is None else HostPages(host.num_blocks, host.width)
         self._scheduler = Scheduler(
             buckets=config.buckets,
             pages=PageAllocator(runner.num_pages),
@@ -56,6 +63,8 @@ class EngineLoop:
             max_prefill_rows=config.max_prefill_rows,
             policy=config.policy,
             eviction=config.radix_eviction,
+            window=self._window,
+            host=self._host,
             chunk_alignment=config.chunk_alignment,
             replays=config.deterministic,
             steps_per_dispatch=config.steps_per_dispatch,
@@ -91,10 +100,11 @@ class EngineLoop:
     def limits(self) -> Limits:
         """What one request may ask for."""
         config, runner = self.config, self._runner
+        pool = runner.num_pages * config.page_size
         return Limits(
             runner.model_config.vocab_size,
             config.context_length,
-            runner.num_pages * config.page_size,
+            pool if self._window is None else max(pool, config.context_length),
             config.bias_capacity,
             config.max_top_logprobs,
             config.max_logprob_ids,
@@ -274,6 +284,8 @@ class EngineLoop:
             self._scheduler.forget_prefixes()  # some were to be computed by this batch
             return
         with self._phase("dispatch"):
+            if self._host is not None:
+                self._runner.copy(self._host.take())
             self._in_flight.append(self._runner.dispatch(prepared))
         self._stats.dispatched(batch)
         self._progress.dispatched(batch)
@@ -323,6 +335,15 @@ class EngineLoop:
         self._profiler.close()
         self._runner.close()
 
+    def _host_stats(self) -> dict[str, int]:
+        host = self._host
+        return {
+            "num_host_pages": 0 if host is None else host.num_blocks * host.width,
+            "num_used_host_pages": 0 if host is None else len(host),
+            "pages_moved_out": 0 if host is None else host.moved_out,
+            "pages_moved_in": 0 if host is None else host.moved_in,
+        }
+
     def _collect_stats(self) -> dict[str, Any]:
         scheduler, programs = self._scheduler, self._runner.programs
         size, pages = self.config.page_size, scheduler.pages.num_pages
@@ -334,6 +355,7 @@ class EngineLoop:
             "token_usage": 1 - free / pages,
             "available_tokens": free * size,
             "cached_prefix_tokens": scheduler.pages.cached * size,
+            **self._host_stats(),
             "max_total_num_tokens": pages * size,
             "max_running_requests": self.config.max_rows,
             "num_continuous_decode_steps": self.config.steps_per_dispatch,

@@ -240,6 +240,11 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             choices=("lru", "lfu"),
             known=("slru", "priority"),
         ),
+        "enable_hierarchical_cache": Option(
+            "flag", "cached prefixes that are evicted move to host memory, and come back"
+        ),
+        "hicache_ratio": Option("number", "that memory / the KV pool's, in bytes", 0.001),
+        "hicache_size": Option("integer", "that memory in GB; 0: hicache_ratio decides", 0),
         "disable_overlap_schedule": Option("flag", "wait for each step before the next one"),
         "allow_auto_truncate": Option("flag", "cut prompts that are too long, with a warning"),
         "random_seed": Option("integer", "seeds the requests that bring no seed", 0, optional=True),

@@ -118,6 +118,8 @@ class Request:
     finish_reason: dict[str, Any] | None = None
     cached_tokens: int = 0
     """Prompt tokens that did not run because their KV was there, in whole pages."""
+    cached_host_tokens: int | None = None
+    """Those of them whose KV came from host memory; None without a host tier."""
     num_retractions: int = 0
     unemitted_id: int | None = None
     admitted_time: float | None = None

@@ -62,6 +62,9 @@ class ServerArgs:
     page_size: int | None = None
     disable_radix_cache: bool = False
     radix_eviction_policy: str = "lru"
+    enable_hierarchical_cache: bool = False
+    hicache_ratio: float = 2.0
+    hicache_size: int = 0
     disable_overlap_schedule: bool = False
     allow_auto_truncate: bool = False
     random_seed: int | None = None
@@ -104,6 +107,11 @@ class ServerArgs:
             raise InvalidRequestError(
                 "enable_priority_scheduling goes with schedule_policy='fcfs' only, got "
                 f"{self.schedule_policy!r}"
+            )
+        if self.enable_hierarchical_cache and self.disable_radix_cache:
+            raise InvalidRequestError(
+                "enable_hierarchical_cache=True keeps cached prefixes in host memory, and "
+                "disable_radix_cache=True keeps none"
             )
         if self.enable_deterministic_inference:
             self._check_deterministic()

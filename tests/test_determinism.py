@@ -225,6 +225,31 @@ def test_samples_of_a_prompt(engine):
             assert ask(engine, [prompt], sampling) == together
 
 
+def test_cached_on_the_host_or_not(case, engine):
+    """Prompts come back from host memory, in whole units; a pool of 10."""
+    prompts, sampling = [text(40 + i, 600) for i in range(3)], [params(1)] * 3
+    assert engine.flush_cache().success
+    expected = ask(engine, prompts, sampling)
+    with started(case, enable_hierarchical_cache=True, hicache_ratio=4.0, **TIGHT) as tiered:
+        for _ in range(3):
+            assert [ask(tiered, [p], sampling[:1])[0] for p in prompts] == expected
+        moved = tiered.get_server_info()["pages_moved_in"]
+        assert ask(tiered, prompts, sampling) == expected
+        unit, page = 128, tiered.get_server_info()["page_size"]
+    assert moved > 0 and moved * page % unit == 0
+
+
+def test_in_a_ring_or_not(case, engine, alone):
+    """A pool with less pages than the prompt, and with more than the window and a chunk."""
+    if "mistral" not in case["model_path"]:
+        pytest.skip("sees everything")
+    with started(case, **TIGHT) as small:
+        assert ask(small, [PROMPTS[3]], [params(3)]) == alone[3:]
+        with company(small, 5, longest=300):
+            assert ask(small, [PROMPTS[3]], [params(3)]) == alone[3:]
+        assert ask(small, PROMPTS, [params(i) for i in range(4)]) == alone
+
+
 def under_pressure(count=9):
     prompts = [text(10 + i, 20 + 25 * i) for i in range(count)]
     return prompts, [params(i, 120) for i in range(count)]

@@ -25,6 +25,7 @@ from tests.kernels.support import (
     quiet,
     reference,
     refuses,
+    reuse_passed_pages,
     second_layer,
 )
 
@@ -67,6 +68,21 @@ def check_locked(case, dtype, *, seed=0, calls=1, interpret=False, **sizes):
 @pytest.mark.parametrize("case", cases.EDGES, **by_name)
 def test_xla(case, dtype):
     check(case, "xla", dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize("name", ["xla", "triton"])
+@pytest.mark.parametrize("case", ["window", "window of one", "soft cap window"])
+def test_pages_before_the_window_are_not_read(case, name):
+    case = EDGES[case]
+    q, *cache, lengths = case.inputs(0, jnp.float32)
+    passed = np.maximum(np.asarray(lengths) - case.window, 0)
+    changed = reuse_passed_pages(*cache, passed)
+    sizes = {} if name == "xla" else {"block": 16, "splits": 2}
+    run = implementation("paged_decode", name, interpret=True, **sizes)
+    arrays = map(jnp.asarray, (q, *changed, lengths))
+    got = run(*arrays, scale=case.head_dim**-0.5, **case.options)
+    assert_close(got, want(q, *cache, lengths, **case.options), "float32")
 
 
 @pytest.mark.parametrize("block", [16, 64, 512])

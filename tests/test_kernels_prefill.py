@@ -25,6 +25,7 @@ from tests.kernels.support import (
     quiet,
     reference,
     refuses,
+    reuse_passed_pages,
     second_layer,
 )
 
@@ -54,6 +55,23 @@ def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
 @pytest.mark.parametrize("case", cases.EDGES, **by_name)
 def test_xla(case, dtype):
     check(case, "xla", dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@pytest.mark.parametrize("name", ["xla", "triton"])
+@pytest.mark.parametrize("case", ["window", "window of one", "window edges", "soft cap window"])
+def test_pages_before_the_window_are_not_read(case, name):
+    case = EDGES[case]
+    q, *cache, starts, lens, prefixes = case.inputs(0, jnp.float32)
+    passed = np.maximum(np.asarray(prefixes) - case.window + 1, 0)
+    changed = reuse_passed_pages(*cache, passed)
+    sizes = {} if name == "xla" else {"rows": 32, "block": 32}
+    run = implementation("paged_prefill", name, interpret=True, **sizes)
+    rows = (starts, lens, prefixes)
+    arrays = map(jnp.asarray, (q, *changed, *rows))
+    got = np.asarray(run(*arrays, scale=case.head_dim**-0.5, **case.options))
+    live = case.live()
+    assert_close(got[live], want(q, *cache, *rows, **case.options)[live], "float32")
 
 
 @pytest.mark.parametrize(("tile", "block"), [(8, 16), (16, 64), (256, 256)])

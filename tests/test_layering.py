@@ -14,6 +14,7 @@ NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
     "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/scheduler",
     "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
+    "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",
     "jaxserve/batch", "jaxserve/text", "jaxserve/output",
 ]  # fmt: skip
 

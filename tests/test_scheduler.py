@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
+from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
+from jaxserve.cache.window import Window
 from jaxserve.output.commit import commit, finish
 from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import SamplingParams
@@ -56,8 +58,14 @@ class Result:
 class Machine:
     """Scheduler, device and commit, with `depth` steps in flight."""
 
-    def __init__(self, pages, page_size, rows, tokens, depth, steps=1, **options):
-        self.device = PagedDevice(page_size)
+    def __init__(
+        self, pages, page_size, rows, tokens, depth, steps=1, window=None, host=None, **options
+    ):
+        self.page_size, self.window = page_size, window
+        self.device = PagedDevice(page_size, window)
+        alignment = options.get("chunk_alignment", 1)
+        options["window"] = Window.fitting(window, page_size, pages, alignment)
+        self.host = options["host"] = None if host is None else HostPages(*host)
         self.scheduler = Scheduler(
             buckets=Buckets.make(rows, tokens), pages=PageAllocator(pages), page_size=page_size,
             max_rows=rows, max_prefill_tokens=tokens, steps_per_dispatch=steps,
@@ -66,7 +74,7 @@ class Machine:
         # so that outputs outgrow it
         self.scheduler.slots.__init__(rows, pending=16, replays=options.get("replays", False))
         self.depth = depth
-        self.alignment = options.get("chunk_alignment", 1)
+        self.alignment = alignment
         self.in_flight: deque[Result] = deque()
 
     def step(self):
@@ -77,11 +85,20 @@ class Machine:
         if batch is not None:
             assert len(batch.sequences) <= batch.row_bucket
             self.check_cuts(batch)
+            if self.host is not None:
+                self.device.copy(self.host.take())
             self.in_flight.append(Result(batch, self.device.run(batch)))
         if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
             commit(self.in_flight.popleft(), self.scheduler)
         self.check()
         return batch
+
+    def fail(self):
+        """The device loses everything, as `EngineLoop` has it."""
+        self.in_flight.clear()
+        self.scheduler.retract_all()
+        self.device = PagedDevice(self.page_size, self.window)
+        self.check()
 
     def check_cuts(self, batch):
         """Chunks are cut at multiples of the alignment; what is to be decoded again runs in no
@@ -99,7 +116,7 @@ class Machine:
         """Every page is free or cached, or held as often as its count says; slots are held once."""
         scheduler = self.scheduler
         tree, references = scheduler.pages.tree, scheduler.pages.allocator._references
-        held = Counter(p for s in scheduler.live.values() for p in s.pages)
+        held = Counter(p for s in scheduler.live.values() for p in s.pages[s.dropped :])
         cached = Counter(p for node in tree._nodes() for p in node.pages)
         assert tree.size == cached.total() == len(cached)
         assert all(references[page] == (held + cached)[page] for page in range(len(references)))
@@ -109,6 +126,7 @@ class Machine:
         assert len(slots) == len(set(slots))
         for s in scheduler.live.values():
             assert len(s.pages) * scheduler.page_size >= s.kv_len
+            assert not (s.dropped and s.lease.count)
             assert s.kv_len <= s.total_tokens + s.in_flight
 
     def run_dry(self):
@@ -124,6 +142,10 @@ def expected_tokens(request):
     while len(tokens) < request.max_new_tokens and not request.stop_ids & set(tokens):
         tokens.append(next_token(request.rid, request.sample_index, start + len(tokens)))
     return tokens
+
+
+def admitted(request):
+    return request.admitted_time is not None
 
 
 def draw_prompt(random_, earlier, longest):
@@ -164,20 +186,24 @@ PACES = [
     pace=st.sampled_from(PACES),
     replays=st.booleans(),
     aligned_pages=st.sampled_from([0, 0, 1, 2]),
+    window=st.sampled_from([None, None, 1, 7, 16, 33, 100]),
+    host=st.sampled_from([None, (1, 1), (2, 3), (5, 4), (40, 8)]),
 )
 def test_random_traffic_reads_its_own_tokens(
     seed, pages, page_size, rows, tokens, depth, steps, aborts, eviction, policy, pace, replays,
-    aligned_pages,
+    aligned_pages, window, host,
 ):  # fmt: skip
     random_ = random.Random(seed)
+    host = host if eviction else None
     alignment = aligned_pages * page_size or 1
     machine = Machine(
-        pages, page_size, rows, max(tokens, alignment), depth, steps, eviction=eviction,
-        policy=policy, pace=None if replays or aligned_pages else pace, chunk_alignment=alignment,
-        replays=replays,
+        pages, page_size, rows, max(tokens, alignment), depth, steps, window, host,
+        eviction=eviction, policy=policy, pace=None if replays or aligned_pages else pace,
+        chunk_alignment=alignment, replays=replays,
     )  # fmt: skip
     requests, aborted = [], set()
-    capacity = pages * page_size
+    slides = Window.fitting(window, page_size, pages, alignment) is not None
+    capacity = 350 if slides else pages * page_size
     for number in range(random_.randint(1, 12)):
         prompt = draw_prompt(random_, requests, min(capacity - 1, 200))
         new = random_.randint(0, min(capacity - len(prompt), 150))
@@ -209,6 +235,8 @@ def test_random_traffic_reads_its_own_tokens(
         if random_.random() < 0.05:
             machine.scheduler.forget_prefixes()
             machine.check()
+        if random_.random() < 0.05:
+            machine.fail()
     machine.run_dry()
     assert machine.scheduler.pages.available == pages
     assert len(machine.scheduler.waiting) == 0 and machine.scheduler.waiting.siblings(group) == []
@@ -223,6 +251,7 @@ def test_random_traffic_reads_its_own_tokens(
         assert request.stream_interval or len(updates) == 1
         assert request.cached_tokens <= len(request.prompt_ids) - 1
         assert request.cached_tokens % page_size == 0
+        assert (request.cached_host_tokens is None) == (host is None or not admitted(request))
         assert request.group or request.cached_tokens % alignment == 0
 
 
@@ -525,6 +554,111 @@ def test_a_queue_that_cannot_move_is_left_alone(short, monkeypatch):
     for _ in range(20):
         assert not isinstance(machine.step(), ExtendBatch)
     assert tried == []
+
+
+@pytest.mark.parametrize("eviction", [None, "lru"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_window_slides_over_more_tokens_than_the_pool_holds(eviction, steps):
+    machine = Machine(
+        pages=24, page_size=8, rows=4, tokens=64, depth=1, steps=steps, window=20, eviction=eviction
+    )
+    requests = [make_request(f"r{i}", list(range(i, 30)), 1500) for i in range(3)]
+    for request in requests:
+        machine.scheduler.add(request)
+    while not machine.scheduler.idle:
+        machine.step()
+        for sequence in machine.scheduler.running:
+            shared = sequence.lease.count
+            held = len(sequence.pages) - sequence.dropped
+            assert held <= (4 if shared == 0 else (30 + 20 + 8) // 8 + 1)
+    assert all(r.output_ids == expected_tokens(r) for r in requests)
+    assert [r.num_retractions for r in requests] == [0, 0, 0]
+    assert machine.scheduler.pages.available == 24
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_prompt_longer_than_the_pool_runs_in_a_ring_of_pages(depth):
+    machine = Machine(pages=16, page_size=8, rows=2, tokens=64, depth=depth, window=20)
+    request = make_request("r", list(range(1000)), 20)
+    machine.scheduler.add(request)
+    chunks = []
+    while not machine.scheduler.idle:
+        batch = machine.step()
+        if isinstance(batch, ExtendBatch):
+            chunks += [row.stop - row.start for row in batch.rows]
+    assert sum(chunks) == 1000 and len(chunks) == 16
+    assert request.output_ids == expected_tokens(request)
+    assert machine.scheduler.pages.available == 16
+
+
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_who_runs_in_a_ring_leaves_the_step_to_others_and_takes_their_tokens_along(alignment):
+    """A ring for 32 tokens at a time, in steps of 160 with running requests in them."""
+    machine = Machine(
+        pages=16, page_size=8, rows=4, tokens=160, depth=1, window=90,
+        pace=Pace(160, 0, 4) if alignment == 1 else None, chunk_alignment=alignment,
+    )  # fmt: skip
+    long, short = make_request("l", list(range(600)), 5), make_request("s", [7] * 9, 30, interval=1)
+    machine.scheduler.add(long)
+    machine.step()
+    machine.scheduler.add(short)
+    machine.run_dry()
+    assert [r.output_ids for r in (long, short)] == [expected_tokens(r) for r in (long, short)]
+    assert machine.scheduler.pages.available == 16
+
+
+def test_a_ring_too_small_for_an_aligned_chunk_is_none():
+    assert Window.fitting(40, 8, 8, 16) == Window(40, 8)
+    assert Window.fitting(40, 8, 8, 24) is None
+
+
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_recovery_forgets_what_was_given_back_and_what_the_host_has(alignment):
+    machine = Machine(
+        pages=16, page_size=8, rows=2, tokens=64, depth=1, window=20, host=(8, 4),
+        chunk_alignment=alignment, replays=alignment > 1,
+    )  # fmt: skip
+    for i in range(3):
+        machine.scheduler.add(make_request(f"old{i}", [i] * 60, 2))
+        machine.run_dry()
+    assert len(machine.host) > 0
+    request = make_request("r", list(range(300)), 200)
+    machine.scheduler.add(request)
+    for _ in range(60):
+        machine.step()
+    assert machine.scheduler.live[request].dropped > 0
+    machine.fail()
+    assert machine.scheduler.live[request].dropped == 0 == len(machine.host)
+    assert machine.host.take() == ((), ())
+    machine.run_dry()
+    assert request.output_ids == expected_tokens(request)
+
+
+def test_what_outgrew_the_pool_can_be_retracted():
+    machine = Machine(pages=16, page_size=8, rows=2, tokens=64, depth=0, window=20)
+    request = make_request("r", list(range(30)), 900)
+    machine.scheduler.add(request)
+    for _ in range(600):
+        machine.step()
+    machine.scheduler.retract(machine.scheduler.live[request])
+    assert machine.scheduler.pages.available == 16
+    machine.run_dry()
+    assert request.output_ids == expected_tokens(request)
+
+
+def test_samples_share_what_a_window_has_left_of_their_prompt():
+    machine = Machine(pages=24, page_size=8, rows=4, tokens=64, depth=1, window=20)
+    requests = [make_request("r", list(range(301)), 60, sample, "g") for sample in range(4)]
+    for request in requests:
+        machine.scheduler.add(request)
+    machine.run_dry()
+    assert machine.device.tokens_run == 301
+    assert all(r.output_ids == expected_tokens(r) for r in requests)
+
+
+def test_a_window_wider_than_the_pool_is_none():
+    assert Window.fitting(None, 8, 100) is None
+    assert Window.fitting(57, 8, 8) is None and Window.fitting(56, 8, 8) == Window(56, 8)
 
 
 @settings(max_examples=100, deadline=None)

@@ -138,6 +138,11 @@ NO_OP: Mapping[str, Any] = MappingProxyType(
         "mm_max_concurrent_calls": 32,
         "mm_per_request_timeout": 10.0,
         "enable_broadcast_mm_inputs_process": False,
+        # how evicted pages are copied to the host
+        "hicache_write_policy": "write_through",
+        "hicache_io_backend": "kernel",
+        "hicache_mem_layout": "layer_first",
+        "disable_hicache_numa_detect": False,
     }
 )
 """Accepted without effect: name -> upstream's default."""
@@ -221,13 +226,6 @@ UNSUPPORTED: Mapping[str, Any] = MappingProxyType(
         "mamba_full_memory_ratio": 0.9,
         "mamba_scheduler_strategy": "no_buffer",
         "mamba_track_interval": 256,
-        "enable_hierarchical_cache": False,
-        "hicache_ratio": 2.0,
-        "hicache_size": 0,
-        "hicache_write_policy": "write_through",
-        "hicache_io_backend": "kernel",
-        "hicache_mem_layout": "layer_first",
-        "disable_hicache_numa_detect": False,
         "hicache_storage_backend": None,
         "hicache_storage_prefetch_policy": "best_effort",
         "hicache_storage_backend_extra_config": None,

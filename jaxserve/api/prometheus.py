@@ -25,6 +25,8 @@ GAUGES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "num_queue_reqs": ("num_waiting", "Requests that wait"),
         "num_pages": ("num_pages", "KV pages"),
         "num_used_pages": ("num_used_pages", "KV pages in use"),
+        "num_host_pages": ("num_host_pages", "Pages of host memory for evicted KV"),
+        "num_used_host_pages": ("num_used_host_pages", "Those that hold some"),
         "token_usage": ("token_usage", "Share of the KV pages in use"),
         "max_total_num_tokens": ("max_total_num_tokens", "Tokens that the KV pages hold"),
         "cache_hit_rate": ("cache_hit_rate", "Cached prompt tokens of all, since the start"),
@@ -37,6 +39,7 @@ COUNTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted requests"),
         "cached_tokens": ("cached_tokens", "Those of them found in the prefix cache"),
+        "cached_host_tokens": ("cached_host_tokens", "Those of the cached that were on the host"),
         "generation_tokens": ("generated_tokens", "Output tokens"),
         "retractions": ("retractions", "Times a request was taken off the device for its pages"),
         "late_compiles": ("late_compiles", "Programs compiled while requests waited for them"),

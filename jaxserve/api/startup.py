@@ -90,9 +90,12 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
     import jax
 
     from jaxserve import compat
+    from jaxserve.cache.host_pool import pinned_limit
     from jaxserve.cache.pool import ALLOCATOR_FRACTION
 
     compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
+    if args.enable_hierarchical_cache:
+        compat.allow_pinned_memory(pinned_limit(int(args.hicache_size * 1e9)))
     folder = cache_folder(args.compilation_cache_dir)
     if folder:
         compat.enable_compilation_cache(folder)

@@ -33,6 +33,10 @@ class PageAllocator:
         """How many hold `page`; 0 when it is free."""
         return self._references[page]
 
+    def unshared(self, pages: Iterable[int]) -> bool:
+        """Whether each of `pages`, at least one, has one reference."""
+        return max(map(self._references.__getitem__, pages)) == 1
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` free pages, each with one reference. OutOfPagesError takes none."""
         if count > len(self._free):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from jaxserve.cache.host import HostPages, Place
+from jaxserve.cache.keys import chain, namespace_key
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.cache.radix import Node, RadixTree
 
@@ -30,10 +32,15 @@ class PrefixCache:
     Tokens are given as the bytes of int32.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int, policy: str | None = "lru"):
-        """policy: of eviction, "lru" or "lfu"; None keeps nothing."""
+    def __init__(
+        self, allocator: PageAllocator, page_size: int, policy: str | None = "lru",
+        host: HostPages | None = None,
+    ):  # fmt: skip
+        """policy: of eviction, "lru" or "lfu"; None keeps nothing. host: takes what is evicted."""
         self.allocator = allocator
-        self.tree = RadixTree(page_size, policy or "lru")
+        self.host = host
+        on_evict = None if host is None else self._keep_on_host
+        self.tree = RadixTree(page_size, policy or "lru", on_evict)
         self.enabled = policy is not None
         self._page_bytes = 4 * page_size
 
@@ -59,6 +66,8 @@ class PrefixCache:
         if short > self.tree.evictable:
             raise OutOfPagesError(f"{count} pages wanted, {self.available} available")
         if short > 0:
+            if self.host is not None:  # a full block costs what one page does
+                short = max(short, self.host.width)
             self.allocator.release(self.tree.evict(short))
         return self.allocator.allocate(count)
 
@@ -82,6 +91,23 @@ class PrefixCache:
         pages = self.tree.pages(node)
         self.allocator.share(pages)
         return Lease(namespace, node, len(pages)), pages
+
+    def find_on_host(self, lease: Lease, tokens: bytes, most: int, unit: int = 1) -> list[Place]:
+        """The pages of `tokens` behind the leased prefix that host memory has, at most `most` and a
+        multiple of `unit`: `load` them before the next step."""
+        if self.host is None:
+            return []
+        rest = tokens[lease.count * self._page_bytes :]
+        if len(rest) < self._page_bytes or not most:
+            return []
+        node = lease.node
+        key = namespace_key(lease.namespace) if node is None else self.tree.keys(node)[-1]
+        return self.host.find(chain(key, rest, self._page_bytes), most, unit)
+
+    def load(self, places: Sequence[Place], pages: Sequence[int]) -> None:
+        """Copy pages found on the host into as many newly allocated ones."""
+        if self.host is not None:
+            self.host.load(places, pages)
 
     def used(self, lease: Lease) -> None:
         """The leased prefix is going to be read: that is what eviction goes by."""
@@ -121,15 +147,25 @@ class PrefixCache:
 
     def _may_keep(self, pages: Sequence[int], start: int, known: int) -> bool:
         """Whether pages[start:known] can go into the tree. Not while other samples of the prompt
-        have them too, without a lease: evicting them would free nothing. (Samples share pages from
-        the first on, so one page tells.)"""
-        return self.enabled and known > start and self.allocator.references(pages[start]) == 1
+        have any of them too, without a lease: evicting those would free nothing."""
+        return self.enabled and known > start and self.allocator.unshared(pages[start:known])
+
+    def _keep_on_host(self, node: Node, count: int) -> None:
+        """The last `count` pages of `node` are evicted."""
+        assert self.host is not None
+        self.host.keep(self.tree.keys(node)[-count:], node.pages[-count:])
 
     def clear(self) -> None:
         """Forget all prefixes. Leases end by that: whoever has one must drop it."""
         self.allocator.release(self.tree.clear())
+        self._clear_host()
 
     def reset(self) -> None:
-        """All pages are free, whoever holds them, and nothing is cached."""
+        """All pages are free, whoever holds them, and nothing is cached, on the host neither."""
         self.tree.clear()
         self.allocator.reset()
+        self._clear_host()
+
+    def _clear_host(self) -> None:
+        if self.host is not None:
+            self.host.clear()

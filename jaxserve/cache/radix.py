@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+
+from jaxserve.cache.keys import chain, namespace_key
 
 TOKEN_BYTES = 4
 
@@ -20,10 +22,11 @@ class Node:
 
     tokens: bytes of the span; behind those of `pages` may come some of pages that were evicted.
     children: by their first page. locks: sequences that use the span. used: when it was last; hits:
-    how often it was matched. queued: it has an entry in the heap of what can be evicted.
+    how often it was matched. queued: it has an entry in the heap of what can be evicted. key: of
+    the prefix before the span (cache.keys), once somebody has asked.
     """
 
-    __slots__ = ("children", "hits", "locks", "pages", "parent", "queued", "tokens", "used")
+    __slots__ = ("children", "hits", "key", "locks", "pages", "parent", "queued", "tokens", "used")
 
     def __init__(self, parent: Node | None, tokens: bytes = b"", pages: Sequence[int] = ()):
         self.parent = parent
@@ -34,6 +37,7 @@ class Node:
         self.used = 0
         self.hits = 0
         self.queued = False
+        self.key: bytes | None = None
 
 
 class Root(Node):
@@ -59,13 +63,18 @@ class RadixTree:
     insertions.
     """
 
-    def __init__(self, page_size: int, policy: str = "lru"):
+    def __init__(
+        self, page_size: int, policy: str = "lru",
+        on_evict: Callable[[Node, int], object] | None = None,
+    ):  # fmt: skip
+        """on_evict: called with a node before it loses its last so many pages to eviction."""
         self.size = 0
         self.evictable = 0
         self.version = 0
         self._page_size = page_size
         self._page_bytes = TOKEN_BYTES * page_size
         self._by_hits = policy == "lfu"
+        self._on_evict = on_evict
         self._roots: dict[str, Root] = {}
         self._heap: list[Entry] = []
         self._serial = itertools.count()
@@ -95,6 +104,27 @@ class RadixTree:
         """The pages from the root to the end of `node`."""
         spans = [each.pages for each in self._path(node)]
         return list(itertools.chain.from_iterable(reversed(spans)))
+
+    def keys(self, node: Node) -> list[bytes]:
+        """The keys of the prefixes that end with each page of `node`."""
+        path: list[Node] = []
+        top: Node | None = node
+        while top is not None and top.key is None:
+            path.append(top)
+            top = top.parent
+        keys: list[bytes] = []
+        if top is not None:
+            path.append(top)
+        for each in reversed(path):
+            if isinstance(each, Root):
+                each.key = namespace_key(each.namespace)
+                keys = [each.key]
+                continue
+            if each.key is None:
+                each.key = keys[-1]
+            size = len(each.pages) * self._page_bytes
+            keys = list(chain(each.key, each.tokens[:size], self._page_bytes))
+        return keys
 
     # -- changing ---------------------------------------------------------------------------------
 
@@ -159,6 +189,8 @@ class RadixTree:
                 heapq.heapreplace(heap, self._entry(node))
             else:
                 taken = min(count - len(freed), len(node.pages))
+                if self._on_evict is not None:
+                    self._on_evict(node, taken)
                 freed += node.pages[-taken:]
                 del node.pages[-taken:]
                 self.size -= taken
@@ -240,6 +272,7 @@ class RadixTree:
         size = count * self._page_bytes
         upper = Node(node.parent, node.tokens[:size], node.pages[:count])
         upper.locks, upper.used, upper.hits = node.locks, node.used, node.hits
+        upper.key, node.key = node.key, None
         node.parent.children[upper.tokens[: self._page_bytes]] = upper
         node.tokens, node.pages = node.tokens[size:], node.pages[count:]
         node.parent = upper

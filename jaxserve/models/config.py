@@ -53,6 +53,12 @@ class ModelConfig:
     dtype: str
     """What the checkpoint says its weights are: one of DTYPES."""
 
+    @property
+    def window(self) -> int | None:
+        """How many of the last positions any layer sees; None if there is one that sees all."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == self.num_layers else None
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
         """Reads the dict of a config.json (transformers 4 or 5 spelling).

@@ -100,7 +100,7 @@ class Output:
             "prompt_tokens": len(request.prompt_ids),
             "completion_tokens": len(self._ids),
             "cached_tokens": request.cached_tokens,
-            "cached_tokens_details": None,
+            "cached_tokens_details": _cached_details(request),
             "reasoning_tokens": 0,
             "weight_version": self._options.weight_version,
             "num_retractions": request.num_retractions,
@@ -172,3 +172,9 @@ class Output:
             "request_finished_ts": epoch + end,
             "decode_throughput": rate,
         }
+
+
+def _cached_details(request: Request) -> dict[str, int] | None:
+    """Where the cached tokens' KV was; None without a host tier."""
+    host = request.cached_host_tokens
+    return None if host is None else {"device": request.cached_tokens - host, "host": host}

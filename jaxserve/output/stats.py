@@ -155,6 +155,7 @@ class Stats:
             "generated_tokens": self.generated_tokens,
             "prompt_tokens": sums.prompt_tokens,
             "cached_tokens": sums.cached_tokens,
+            "cached_host_tokens": sums.cached_host_tokens,
             "cache_hit_rate": sums.cached_tokens / max(sums.prompt_tokens, 1),
             "retractions": sums.retractions,
             "finished_requests": dict(self.finished),
@@ -167,17 +168,20 @@ class Stats:
 
 @dataclasses.dataclass(slots=True)
 class _Sums:
-    """Of requests that were admitted: prompt tokens, those of them that the cache had, and
-    retractions. A request that left the queue without having run counts nowhere."""
+    """Of requests that were admitted: prompt tokens, those of them that the cache had (and those
+    of these that the host had), and retractions. A request that left the queue without having run
+    counts nowhere."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    cached_host_tokens: int = 0
     retractions: int = 0
 
     def add(self, request: Request) -> None:
         if request.admitted_time is not None:
             self.prompt_tokens += len(request.prompt_ids)
             self.cached_tokens += request.cached_tokens
+            self.cached_host_tokens += request.cached_host_tokens or 0
             self.retractions += request.num_retractions
 
     def with_(self, live: Iterable[Request]) -> _Sums:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
+
 from jaxserve.cache.prefix import Lease, PrefixCache
+from jaxserve.cache.window import Window
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.slots import Slots
+from jaxserve.scheduler.slots import Rows, Slots
 
 
 class Admission:
@@ -17,17 +20,25 @@ class Admission:
     one comes (fewer where it may not generate as much). Nothing is reserved for the rest of an
     output: retraction is cheap, and most end early. alignment: cached prefixes end at multiples of
     it, a multiple of the page size, or 1 for any page.
+
+    window: of models in which no layer sees further: pages outside are given back, and a sequence
+    for which there is no room as a whole gets a ring of pages that it takes over and over, to run
+    `chunk` tokens at a time. The pool holds a ring for `alignment` tokens at least.
     """
 
     def __init__(
         self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0,
-        alignment: int = 1,
+        alignment: int = 1, window: Window | None = None, chunk: int = 1,
     ):  # fmt: skip
         self._pages = pages
         self._slots = slots
         self._page_size = page_size
         self._unit = max(page_size, alignment)
         self._margin = math.ceil(conservativeness * page_size)
+        self._window = window
+        self._ring = None if window is None else min(window.ring(chunk), pages.num_pages)
+        beside = 0 if window is None else window.ring(1)
+        self._longest = (pages.num_pages - beside) * page_size
 
     @property
     def version(self) -> tuple[int, int]:
@@ -47,17 +58,21 @@ class Admission:
         return room is not None
 
     def admit(self, sequence: Sequence) -> bool:
-        """Take a slot, the cached prefix and pages for all tokens of `sequence`; False, if there is
-        no room, changes nothing."""
+        """Take a slot, the cached prefix and pages for all tokens of `sequence`, or a ring of them;
+        False, if there is no room, changes nothing."""
         room = self._find_room(sequence)
         if room is None:
             return False
         lease, shared, own = room
         self._pages.used(lease)
-        sequence.lease = lease
-        sequence.reused = len(shared) * self._page_size
-        self._take_slot(sequence, sequence.reused)
-        self.hold(sequence, shared + self._pages.allocate(own))
+        unit = self._unit // self._page_size
+        found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own, unit)
+        new = self._pages.allocate(own)
+        self._pages.load(found, new[: len(found)])
+        sequence.lease, sequence.dropped = lease, 0
+        sequence.reused = (len(shared) + len(found)) * self._page_size
+        self._take_slot(sequence, sequence.reused, len(found) * self._page_size)
+        self.hold(sequence, shared + new)
         sequence.kv_len = sequence.reused
         return True
 
@@ -74,16 +89,19 @@ class Admission:
         sibling.share_prompt(leader)
         sibling.lease = self._pages.copy(leader.lease)
         shared = leader.pages[:full]
-        self._pages.share(shared)
+        self._pages.share(shared[leader.dropped :])
         own = self._pages.allocate(1 if partial else 0)
         self.hold(sibling, shared + own)
+        sibling.dropped = leader.dropped
         sibling.kv_len = leader.prompt_len
         return [(leader.pages[full], page) for page in own]
 
     def publish(self, sequence: Sequence) -> None:
-        """Let others begin with the full pages of `sequence` that are scheduled."""
-        if self._pages.enabled:
-            full = sequence.kv_len - sequence.kv_len % self._unit
+        """Let others begin with the full pages of `sequence` that are scheduled, unless it needs
+        them again for its own next ones, or their lock could keep it from going on."""
+        full = sequence.kv_len - sequence.kv_len % self._unit
+        whole = sequence.capacity >= sequence.total_tokens and not sequence.dropped
+        if self._pages.enabled and whole and full <= self._longest:
             self._pages.publish(sequence.lease, sequence.token_bytes(full), sequence.pages)
 
     def hold(self, sequence: Sequence, pages: list[int]) -> None:
@@ -91,17 +109,59 @@ class Admission:
         sequence.pages += pages
         self._slots.capacity[sequence.slot] = len(sequence.pages) * self._page_size
 
+    def slide(self, sequence: Sequence) -> None:
+        """Give back the pages that no token to come sees. Steps in flight may still read them:
+        whoever takes them next runs later. The prefix shared with the cache goes as a whole."""
+        if self._window is None:
+            return
+        passed = self._window.passed(sequence.kv_len)
+        if passed <= sequence.dropped or passed < sequence.lease.count:
+            return
+        self._pages.end(sequence.lease, sequence.pages[sequence.dropped : passed])
+        sequence.lease = Lease(sequence.request.cache_salt)
+        sequence.dropped = passed
+
+    def advance(self, sequence: Sequence) -> None:
+        """Before a chunk: slide, and take the pages for further tokens, if those of an admitted
+        sequence do not reach to its last one."""
+        self.slide(sequence)
+        missing = self._count_pages(sequence.total_tokens) - len(sequence.pages)
+        if self._ring is not None and missing > 0:
+            free = self._ring - (len(sequence.pages) - sequence.dropped)
+            self.hold(sequence, self._pages.allocate(max(min(missing, free), 0)))
+
+    def grow(self, rows: Rows, new_pages: list[tuple[int, int]], steps: int) -> bool:
+        """Give a page to each of `rows` whose last one has no room for `steps` tokens, in their
+        order. True when pages ran out on the way."""
+        full = self._slots.kv_len.take(rows.slots) + steps > self._slots.capacity.take(rows.slots)
+        for row in np.flatnonzero(full).tolist():
+            self.slide(rows.sequences[row])
+            if not self._pages.available:
+                return True
+            page = self._pages.allocate(1)
+            self.hold(rows.sequences[row], page)
+            new_pages.append((row, page[0]))
+        return False
+
+    def shrink(self, rows: Rows, new_pages: list[tuple[int, int]]) -> None:
+        """Take back what `grow` gave."""
+        for row, page in new_pages:
+            rows.sequences[row].pages.pop()
+            self.hold(rows.sequences[row], [])
+            self._pages.release([page])
+        new_pages.clear()
+
     def release(self, sequence: Sequence) -> None:
         """Give back slot and pages. Full pages of tokens that have been read stay cached, except
         for the last output's: the step that computes its KV may not have run. (None of the outputs,
         where they are to be decoded again.)"""
         sequence.drain()
         tokens = b""
-        if self._pages.enabled:
+        if self._pages.enabled and not sequence.dropped:
             outputs = self._slots.kept(sequence.request)
             known = min(sequence.kv_len, sequence.prompt_len + max(outputs - 1, 0))
             tokens = sequence.token_bytes(known - known % self._unit)
-        self._pages.end(sequence.lease, sequence.pages, tokens)
+        self._pages.end(sequence.lease, sequence.pages[sequence.dropped :], tokens)
         self._slots.release(sequence.slot)
         sequence.lease = Lease()
         sequence.pages = []
@@ -111,35 +171,49 @@ class Admission:
         """Pages to leave to what is admitted already."""
         return self._slots.growth(self._margin, self._page_size)
 
+    def _count_pages(self, tokens: int) -> int:
+        return -(-tokens // self._page_size)
+
     def _find_room(self, sequence: Sequence) -> tuple[Lease, list[int], int] | None:
-        """The cached prefix of `sequence`, leased, its pages, and how many it needs beside them;
+        """The cached prefix of `sequence`, leased, its pages, and how many it takes beside them;
         None if that is too much, or will be when it has decoded again what it has."""
         if not self._slots.available:
             return None
         request = sequence.request
         lease, shared = self._pages.lease(request.cache_salt, self._known(sequence))
-        own = -(-sequence.total_tokens // self._page_size) - len(shared)
+        reserve = self._reserve()
+        own = self._count_pages(sequence.total_tokens) - len(shared)
         again = sequence.prompt_len + len(request.output_ids)
-        needed = -(-again // self._page_size) - len(shared)
-        if needed + self._reserve() > self._pages.available:
+        needed = self._count_pages(again) - len(shared)
+        if self._ring is not None and needed + reserve > self._pages.available:
+            own, needed = min(own, self._ring), min(needed, self._ring)
+            if shared and needed + reserve > self._pages.available:  # the prefix is in the way
+                self._pages.end(lease, shared)
+                lease, shared = Lease(request.cache_salt), []
+                own = min(self._count_pages(sequence.total_tokens), self._ring)
+                needed = min(self._count_pages(again), self._ring)
+        if needed + reserve > self._pages.available:
             self._pages.end(lease, shared)
             return None
         return lease, shared, own
 
+    def _reusable_bytes(self, sequence: Sequence) -> bytes:
+        """Its tokens whose KV may come from the cache."""
+        return sequence.token_bytes(sequence.reusable) if self._pages.enabled else b""
+
     def _known(self, sequence: Sequence) -> bytes:
-        """The tokens of `sequence` to look for in the cache."""
-        if not self._pages.enabled:
-            return b""
-        tokens = sequence.token_bytes(sequence.reusable)
+        """Its tokens to look for in the cache: as many as are there, where not any page will do."""
+        tokens = self._reusable_bytes(sequence)
         if self._unit == self._page_size:
             return tokens
         cached = self._pages.tree.length(sequence.request.cache_salt, tokens) * self._page_size
         return tokens[: 4 * (cached - cached % self._unit)]
 
-    def _take_slot(self, sequence: Sequence, cached: int) -> None:
-        """cached: leading tokens that need not run."""
+    def _take_slot(self, sequence: Sequence, cached: int, on_host: int = 0) -> None:
+        """cached: leading tokens that need not run. on_host: those of them in host memory."""
         request = sequence.request
         sequence.slot = self._slots.take(request)
         if request.admitted_time is None:
             request.admitted_time = time.perf_counter()
             request.cached_tokens = cached
+            request.cached_host_tokens = None if self._pages.host is None else on_host

@@ -55,22 +55,24 @@ class ExtendPlanner:
         return not self._full and rows < self._max_rows and tokens and self._spare_work(share) > 0
 
     def fits(self, sequence: Sequence, share: float = 1.0) -> bool:
-        """Whether all unscheduled tokens of the sequence fit into `share` of the step."""
-        left = sequence.total_tokens - sequence.kv_len
+        """Whether all unscheduled tokens of the sequence that its pages reach to fit into `share`
+        of the step."""
+        left = min(sequence.total_tokens, sequence.capacity) - sequence.kv_len
         room = share * self._max_tokens - self._packed
         return left <= room and self._affords(sequence.kv_len, left, share)
 
     def add(self, sequence: Sequence, share: float = 1.0) -> None:
-        """Pack as many of the sequence's unscheduled tokens as fit into `share` of the step, and
-        count them as scheduled. At least a few are, whatever the work: the longest context gets
-        on."""
+        """Pack as many of the sequence's unscheduled tokens as fit into `share` of the step, and as
+        its pages reach to, and count them as scheduled. At least a few are, whatever the work: the
+        longest context gets on."""
         start, total = sequence.kv_len, sequence.total_tokens
-        count = total - start
+        reach = stop = min(total, sequence.capacity)
         if not self.fits(sequence, share):
-            stop = start + min(count, self._most(start, share))
-            count = stop - stop % self._alignment - start
-        self._full = start + count < total and share == 1
-        stop = start + count
+            stop = min(reach, start + self._most(start, share))
+        self._full = stop < reach and share == 1
+        if stop < total:
+            stop -= stop % self._alignment
+        count = stop - start
         self._rows.append(
             ExtendRow(
                 sequence, start, stop, self._packed, samples=stop == total,

@@ -21,8 +21,10 @@ import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import ALIGNMENT, Buckets
+from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import Lease, PrefixCache
+from jaxserve.cache.window import Window
 from jaxserve.request import Request
 from jaxserve.scheduler.admission import Admission
 from jaxserve.scheduler.pace import Pace
@@ -55,16 +57,19 @@ class Scheduler:
         self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
         max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
         policy: Policy | None = None, eviction: str | None = "lru", pace: Pace | None = None,
-        chunk_alignment: int = 1, replays: bool = False,
+        chunk_alignment: int = 1, replays: bool = False, window: Window | None = None,
+        host: HostPages | None = None,
         on_finish: Callable[[Request], object] = lambda request: None,
     ):  # fmt: skip
         """eviction: the prefix cache's policy, None for no prefix cache. chunk_alignment: chunks of
         a prompt and its cached prefix end at multiples of it, but for the prompt's end. replays: a
         retracted sequence decodes its outputs again, and only prompts are cached, because what an
-        extend step computes for an output is not bitwise what a decode step does. on_finish: called
+        extend step computes for an output is not bitwise what a decode step does. window: of the
+        model, if none of its layers sees further and the pool holds it and one aligned chunk. host:
+        the memory for evicted pages; its copies are to be made before each step. on_finish: called
         with each request that has left, its outputs complete."""
         self.policy = policy or Policy()
-        self.pages = PrefixCache(pages, page_size, eviction)
+        self.pages = PrefixCache(pages, page_size, eviction, host)
         self.page_size = page_size
         self.buckets = buckets
         self.waiting = WaitingQueue()
@@ -73,8 +78,9 @@ class Scheduler:
         self.live: dict[Request, Sequence] = {}
         self.slots = Slots(max_rows, replays=replays)
         self.admission = Admission(
-            self.pages, self.slots, page_size, self.policy.conservativeness, chunk_alignment
-        )
+            self.pages, self.slots, page_size, self.policy.conservativeness, chunk_alignment,
+            window, chunk=min(max_prefill_tokens, buckets.max_tokens),
+        )  # fmt: skip
         self._rows: Rows | None = None
         self._arrivals = 0
         self._on_finish = on_finish
@@ -120,7 +126,7 @@ class Scheduler:
             if sequence.admitted:
                 sequence.drain()
                 sequence.request.count_retraction()
-                sequence.pages, sequence.slot = [], -1
+                sequence.pages, sequence.slot, sequence.dropped = [], -1, 0
             sequence.lease = Lease(sequence.request.cache_salt)
             self.waiting.add(sequence)
         self.slots.reset()
@@ -175,20 +181,22 @@ class Scheduler:
         return planner.batch()
 
     def _extend_admitted(self, planner: ExtendPlanner) -> None:
-        """Pack what is left of admitted prompts."""
-        while self.prefilling and planner.has_room():
-            first = self.prefilling[0]
-            if self._pace is not None and not planner.fits(first):
-                self._let_pass(first, planner)
-            if not self._extend(first, planner):
+        """Pack what is left of admitted prompts, a chunk of each: one may be cut where its pages
+        end, before the step is full."""
+        for sequence in list(self.prefilling):
+            if not planner.has_room():
                 return
-            self.prefilling.popleft()
+            self.admission.advance(sequence)
+            if self._pace is not None and not planner.fits(sequence):
+                self._let_pass(sequence, planner)
+            if self._extend(sequence, planner):
+                self.prefilling.remove(sequence)
 
     def _let_pass(self, long: Sequence, planner: ExtendPlanner) -> None:
         """Pack prompts that are much shorter than what is left of `long`, into a part of the step:
         admitted ones, then waiting ones, which may overtake longer ones but nobody who finds no
         room."""
-        for sequence in list(islice(self.prefilling, 1, None)):
+        for sequence in [s for s in self.prefilling if s is not long]:
             if planner.has_room(PASSING) and self._extend(sequence, planner, PASSING):
                 self.prefilling.remove(sequence)
         most = min(self._limits[0], (long.total_tokens - long.kv_len) // 2)
@@ -225,6 +233,7 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, planner: ExtendPlanner, share: float = 1.0) -> bool:
         """Pack what fits of an admitted sequence; whether that completes it."""
+        self.admission.advance(sequence)
         planner.add(sequence, share)
         self.admission.publish(sequence)
         if not planner.completes(sequence):
@@ -240,18 +249,18 @@ class Scheduler:
         least = self._drop_complete()
         steps = steps if least >= steps else 1
         rows, new_pages = self.rows, []
-        starved = self._grow(rows, new_pages, steps)
+        starved = self.admission.grow(rows, new_pages, steps)
         if starved and steps > 1:
-            self._shrink(rows, new_pages)
+            self.admission.shrink(rows, new_pages)
             steps = 1
-            starved = self._grow(rows, new_pages, steps)
+            starved = self.admission.grow(rows, new_pages, steps)
         while starved:
-            self._shrink(rows, new_pages)
+            self.admission.shrink(rows, new_pages)
             if self.slots.in_flight:
                 raise DrainNeeded
             self.retract(max((*self.running, *self.prefilling), key=lambda s: s.order))
             rows = self.rows
-            starved = self._grow(rows, new_pages, steps)
+            starved = self.admission.grow(rows, new_pages, steps)
         if not self.running:
             return self._schedule_extend()
         self.slots.advance(rows.slots, steps)
@@ -297,8 +306,8 @@ class Scheduler:
     def _ride(self, rows: Rows, planner: ExtendPlanner) -> bool:
         """Pack the next token of `rows`; False, if pages are short, changes nothing."""
         new_pages: list[tuple[int, int]] = []
-        if self._grow(rows, new_pages, 1):
-            self._shrink(rows, new_pages)
+        if self.admission.grow(rows, new_pages, 1):
+            self.admission.shrink(rows, new_pages)
             return False
         planner.ride(rows)
         self.slots.advance(rows.slots, 1)
@@ -319,28 +328,6 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         del self.running[sequence]
         self._rows = None
-
-    # -- pages ------------------------------------------------------------------------------------
-
-    def _grow(self, rows: Rows, new_pages: list[tuple[int, int]], steps: int) -> bool:
-        """Give a page to each of `rows` whose last one has no room for `steps` tokens, in their
-        order. True when pages ran out on the way."""
-        full = self.slots.kv_len.take(rows.slots) + steps > self.slots.capacity.take(rows.slots)
-        for row in np.flatnonzero(full).tolist():
-            if not self.pages.available:
-                return True
-            page = self.pages.allocate(1)
-            self.admission.hold(rows.sequences[row], page)
-            new_pages.append((row, page[0]))
-        return False
-
-    def _shrink(self, rows: Rows, new_pages: list[tuple[int, int]]) -> None:
-        """Take back what `_grow` gave."""
-        for row, page in new_pages:
-            rows.sequences[row].pages.pop()
-            self.admission.hold(rows.sequences[row], [])
-            self.pages.release([page])
-        new_pages.clear()
 
     def _begin_decode(self, sequence: Sequence) -> None:
         self.slots.scheduled[sequence.slot] += 1

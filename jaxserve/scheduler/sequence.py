@@ -19,7 +19,8 @@ class Sequence:
     Invariants, while admitted: slot >= 0; len(pages) * page_size >= kv_len;
     kv_len <= total_tokens + in_flight; the first lease.count pages are also the prefix cache's.
     rank: less goes first, whatever the arrival. reused: tokens found in the prefix cache when it
-    was admitted.
+    was admitted. dropped: leading pages that were given back because no token to come sees them;
+    their numbers stay in `pages`, and nobody reads them. Only without a lease.
     """
 
     request: Request
@@ -30,6 +31,7 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     lease: Lease = dataclasses.field(default_factory=Lease)
     reused: int = 0
+    dropped: int = 0
     _prompt_bytes: bytes | None = None
 
     @property
@@ -55,6 +57,11 @@ class Sequence:
     @kv_len.setter
     def kv_len(self, tokens: int) -> None:
         self.slots.kv_len[self.slot] = tokens
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that its pages reach to."""
+        return int(self.slots.capacity[self.slot])
 
     @property
     def in_flight(self) -> int:

@@ -14,7 +14,9 @@ from jaxserve.attention.paged import PagedOps
 from jaxserve.batch import pack
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.pack import ExtendLayout
-from jaxserve.cache.pool import cache_dtype, count_pages, make_cache
+from jaxserve.cache.host import Copies, scatter_targets
+from jaxserve.cache.host_pool import BLOCK_BYTES, COPYING_BYTES, HostPool, pages_per_block
+from jaxserve.cache.pool import cache_dtype, count_pages, make_cache, page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import step
@@ -75,6 +77,7 @@ class Runner:
         self.programs = self._make_programs()
         if config.platform != "cpu":
             self._fit_pool()
+        self.host = self._make_host_pool()
         self.reset()
 
     # -- memory -----------------------------------------------------------------------------------
@@ -91,17 +94,42 @@ class Runner:
         largest: list[ProgramKey] = [("extend", buckets.max_tokens)]
         largest += [(kind, buckets.decode[-1]) for kind in self._decode_kinds]
         self.programs.build(largest, threads=len(largest))
-        state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
-        pages = self._count_pages(max(map(self.programs.memory, largest)) + state)
+        others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
+        if self.config.host is not None:
+            others += 2 * (COPYING_BYTES + BLOCK_BYTES)
+        pages = self._count_pages(max(map(self.programs.memory, largest)) + others)
         if pages < self.num_pages:
             self.num_pages = pages
             del self._cache_spec
             self.programs.close()
             self.programs = self._make_programs()
 
+    @functools.cached_property
+    def _block_pages(self) -> int:
+        """Pages of one copy to the host."""
+        page = page_bytes(self.model_config, self.config.page_size, self.cache_dtype)
+        return pages_per_block(page, self.num_pages)
+
+    @property
+    def _block_shape(self) -> tuple[int, ...]:
+        layers, page = self.model_config.num_layers, self._cache_spec.k.shape[1:]
+        return 2, layers, self._block_pages, *page
+
+    def _make_host_pool(self) -> HostPool | None:
+        option = self.config.host
+        if option is None:
+            return None
+        page = page_bytes(self.model_config, self.config.page_size, self.cache_dtype)
+        num_bytes = option.num_bytes(self.num_pages * page)
+        return HostPool(
+            self._device, self._block_shape, self.cache_dtype, num_bytes, option.name
+        )  # fmt: skip
+
     def reset(self) -> None:
         """A fresh cache and state: at the start, and after a failure on the device."""
         self._free()
+        if self.host is not None:
+            self.host.reset()
         with jax.default_device(self._device):
             self.cache = make_cache(
                 self.model_config, self.num_pages, self.config.page_size, self.config.max_rows,
@@ -119,6 +147,8 @@ class Runner:
             "state": sum(x.nbytes for x in jax.tree.leaves(self.state)) / gib,
             "token_capacity": self.num_pages * self.config.page_size,
         }
+        if self.host is not None:
+            usage["host_kvcache"] = self.host.nbytes / gib
         stats = self._device.memory_stats() if self.config.platform != "cpu" else None
         if stats:
             usage["in_use"] = stats["bytes_in_use"] / gib
@@ -135,6 +165,8 @@ class Runner:
         keys += [(kind, b) for kind in self._decode_kinds for b in reversed(buckets.decode)]
         keys += [("input_logprobs", t) for t in reversed(buckets.extend)]
         keys += [("copy_pages", COPY_WIDTH), ("install_sparse", 0)]
+        if self.host is not None:
+            keys += [("gather_pages", self._block_pages), ("scatter_pages", self._block_pages)]
         self.programs.precompile(keys, threads=os.cpu_count() or 1)
 
     @property
@@ -214,6 +246,13 @@ class Runner:
         if kind == "copy_pages":
             copy = functools.partial(step.copy_pages, self.model_config.num_layers)
             return copy, (cache, ints(bucket), ints(bucket)), (0,)
+        if kind == "gather_pages":
+            gather = functools.partial(step.gather_pages, self.model_config.num_layers)
+            return gather, (cache, ints(bucket)), ()
+        if kind == "scatter_pages":
+            scatter = functools.partial(step.scatter_pages, self.model_config.num_layers)
+            block = jax.ShapeDtypeStruct(self._block_shape, self.cache_dtype)
+            return scatter, (cache, ints(bucket), block), (0,)
         assert kind == "install_sparse", kind
         row = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in sparse]
         return step.install_sparse, (sparse, ints(), *row), (0,)
@@ -288,6 +327,25 @@ class Runner:
         sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
         self.cache = self.programs(("copy_pages", COPY_WIDTH), self.cache, sources, targets)
 
+    def copy(self, copies: Copies) -> None:
+        """Queue copies of pages to the host and back, before the next step: the device reads what
+        is evicted before anybody writes there."""
+        if self.host is None:
+            return
+        for block, evicted in copies.out:
+            pages = np.zeros(self._block_pages, np.int32)
+            pages[: len(evicted)] = evicted
+            content = self.programs(("gather_pages", self._block_pages), self.cache, pages)
+            self.host.store(block, content)
+        at_once = max(COPYING_BYTES // self.host.block_bytes, 1)
+        key = ("scatter_pages", self._block_pages)
+        for number, (block, wanted) in enumerate(copies.into, 1):
+            content = self.host.load(block)
+            for pages in scatter_targets(wanted, self._block_pages, self.num_pages):
+                self.cache = self.programs(key, self.cache, pages, content)
+            if number % at_once == 0:  # what was copied lies there twice until it is written
+                self.cache.k.block_until_ready()
+
     def _pack_sparse(self, request: Any) -> pack.SparseArrays | None:
         return pack.pack_sparse(request, self.config.bias_capacity, self.config.max_logprob_ids)
 
@@ -295,6 +353,8 @@ class Runner:
         """Free the device arrays."""
         self.programs.close()
         self._free()
+        if self.host is not None:
+            self.host.close()
         self.params = ()
 
     def _free(self) -> None:

@@ -223,6 +223,26 @@ def copy_pages(num_layers: int, cache: Cache, sources: jax.Array, targets: jax.A
     return Cache(k, v, cache.locks)
 
 
+def gather_pages(num_layers: int, cache: Cache, pages: jax.Array) -> jax.Array:
+    """The content of `pages` [C] int32: [2, L, C, S, K, H], K and V."""
+    num_pages = cache.k.shape[0] // num_layers
+    rows = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages + pages
+    return jnp.stack([cache.k[rows], cache.v[rows]])
+
+
+def scatter_pages(
+    num_layers: int, cache: Cache, pages: jax.Array, content: jax.Array
+) -> Cache:  # fmt: skip
+    """Write `content` [2, L, C, S, K, H] into `pages` [C] int32; those past a layer's end are
+    dropped."""
+    total = cache.k.shape[0]
+    num_pages = total // num_layers
+    first = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages
+    rows = jnp.where(pages < num_pages, first + pages, total)
+    k, v = (x.at[rows].set(new, mode="drop") for x, new in zip(cache[:2], content, strict=True))
+    return Cache(k, v, cache.locks)
+
+
 def install_sparse(
     sparse: SparseRows, slot: jax.Array, bias_ids: jax.Array, bias_values: jax.Array,
     bias_until: jax.Array, logprob_ids: jax.Array,

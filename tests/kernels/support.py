@@ -73,6 +73,19 @@ def second_layer(arrays: tuple[Any, ...]) -> tuple[tuple[Any, ...], np.ndarray]:
     return (q, k_pages, v_pages, *others), np.asarray([len(k_pages) // 2], np.int32)
 
 
+def reuse_passed_pages(
+    k_pages: np.ndarray, v_pages: np.ndarray, page_table: np.ndarray, passed: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The cache after the pages that lie wholly in the first `passed` [B] tokens of their rows went
+    to others, who have not written to them: NaN, and some of their table entries are any page."""
+    k_pages, v_pages, page_table = (np.array(x) for x in (k_pages, v_pages, page_table))
+    for row, count in enumerate(passed // k_pages.shape[1]):
+        gone = page_table[row, :count].copy()
+        k_pages[gone] = v_pages[gone] = np.nan
+        page_table[row, : count // 2] = np.arange(count // 2) % len(k_pages)
+    return k_pages, v_pages, page_table
+
+
 def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:
     """Row by row: a wrong row does not hide behind many right ones."""
     got = np.asarray(got).astype(np.float32)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch, ExtendRow
+from jaxserve.cache.host import Copies
 from jaxserve.request import Request
 from jaxserve.scheduler.sequence import Sequence
 
@@ -18,9 +19,11 @@ def next_token(rid: str, sample: int, position: int) -> int:
 class PagedDevice:
     """Mirrors what the device keeps between steps: page contents, page tables, lengths, tokens."""
 
-    def __init__(self, page_size: int):
+    def __init__(self, page_size: int, window: int | None = None):
         self.page_size = page_size
+        self.window = window
         self.memory: dict[tuple[int, int], int] = {}
+        self.host: dict[tuple[int, int], dict[int, int]] = {}
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
         self.last: dict[int, int] = {}
@@ -52,6 +55,9 @@ class PagedDevice:
                     self._write(sequence.slot, position, token, writes)
                 self.tokens_run += row.stop - row.start
             self.lengths[sequence.slot] = row.stop
+        for row in batch.rows:
+            if row.leader < 0:
+                self._check_seen(row.sequence, row.start, row.stop)
         for source, target in batch.page_copies:
             for offset in range(self.page_size):
                 if (source, offset) in self.memory:
@@ -60,6 +66,23 @@ class PagedDevice:
         for i, sequence in batch.sampled:
             tokens[i] = self._sample(sequence)
         return np.asarray([tokens])
+
+    def copy(self, copies: Copies) -> None:
+        """Pages to blocks of host memory, then from there."""
+        size = self.page_size
+        for block, pages in copies.out:
+            for old in [place for place in self.host if place[0] == block]:
+                del self.host[old]
+            for index, page in enumerate(pages):
+                self.host[block, index] = {
+                    offset: self.memory[page, offset] for offset in range(size)
+                }
+        targets = [page for _, wanted in copies.into for _, page in wanted]
+        assert len(set(targets)) == len(targets)
+        for block, wanted in copies.into:
+            for index, page in wanted:
+                for offset, token in self.host[block, index].items():
+                    self.memory[page, offset] = token
 
     def _check_packing(self, batch: ExtendBatch) -> None:
         """Rows are in order, in tiles of their own, and as many as the buckets hold."""
@@ -108,15 +131,21 @@ class PagedDevice:
         """Check that attention would read the sequence's own tokens, then sample."""
         slot, request = sequence.slot, sequence.request
         length = self.lengths[slot]
-        seen = [
-            self.memory[self.tables[slot][p // self.page_size], p % self.page_size]
-            for p in range(length)
-        ]
-        expected = request.prompt_ids + [
-            next_token(request.rid, request.sample_index, p)
-            for p in range(len(request.prompt_ids), length)
-        ]
-        assert seen == expected
+        self._check_seen(sequence, length - 1, length)
         token = next_token(request.rid, request.sample_index, length)
         self.last[slot] = token
         return token
+
+    def _check_seen(self, sequence: Sequence, start: int, stop: int) -> None:
+        """What positions start..stop-1 attend to is what the sequence has there."""
+        slot, request = sequence.slot, sequence.request
+        first = 0 if self.window is None else max(start - self.window + 1, 0)
+        seen = [
+            self.memory[self.tables[slot][p // self.page_size], p % self.page_size]
+            for p in range(first, stop)
+        ]
+        expected = request.prompt_ids + [
+            next_token(request.rid, request.sample_index, p)
+            for p in range(len(request.prompt_ids), stop)
+        ]
+        assert seen == expected[first:stop]
