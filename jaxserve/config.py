@@ -142,7 +142,7 @@ class EngineConfig:
         tokens = min(tokens, -(-context // 8) * 8 * rows)
         alignment = 1
         if fixed:
-            from pallas_kernels import FIXED_TILE  # here: kernels import JAX, and this comes first
+            from pallas_kernels import FIXED_TILE  # imports JAX, as the options must not
 
             alignment = math.lcm(FIXED_TILE, page_size)
             tokens, step_tokens = (-(-n // alignment) * alignment for n in (tokens, step_tokens))
