@@ -20,7 +20,7 @@ lint: .venv/test.stamp
 	$(BIN)/pyright
 
 tests: .venv/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
 
 kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
 ifeq ($(PYTHON_NEW),)

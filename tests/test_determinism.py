@@ -175,7 +175,7 @@ def test_any_batch(engine, alone, size):
         check_batch(engine, alone, size, seed=size)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", range(1, 33))
 def test_every_batch(engine, alone, size):
     if size % 3 == 0:

@@ -12,9 +12,9 @@ from benchmarks.load_test import MIB, Load, run
     "options",
     [
         {"max_total_tokens": 1024},
-        pytest.param({"num_continuous_decode_steps": 4}, marks=pytest.mark.slow),
-        pytest.param({"disable_overlap_schedule": True}, marks=pytest.mark.slow),
-        pytest.param({"chunked_prefill_size": 64}, marks=pytest.mark.slow),
+        pytest.param({"num_continuous_decode_steps": 4}, marks=pytest.mark.long),
+        pytest.param({"disable_overlap_schedule": True}, marks=pytest.mark.long),
+        pytest.param({"chunked_prefill_size": 64}, marks=pytest.mark.long),
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -32,7 +32,7 @@ def test_failures_cost_what_they_may_and_nothing_is_left(tiny_models, options):
     assert outcomes["of these aborted"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_20000_requests_leave_no_memory_behind(tiny_models):
     result = run(tiny_models("llama"), Load())
     assert result["violations"] == []
