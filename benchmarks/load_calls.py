@@ -105,6 +105,8 @@ class Ledger:
             abortable = end in ("wait", "stream") and rng.random() < 0.15
             if abortable:
                 self._abortable.append(rng.choice(names))
+            if end == "invalid":
+                arguments["sampling_params"] = {"top_p": 0}
             self._left -= len(rids)
             return Plan(number, cases, samples, end, arguments, rids, abortable)
 
@@ -211,13 +213,10 @@ def call_in_thread(engine: jaxserve.Engine, ledger: Ledger) -> None:
         if victim is not None:
             engine.abort_request(victim)
         with ledger.watch(plan):
-            arguments = plan.arguments
-            if plan.end == "invalid":
-                arguments = arguments | {"sampling_params": {"top_p": 0}}
-            if arguments["stream"]:
-                _read(engine, ledger, plan, engine.generate(**arguments))
+            if plan.arguments["stream"]:
+                _read(engine, ledger, plan, engine.generate(**plan.arguments))
             else:
-                ledger.finished(plan, engine.generate(**arguments))
+                ledger.finished(plan, engine.generate(**plan.arguments))
 
 
 def _read(engine: jaxserve.Engine, ledger: Ledger, plan: Plan, stream: Any) -> None:
@@ -246,13 +245,10 @@ async def call_in_task(engine: jaxserve.Engine, ledger: Ledger) -> None:
         if victim is not None:
             engine.abort_request(victim)
         with ledger.watch(plan):
-            arguments = plan.arguments
-            if plan.end == "invalid":
-                arguments = arguments | {"sampling_params": {"top_p": 0}}
-            if arguments["stream"]:
-                await _aread(engine, ledger, plan, await engine.async_generate(**arguments))
+            if plan.arguments["stream"]:
+                await _aread(engine, ledger, plan, await engine.async_generate(**plan.arguments))
                 continue
-            call = engine.async_generate(**arguments)
+            call = engine.async_generate(**plan.arguments)
             if plan.end == "timeout":
                 call = asyncio.wait_for(call, ledger.wait(5))
             task = asyncio.ensure_future(call)

@@ -41,6 +41,7 @@ MIB = 1 << 20
 OPTIONS = {
     "context_length": 256, "max_running_requests": 32, "chunked_prefill_size": 128,
     "max_total_tokens": 2560, "precompile": True, "log_level": "critical", "random_seed": 0,
+    "enable_priority_scheduling": True,
 }  # fmt: skip
 GRACE = 30.0
 """Seconds that callers have to end after the engine was shut down because one was late."""
@@ -81,8 +82,6 @@ class Memory:
 def run(model: str, load: Load, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """The run's figures. `violations` lists what must not have happened; it should be empty."""
     options = {**OPTIONS, **(options or {})}
-    if "enable_priority_scheduling" in {f.name for f in dataclasses.fields(jaxserve.ServerArgs)}:
-        options["enable_priority_scheduling"] = True
     threads = set(threading.enumerate())
     engine = jaxserve.Engine(model_path=model, **options)
     cases = make_cases(engine, load.cases, VOCAB, load.seed)

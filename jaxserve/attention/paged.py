@@ -59,9 +59,7 @@ class PagedOps:
         """See `Ops.linear_in`."""
         if stream.pending is None:
             return self._linear(stream.x, kernel, norm=norm, eps=eps, **options), stream
-        x, normed = add_norm(
-            stream.x, stream.pending, norm, eps=eps, implementation=self.others
-        )  # fmt: skip
+        x, normed = self._add_norm(stream, norm, eps)
         return self._linear(normed, kernel, **options), Stream(x)
 
     def linear_out(self, y: jax.Array, kernel: jax.Array, stream: Stream, **options: Any) -> Stream:
@@ -75,23 +73,30 @@ class PagedOps:
         """See `Ops.norm`."""
         if stream.pending is None:
             return rms_norm(stream.x, scale, eps)
-        return add_norm(stream.x, stream.pending, scale, eps=eps, implementation=self.others)[1]
+        return self._add_norm(stream, scale, eps)[1]
+
+    def _add_norm(
+        self, stream: Stream, scale: jax.Array, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        assert stream.pending is not None
+        return add_norm(stream.x, stream.pending, scale, eps=eps, implementation=self.others)
 
     def _leaves_the_sum(self, y: jax.Array, kernel: jax.Array) -> bool:
         """Whether the sum is made with the next norm: where Triton kernels are, and the product is
         none of them, which would add it on the way."""
         if self.platform == "cpu" or self.others is not None or y.shape[0] < LEAST_ROWS_TO_SUM:
             return False
-        transposed = kept_transposed(kernel, self.platform)
-        kernel = kernel.T if transposed else kernel
-        return not runs_as_one_kernel(y, kernel, transposed=transposed)
+        kept, transposed = self._as_kept(kernel)
+        return not runs_as_one_kernel(y, kept, transposed=transposed)
 
     def _linear(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+        kept, transposed = self._as_kept(kernel)
+        return linear(x, kept, transposed=transposed, implementation=self.others, **options)
+
+    def _as_kept(self, kernel: jax.Array) -> tuple[jax.Array, bool]:
+        """`kernel` [in, out] as it lies in memory, and whether that is [out, in]."""
         transposed = kept_transposed(kernel, self.platform)
-        return linear(
-            x, kernel.T if transposed else kernel, transposed=transposed,
-            implementation=self.others, **options,
-        )  # fmt: skip
+        return kernel.T if transposed else kernel, transposed
 
     def attend(
         self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache,

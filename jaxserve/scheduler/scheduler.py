@@ -187,10 +187,13 @@ class Scheduler:
             if not planner.has_room():
                 return
             self.admission.advance(sequence)
-            if self._pace is not None and not planner.fits(sequence):
+            passed = self._pace is not None and not planner.fits(sequence)
+            if passed:
                 self._let_pass(sequence, planner)
             if self._extend(sequence, planner):
                 self.prefilling.remove(sequence)
+            if passed:  # it took what was left, and others of the list have had their chunk
+                return
 
     def _let_pass(self, long: Sequence, planner: ExtendPlanner) -> None:
         """Pack prompts that are much shorter than what is left of `long`, into a part of the step:

@@ -211,22 +211,26 @@ def input_logprobs(
     return jax.lax.fori_loop(0, -(-layout.tokens // rows), chunk, result)
 
 
-def copy_pages(num_layers: int, cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
-    """Copy whole pages within each layer: sources, targets [C] int32, targets past a layer's end
-    are dropped. A fork's last, partly filled prompt page becomes its own this way."""
+def in_all_layers(num_layers: int, cache: Cache, pages: jax.Array) -> jax.Array:
+    """Where `pages` [C] of each layer lie in the cache's arrays: [L, C] int32. Those past a layer's
+    end are past the end of all."""
     total = cache.k.shape[0]
     num_pages = total // num_layers
     first = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages
-    read = (first + sources).reshape(-1)
-    write = jnp.where(targets < num_pages, first + targets, total).reshape(-1)
+    return jnp.where(pages < num_pages, first + pages, total)
+
+
+def copy_pages(num_layers: int, cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
+    """Copy whole pages within each layer: sources, targets [C] int32, targets past a layer's end
+    are dropped. A fork's last, partly filled prompt page becomes its own this way."""
+    read, write = (in_all_layers(num_layers, cache, x).reshape(-1) for x in (sources, targets))
     k, v = (pages.at[write].set(pages[read], mode="drop") for pages in (cache.k, cache.v))
     return Cache(k, v, cache.locks)
 
 
 def gather_pages(num_layers: int, cache: Cache, pages: jax.Array) -> jax.Array:
     """The content of `pages` [C] int32: [2, L, C, S, K, H], K and V."""
-    num_pages = cache.k.shape[0] // num_layers
-    rows = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages + pages
+    rows = in_all_layers(num_layers, cache, pages)
     return jnp.stack([cache.k[rows], cache.v[rows]])
 
 
@@ -235,10 +239,7 @@ def scatter_pages(
 ) -> Cache:  # fmt: skip
     """Write `content` [2, L, C, S, K, H] into `pages` [C] int32; those past a layer's end are
     dropped."""
-    total = cache.k.shape[0]
-    num_pages = total // num_layers
-    first = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages
-    rows = jnp.where(pages < num_pages, first + pages, total)
+    rows = in_all_layers(num_layers, cache, pages)
     k, v = (x.at[rows].set(new, mode="drop") for x, new in zip(cache[:2], content, strict=True))
     return Cache(k, v, cache.locks)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from pallas_kernels.rms_norm import rms_norm
 
 
 def add_norm(
@@ -12,6 +13,4 @@ def add_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """See pallas_kernels.add_norm."""
     total = (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
-    wide = total.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return total, (wide * norm.astype(jnp.float32)).astype(x.dtype)
+    return total, rms_norm(total, norm, eps)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.linear import activations
+from pallas_kernels.rms_norm import rms_norm
 
 
 def linear(
@@ -31,9 +32,7 @@ def linear(
     """See pallas_kernels.linear."""
     dtype = x.dtype
     if norm is not None:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-        x = (x32 * norm.astype(jnp.float32)).astype(dtype)
+        x = rms_norm(x, norm, eps)
     out = lax.dot_general(
         x,
         w.astype(dtype),

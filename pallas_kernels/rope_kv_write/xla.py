@@ -11,16 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_write import xla as kv_write_xla
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope_kv_write.pages import to_pages
 
 
 def _norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
-    """RMSNorm over the last axis of x in float32, rounded to x's dtype."""
-    if scale is None:
-        return x
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    return x if scale is None else rms_norm(x, scale, eps)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
