@@ -44,3 +44,13 @@ def tiny_models(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def exact_products():
+    """On a GPU float32 products are TF32 by default, too coarse to compare engines."""
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)

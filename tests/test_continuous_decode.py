@@ -10,8 +10,10 @@ import pytest
 
 import jaxserve
 from jaxserve.config import steps_per_dispatch
+from tests.prompts import ids
 from tests.test_engine_parity import OPTIONS, mixed_workload, prompts, run_mixed
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 GREEDY = {"temperature": 0, "ignore_eos": True}
 VARIANTS = [
     {"num_continuous_decode_steps": 4},
@@ -53,10 +55,6 @@ def alone(engine, batch, params, **options):
         engine.generate(input_ids=prompt, sampling_params=each, **options)
         for prompt, each in zip(batch, params, strict=True)
     ]
-
-
-def ids(results):
-    return [result["output_ids"] for result in results]
 
 
 def test_greedy_seeded_and_penalized_tokens(single, several):

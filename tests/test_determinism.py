@@ -17,7 +17,9 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.models.config import ModelConfig
 from tests.checkpoints import make_config
+from tests.faults import fail_at
 from tests.kernels.support import ON_GPU
+from tests.prompts import text
 
 PREFIXES = (1, 511, 2048, 4097)
 OPTIONS = {
@@ -39,11 +41,6 @@ PARAMS = [
     SAMPLED,
     {**SAMPLED, "top_k": 40, "presence_penalty": 0.5, "logit_bias": {"7": 2.0}},
 ]
-
-
-def text(seed, length):
-    random_ = random.Random(seed)
-    return [random_.randrange(4, 500) for _ in range(length)]
 
 
 LONG = text(1, max(PREFIXES))
@@ -287,16 +284,7 @@ def test_samples_under_pressure(tight):
 def test_a_failure_of_the_device(engine, monkeypatch):
     prompts, sampling = under_pressure(6)
     expected = ask(engine, prompts, sampling)
-    runner = engine._loop._runner
-    real, calls = runner.dispatch, []
-
-    def dispatch(prepared):
-        calls.append(prepared)
-        if len(calls) == 60:
-            raise RuntimeError("injected on the device")
-        return real(prepared)
-
-    monkeypatch.setattr(runner, "dispatch", dispatch)
+    fail_at(monkeypatch, engine._loop._runner, "dispatch", 59, RuntimeError)
     assert ask(engine, prompts, sampling) == expected
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import jaxserve
 from jaxserve.errors import EngineDeadError, EngineShutdownError
+from tests.faults import fail_at
 
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 16,
@@ -132,16 +133,7 @@ def test_a_failing_batch_fails_alone(engine, monkeypatch):
 
 def test_one_failure_on_the_device_is_recomputed(engine, monkeypatch):
     expected = engine.generate(input_ids=[PROMPT] * 3, sampling_params=LONG)
-    runner = engine._loop._runner
-    real, calls = runner.dispatch, []
-
-    def dispatch(prepared):
-        calls.append(prepared)
-        if len(calls) == 20:
-            raise RuntimeError("injected on the device")
-        return real(prepared)
-
-    monkeypatch.setattr(runner, "dispatch", dispatch)
+    fail_at(monkeypatch, engine._loop._runner, "dispatch", 19, RuntimeError)
     results = engine.generate(input_ids=[PROMPT] * 3, sampling_params=LONG)
     assert [r["output_ids"] for r in results] == [r["output_ids"] for r in expected]
     assert all(r["meta_info"]["num_retractions"] == 1 for r in results)

@@ -6,7 +6,6 @@ import json
 import random
 from pathlib import Path
 
-import jax
 import pytest
 
 import jaxserve
@@ -14,7 +13,9 @@ from jaxserve.attention import paged
 from jaxserve.attention.paged import PagedOps
 from tests.checkpoints import make_checkpoint
 from tests.oracles.huggingface import Reference
+from tests.prompts import ids
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 16,
@@ -24,24 +25,12 @@ OPTIONS = {
 GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
-
-
 def prompts(count, seed=0, longest=100):
     random_ = random.Random(seed)
     return [
         [random_.randrange(4, 500) for _ in range(random_.randint(1, longest))]
         for _ in range(count)
     ]
-
-
-def ids(results):
-    return [result["output_ids"] for result in results]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

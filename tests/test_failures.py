@@ -12,6 +12,8 @@ from jaxserve.batch.batch import ExtendBatch
 from jaxserve.cache.pages import OutOfPagesError
 from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Task
+from tests.faults import fail_at
+from tests.prompts import ids
 from tests.test_engine_hardening import LONG, PROMPT, SHORT, assert_works, in_thread
 
 OPTIONS = {
@@ -35,39 +37,21 @@ class FailingArray:
         raise RuntimeError("injected on the device")
 
 
-def fail_at(monkeypatch, owner, name, number, error):
-    """Let call `number` (from 0) of a method raise; returns how many calls there were."""
-    real, calls = getattr(owner, name), []
-
-    def method(*args, **kwargs):
-        calls.append(args)
-        if len(calls) - 1 == number:
-            raise error("injected")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, method)
-    return calls
-
-
-def outputs(results):
-    return [result["output_ids"] for result in results]
-
-
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 12])
 @pytest.mark.parametrize("error", [OutOfPagesError, MemoryError])
 def test_an_allocation_that_fails_is_recomputed(engine, monkeypatch, number, error):
     """Of a first prompt, of samples that share it, and of running sequences that grow."""
-    expected = outputs(engine.generate(**MANY))
+    expected = ids(engine.generate(**MANY))
     pages = engine._loop._scheduler.pages
     calls = fail_at(monkeypatch, pages, "allocate", number, error)
-    assert outputs(engine.generate(**MANY)) == expected
+    assert ids(engine.generate(**MANY)) == expected
     assert len(calls) > number
     assert_works(engine)
     assert engine._loop._scheduler.slots.available == OPTIONS["max_running_requests"]
 
 
 def test_a_program_that_raises_with_its_arguments_donated_is_recomputed(engine, monkeypatch):
-    expected = outputs(engine.generate(**MANY))
+    expected = ids(engine.generate(**MANY))
     runner = engine._loop._runner
     programs, calls = runner.programs, []
 
@@ -84,7 +68,7 @@ def test_a_program_that_raises_with_its_arguments_donated_is_recomputed(engine, 
 
     monkeypatch.setattr(runner, "programs", Programs())
     results = engine.generate(**MANY)
-    assert outputs(results) == expected
+    assert ids(results) == expected
     assert all(r["meta_info"]["num_retractions"] == 1 for r in results)
 
 
@@ -104,7 +88,7 @@ def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
 
     monkeypatch.setattr(runner, "dispatch", dispatch)
     results = engine.generate(**wanted)
-    assert outputs(results) == outputs(expected) and failed
+    assert ids(results) == ids(expected) and failed
     for result, other in zip(results, expected, strict=True):
         for name in ("input_token_logprobs", "output_token_logprobs"):
             ours, theirs = result["meta_info"][name], other["meta_info"][name]
@@ -113,10 +97,10 @@ def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
 
 
 def test_a_commit_that_fails_half_way_is_recomputed(engine, monkeypatch):
-    expected = outputs(engine.generate(**MANY))
+    expected = ids(engine.generate(**MANY))
     slots = engine._loop._scheduler.slots
     calls = fail_at(monkeypatch, slots, "append", 5, MemoryError)
-    assert outputs(engine.generate(**MANY)) == expected
+    assert ids(engine.generate(**MANY)) == expected
     assert len(calls) > 5
     assert_works(engine)
 

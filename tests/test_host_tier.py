@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +16,9 @@ from jaxserve.cache.keys import chain, namespace_key
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import PrefixCache
 from jaxserve.cache.radix import RadixTree
+from tests.prompts import ids, text
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 512, "max_running_requests": 8,
     "chunked_prefill_size": 128, "max_total_tokens": 640, "dtype": "float32",
@@ -26,23 +27,6 @@ OPTIONS = {
 TIER = {**OPTIONS, "enable_hierarchical_cache": True, "hicache_ratio": 8.0}
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "sampling_seed": 5, "max_new_tokens": 24, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
-
-
-def text(seed, length):
-    random_ = random.Random(seed)
-    return [random_.randrange(4, 500) for _ in range(length)]
-
-
-def ids(results):
-    return [result["output_ids"] for result in results]
 
 
 class Model:

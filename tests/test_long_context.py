@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,8 +12,10 @@ from jaxserve.batch.batch import ExtendBatch, ExtendRow
 from jaxserve.batch.pack import ExtendLayout, pack_extend
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.slots import Slots
+from tests.prompts import text
 from tests.test_scheduler import make_request
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 OPTIONS = {
     "skip_tokenizer_init": True, "max_running_requests": 4, "chunked_prefill_size": 128,
     "dtype": "float32", "precompile": False, "page_size": 16,
@@ -24,19 +24,6 @@ TINY = {
     "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
     "intermediate_size": 32, "max_position_embeddings": 131_072, "tokenizer": False,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
-
-
-def text(seed, length):
-    random_ = random.Random(seed)
-    return [random_.randrange(4, 500) for _ in range(length)]
 
 
 def results(model, prompts, params, **options):

@@ -13,6 +13,7 @@ import pytest
 import jaxserve
 from tests.test_engine_parity import OPTIONS, prompts
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 STREAMED = {
     **OPTIONS, "skip_tokenizer_init": False, "chunked_prefill_size": 512,
     "enable_mixed_chunk": True, "max_prefill_tokens": 512,

@@ -7,11 +7,12 @@ import contextlib
 import random
 import threading
 
-import jax
 import pytest
 
 import jaxserve
+from tests.prompts import ids, text
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 512, "max_running_requests": 8,
     "chunked_prefill_size": 128, "max_total_tokens": 4096, "dtype": "float32",
@@ -22,23 +23,6 @@ SEEDED = {
     "temperature": 0.9, "top_p": 0.9, "sampling_seed": 5, "max_new_tokens": 24, "ignore_eos": True
 }  # fmt: skip
 COUNTED = {**SEEDED, "frequency_penalty": 0.4, "repetition_penalty": 1.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
-
-
-def text(seed, length):
-    random_ = random.Random(seed)
-    return [random_.randrange(4, 500) for _ in range(length)]
-
-
-def ids(results):
-    return [result["output_ids"] for result in results]
 
 
 def cached(results):

@@ -30,6 +30,7 @@ from jaxserve.models.quantization import SCHEMES, kernel_dtype, quantize, round_
 from tests import gguf_files
 from tests.checkpoints import FAMILIES, make_checkpoint, make_config, make_weights, write_weights
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 ROOT = Path(__file__).parent.parent
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = {"fp8": 448.0, "w8a16_int8": 127.0}
@@ -422,14 +423,6 @@ OPTIONS = {
     "precompile": False, "page_size": 16,
 }  # fmt: skip
 GREEDY = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """On a GPU float32 products are TF32 by default, too coarse for these comparisons."""
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
 
 
 def prompts(count: int = 6, longest: int = 40) -> list[list[int]]:
