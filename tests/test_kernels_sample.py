@@ -148,7 +148,7 @@ def test_how_rows_are_split_changes_nothing(fixed):
 # -- noise ----------------------------------------------------------------------------------------
 
 
-def test_keys_and_words_are_those_of_jax():
+def test_keys_and_words_of_twenty_rounds_are_those_of_jax():
     triples = [(0, 0, 0), (7, 3, 1000), (-5, 1, 2**31 - 1), (2**31 - 1, 9, 12)]
     arrays = [np.asarray(column, np.int32) for column in zip(*triples, strict=True)]
     keys = noise.row_keys(*map(jnp.asarray, arrays))
@@ -159,8 +159,23 @@ def test_keys_and_words_are_those_of_jax():
         np.testing.assert_array_equal([keys[0][b], keys[1][b]], words)
         counters = np.arange(33, dtype=np.uint32)
         expected = threefry_2x32(words, jnp.concatenate([counters, jnp.zeros(33, jnp.uint32)]))
-        got = noise.threefry2x32(keys[0][b], keys[1][b], counters, np.zeros_like(counters))
+        words = keys[0][b], keys[1][b], counters, np.zeros_like(counters)
+        got = noise.threefry2x32(*words, rounds=20)
         np.testing.assert_array_equal(np.concatenate(got), expected)
+
+
+@pytest.mark.parametrize(
+    "key, counter, expected",
+    [
+        ((0, 0), (0, 0), (0x9D1C5EC6, 0x8BD50731)),
+        ((2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0xFD36D048, 0x2D17272C)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xBA3E4725, 0xF27D669E)),
+    ],
+)
+def test_thirteen_rounds_give_the_known_answers(key, counter, expected):
+    """Of the authors' library Random123 for threefry2x32-13."""
+    got = noise.threefry2x32(*map(np.uint32, (*key, *counter)), rounds=noise.ROUNDS)
+    assert tuple(map(int, got)) == expected
 
 
 def test_tokens_use_the_word_of_their_place_in_a_block():
@@ -169,7 +184,8 @@ def test_tokens_use_the_word_of_their_place_in_a_block():
     token = np.arange(max(sizes))
     block, place = np.divmod(token, 2 * noise.HALF)
     counters = np.asarray(block * noise.HALF + place % noise.HALF, np.uint32)
-    words = np.asarray(noise.threefry2x32(key[0], key[1], counters, np.zeros_like(counters)))
+    words = noise.threefry2x32(*key, counters, np.zeros_like(counters), rounds=noise.ROUNDS)
+    words = np.asarray(words)
     expected = noise.gumbel(words[place // noise.HALF, token])
     rows = jax.jit(noise.gumbel_rows, static_argnums=2)
     for vocab in sizes:

@@ -1,8 +1,10 @@
 """Sampling noise as a pure function of (seed, sample index, position, token).
 
 Nothing else enters: not the batch, the slot, preemption or the implementation. A row's key is
-`fold_in(fold_in(jax.random.key(seed), sample_index), position)` of JAX's threefry2x32. Tokens come
-in blocks of 2 * HALF, and one threefry call serves two tokens, HALF apart, so no word is wasted:
+`fold_in(fold_in(jax.random.key(seed), sample_index), position)` of JAX's threefry2x32, of 20
+rounds; the words of its tokens are of 13, the fewest that pass BigCrush, because they are most of
+what a draw computes. Tokens come in blocks of 2 * HALF, and one threefry call serves two tokens,
+HALF apart, so no word is wasted:
 
     tokens of block n   | 2n*HALF ...  +HALF-1 | +HALF ...  +2*HALF-1 |
     counters            | n*HALF ...   +HALF-1 | the same counters    |
@@ -11,17 +13,20 @@ in blocks of 2 * HALF, and one threefry call serves two tokens, HALF apart, so n
 Counters n*HALF + r < (n+1)*HALF with any power of two of them in a row stay inside a block, so the
 tokens of a kernel's tile are two contiguous runs. Plain integer arithmetic on uint32, which also
 lowers inside a Pallas kernel. Threefry: Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3" (2011).
+3" (2011), table 2.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 HALF = 2048
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+ROUNDS = 13  # of the words of tokens
+_ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 # log(1 + f) = f - f^2/2 + f^3 P(f) for f in [-1/3, 1/3]: minimax in relative error, lowest first
 _LOG = (
@@ -32,19 +37,22 @@ _LN2 = 0.6931471805599453
 _TWO_THIRDS = 0x3F2AAAAB
 
 
-@jax.jit  # as gumbel, jitted so that kernels of one width share a trace
+# as gumbel, jitted so that kernels of one width share a trace
+@functools.partial(jax.jit, static_argnames="rounds")
 def threefry2x32(
-    key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array
+    key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array, *, rounds: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Two random words for a key of two words and a counter of two words, all uint32, 20 rounds."""
+    """Two random words for a key of two words and a counter of two words, all uint32."""
     keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(_PARITY))
     x0, x1 = x0 + keys[0], x1 + keys[1]
-    for i in range(5):
-        for distance in _ROTATIONS[i % 2]:
-            x0 = x0 + x1
-            left = lax.shift_left(x1, jnp.full_like(x1, distance))
-            x1 = x0 ^ (left | lax.shift_right_logical(x1, jnp.full_like(x1, 32 - distance)))
-        x0, x1 = x0 + keys[(i + 1) % 3], x1 + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    for done in range(1, rounds + 1):
+        distance = _ROTATIONS[(done - 1) % 8]
+        x0 = x0 + x1
+        left = lax.shift_left(x1, jnp.full_like(x1, distance))
+        x1 = x0 ^ (left | lax.shift_right_logical(x1, jnp.full_like(x1, 32 - distance)))
+        i, rest = divmod(done, 4)
+        if rest == 0:
+            x0, x1 = x0 + keys[i % 3], x1 + keys[(i + 1) % 3] + jnp.uint32(i)
     return x0, x1
 
 
@@ -56,7 +64,7 @@ def row_keys(
     zero = jnp.zeros(seeds.shape, jnp.uint32)
     key = (zero, seeds.astype(jnp.uint32))
     for data in (samples, positions):
-        key = threefry2x32(*key, zero, data.astype(jnp.uint32))
+        key = threefry2x32(*key, zero, data.astype(jnp.uint32), rounds=20)
     return key
 
 
@@ -102,7 +110,8 @@ def gumbel_rows(key0: jax.Array, key1: jax.Array, vocab: int) -> jax.Array:
     """Gumbel noise [B, vocab] float32 of rows with key words `key0`, `key1` [B] uint32."""
     count = counter_count(vocab)
     counters = jnp.broadcast_to(jnp.arange(count, dtype=jnp.uint32), (key0.shape[0], count))
-    low, high = threefry2x32(key0[:, None], key1[:, None], counters, jnp.zeros_like(counters))
+    keys = key0[:, None], key1[:, None]
+    low, high = threefry2x32(*keys, counters, jnp.zeros_like(counters), rounds=ROUNDS)
     blocks, rest = divmod(vocab, 2 * HALF)
     whole = blocks * HALF
     rows = key0.shape[0]

@@ -115,7 +115,8 @@ def better_noisy(
         counters = lax.broadcasted_iota(jnp.int32, (1, lanes), 1) + i * lanes
         counters = counters.astype(jnp.uint32)
         key0, key1 = (jnp.full_like(counters, key[b]) for key in (refs.key0, refs.key1))
-        words = noise.threefry2x32(key0, key1, counters, jnp.zeros_like(counters))
+        zeros = jnp.zeros_like(counters)
+        words = noise.threefry2x32(key0, key1, counters, zeros, rounds=noise.ROUNDS)
         return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) == 0, *words)
 
     def ones() -> Any:
