@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.batch.buckets import DECODE_ROWS, Buckets
+from jaxserve.batch.buckets import CPU_DECODE_ROWS, GPU_DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy
@@ -116,7 +116,9 @@ class EngineConfig:
             raise InvalidRequestError(
                 f"page_size must be a multiple of 8 (the kernels' tile), got {page_size}"
             )
-        decode = tuple(args.cuda_graph_bs) if args.cuda_graph_bs else DECODE_ROWS
+        decode = GPU_DECODE_ROWS if gpu else CPU_DECODE_ROWS
+        if args.cuda_graph_bs:
+            decode = tuple(args.cuda_graph_bs)
         if args.cuda_graph_max_bs:
             decode = tuple(b for b in decode if b <= args.cuda_graph_max_bs)
             decode += (args.cuda_graph_max_bs,)

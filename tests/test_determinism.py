@@ -142,8 +142,8 @@ def engine(case):
 
 @pytest.fixture(scope="module")
 def tight(case):
-    """A pool that holds a part of what it is asked for."""
-    with started(case, precompile=True, **TIGHT) as engine:
+    """A pool that holds a part of what it is asked for, in pages that outputs outgrow."""
+    with started(case, precompile=True, page_size=16, **TIGHT) as engine:
         yield engine
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import bisect
 import dataclasses
 
-DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+CPU_DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GPU_DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+"""A GPU reads all weights for a few rows in the time that it computes some 250: further rows of
+padding cost little below, and as much as any other above."""
 EXTEND_TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 EXTEND_ROWS = (8, 16, 32, 64, 128)
 """Sequences in one extend step: a row of the LM head each, so they cost little."""
@@ -26,10 +29,13 @@ class Buckets:
     extend: tuple[int, ...]
 
     @classmethod
-    def make(cls, max_rows: int, max_tokens: int, decode: tuple[int, ...] | None = None) -> Buckets:
-        """Buckets up to `max_rows` running requests and `max_tokens` packed tokens, the largest of
-        each list being exactly that (tokens rounded up to the alignment)."""
-        rows = [b for b in (decode or DECODE_ROWS) if b < max_rows] + [max_rows]
+    def make(
+        cls, max_rows: int, max_tokens: int, decode: tuple[int, ...] = CPU_DECODE_ROWS
+    ) -> Buckets:
+        """Buckets up to `max_rows` running requests, as in `decode`, and `max_tokens` packed
+        tokens, the largest of each list being exactly that (tokens rounded up to the
+        alignment)."""
+        rows = [b for b in decode if b < max_rows] + [max_rows]
         top = padded_length(max_tokens)
         tokens = [t for t in EXTEND_TOKENS if t < top] + [top]
         return cls(tuple(sorted(set(rows))), tuple(tokens))
