@@ -181,14 +181,33 @@ def _draw_kernel(
             best = better_noisy(best, refs, b, i, x, weight, most, greedy)
             return new, total, raw_total, best
 
-        zeros = jnp.zeros((lanes,), jnp.float32)
-        start = jnp.float32(LOWEST), zeros, zeros if raw else None, nobody()
-        largest, total, raw_total, best = lax.fori_loop(begin, end, tile, start)
+        def everything():
+            zeros = jnp.zeros((lanes,), jnp.float32)
+            start = jnp.float32(LOWEST), zeros, zeros if raw else None, nobody()
+            largest, total, raw_total, best = lax.fori_loop(begin, end, tile, start)
+            return largest, jnp.sum(total), jnp.sum(raw_total) if raw else None, best
+
+        def argmax():
+            """All that a greedy row without logprobs needs, with one reduction after the last tile;
+            nobody looks at its sums."""
+
+            def look(i, carry):
+                most, where = carry
+                ids = token_ids(i, lanes)
+                x = jnp.where(ids < logits.shape[1], load_tile(logits, b, ids, inverse)[0], NONE)
+                return jnp.maximum(most, x), jnp.where(x > most, ids, where)
+
+            start = jnp.full((2, lanes), NONE), jnp.full((2, lanes), NO_ID, jnp.int32)
+            best = smallest_best(*lax.fori_loop(begin, end, look, start))
+            return best[0], best[0], best[0] if raw else None, best
+
+        only_argmax = greedy & (rows.wants_logprob[b] == 0)
+        largest, total, raw_total, best = lax.cond(only_argmax, argmax, everything)
         parts.largest[b, chunk] = largest
-        parts.total[b, chunk] = jnp.sum(total)
+        parts.total[b, chunk] = total
         parts.score[b, chunk], parts.token[b, chunk] = best
         if raw:
-            parts.raw_total[b, chunk] = jnp.sum(raw_total)
+            parts.raw_total[b, chunk] = raw_total
         if top:
             store_top(inverse)
         pl.when(_last_of(memory, b, chunks, interpret))(functools.partial(merge, inverse))
