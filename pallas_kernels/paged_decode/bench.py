@@ -95,7 +95,7 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
         shapes = [(32, 4, 5), (64, 2, 3), (64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 8, 3),
                   (128, 2, 5), (128, 4, 3), (128, 4, 5), (128, 8, 3), (256, 4, 3)]  # fmt: skip
         if features["kv_itemsize"] == 1:  # twice the tokens in the bytes; 4 stages are as 3
-            shapes += [(64, 4, 2), (128, 2, 3), (128, 4, 2), (128, 4, 7), (128, 8, 2), (128, 8, 5),
+            shapes += [(64, 4, 2), (128, 4, 2), (128, 4, 7), (128, 8, 2), (128, 8, 5),
                        (256, 8, 2), (256, 8, 3), (256, 8, 5)]  # fmt: skip
         tried = [
             {"block": block, "num_warps": warps, "num_stages": stages}
