@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Arrays = tuple[jax.Array, ...]
 
@@ -31,9 +32,10 @@ class Problem:
 
 
 def random_pools(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """K and V pages of standard normal numbers."""
+    """K and V pages of standard normal numbers (JAX draws none in fp8: bfloat16 ones, rounded)."""
     first, second = jax.random.split(key)
-    make = jax.jit(lambda k: jax.random.normal(k, shape, dtype))
+    drawn = dtype if jnp.dtype(dtype).itemsize > 1 else jnp.bfloat16
+    make = jax.jit(lambda k: jax.random.normal(k, shape, drawn).astype(dtype))
     return make(first), make(second)
 
 

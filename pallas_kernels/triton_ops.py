@@ -17,6 +17,7 @@ from pallas_kernels import compat
 from pallas_kernels.softmax import LOG2E
 
 plt = compat.triton_backend()
+F16_MAX = 65504.0
 
 
 def column(x: jax.Array, width: int) -> jax.Array:
@@ -54,11 +55,40 @@ def dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     )
 
 
-def base2_scores(products: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
-    """Products of queries and keys -> scores times log2(e), capped where there is a cap."""
+def scaled_queries(q: jax.Array, pages: Any, scale: float) -> tuple[jax.Array, float]:
+    """(queries in the dtype of the products, what is left to multiply those by) so that the results
+    are scores times log2(e). pages: the keys' array or reference.
+
+    16-bit queries on fp8 pages are float16, whatever they were: every e4m3 number is one of float16
+    too, and Hopper converts two of them in one instruction, where the way to bfloat16 takes four or
+    five (through float16 and float32). float16 ends at 65504, so the scale goes in before, in
+    float32, and what is still beyond is clamped: infinite scores would make NaN of a row. The
+    rounding is an eighth of that which bfloat16 queries went through to get here.
+    """
+    if pages.dtype.itemsize > 1 or q.dtype.itemsize > 2:
+        return q, scale * LOG2E
+    scaled = q.astype(jnp.float32) * (scale * LOG2E)
+    return jnp.clip(scaled, -F16_MAX, F16_MAX).astype(jnp.float16), 1.0
+
+
+def base2_scores(products: jax.Array, factor: float, soft_cap: float | None) -> jax.Array:
+    """Products of queries and keys -> scores times log2(e), capped where there is a cap. factor: of
+    scaled_queries."""
     if soft_cap is None:
-        return products * (scale * LOG2E)
-    return jnp.tanh(products * (scale / soft_cap)) * (soft_cap * LOG2E)
+        return products * factor if factor != 1 else products
+    limit = soft_cap * LOG2E
+    return jnp.tanh(products * (factor / limit)) * limit
+
+
+def headroom(dtype: Any) -> float:
+    """Bits above 1 that the largest softmax weight takes in products of `dtype`.
+
+    float16 drops what is below 2**-25, while the softmax sum, of the float32 weights, keeps it: a
+    long context of small weights would pull the result to zero. With 7 bits up that is less than
+    2**-32 a token, which 2**17 of them do not show. Not more bits: beyond 2**26 a score is rounded
+    to multiples of 8 or more, which turns 7 into 8 or 0, but 8 into 16, and 2**16 is infinite.
+    """
+    return 7.0 if dtype == jnp.float16 else 0.0
 
 
 def check_pages(pages: jax.Array) -> None:

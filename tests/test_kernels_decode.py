@@ -13,14 +13,18 @@ from pallas_kernels import compat, paged_decode
 from pallas_kernels.paged_decode import cases
 from pallas_kernels.paged_decode.splits import choose_splits
 from tests.kernels.support import (
+    FP8_TOLERANCE,
     ON_GPU,
+    TOLERANCE,
     assert_close,
+    faint_keys,
     fresh_seed,
     implementation,
     interprets_mosaic,
     module,
     nan_keys_are_meant,
     needs_gpu,
+    one_key_wins,
     poison,
     quiet,
     reference,
@@ -35,8 +39,10 @@ by_name = {"ids": lambda case: case.name}
 want = reference("paged_decode")
 
 
-def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
+def check(case, name, dtype, *, seed=0, interpret=False, edit=None, **sizes):
     arrays = case.inputs(seed, jnp.dtype(dtype))
+    if edit is not None:
+        arrays = edit(arrays)
     run = implementation("paged_decode", name, interpret=interpret, **sizes)
     call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
     if refuses(name, case, dtype):
@@ -45,7 +51,9 @@ def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
         return
     placed, first_page = second_layer(arrays)
     poison(arrays[0].shape, arrays[0].dtype)
-    assert_close(call(*placed, first_page=first_page), want(*arrays, **case.options), dtype)
+    tolerance = FP8_TOLERANCE if case.fp8 and edit is not faint_keys else TOLERANCE
+    expected = want(*arrays, **case.options)
+    assert_close(call(*placed, first_page=first_page), expected, dtype, tolerance)
 
 
 def check_locked(case, dtype, *, seed=0, calls=1, interpret=False, **sizes):
@@ -61,7 +69,8 @@ def check_locked(case, dtype, *, seed=0, calls=1, interpret=False, **sizes):
         got, locks = call(query, *cache, locks)
         assert not np.asarray(locks).any(), "a lock is not 0 afterwards"
         if turn in (0, calls - 1):
-            assert_close(got, want(query, *arrays[1:], **case.options), dtype)
+            tolerance = FP8_TOLERANCE if case.fp8 else TOLERANCE
+            assert_close(got, want(query, *arrays[1:], **case.options), dtype, tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,6 +127,40 @@ def test_xla_block_sizes(block):
 )
 def test_triton_interpreted(case, dtype, splits):
     check(EDGES[case], "triton", dtype, interpret=True, block=32, splits=splits)
+
+
+def large_queries(arrays):
+    """Above 65504 before the scale, below after it."""
+    q, *others = arrays
+    return ((q.astype(np.float32) * 6e4).astype(q.dtype), *others)
+
+
+def huge_queries(arrays):
+    rows = np.flatnonzero(arrays[-1])
+    return one_key_wins(arrays, rows, [(row, arrays[-1][row] // 2) for row in rows])
+
+
+EXTREMES = pytest.mark.parametrize("edit", [large_queries, huge_queries, faint_keys])
+
+
+@EXTREMES
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extreme_numbers_on_fp8_pages_in_xla(dtype, edit):
+    check(EDGES["fp8"], "xla", dtype, edit=edit)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@EXTREMES
+@pytest.mark.parametrize("splits", [1, 2])
+def test_extreme_numbers_on_fp8_pages_interpreted(splits, edit):
+    check(EDGES["fp8"], "triton", "bfloat16", interpret=True, edit=edit, block=32, splits=splits)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@EXTREMES
+def test_extreme_numbers_on_fp8_pages_on_device(edit):
+    check(EDGES["fp8"], "triton", "bfloat16", edit=edit)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
@@ -326,4 +369,5 @@ def test_locks_with_many_splits_on_device(splits):
 def test_default_order_on_device(case):
     arrays = case.inputs(7, jnp.bfloat16)
     got = jax.jit(functools.partial(paged_decode, **case.options))(*arrays)
-    assert_close(got, want(*arrays, **case.options), "bfloat16")
+    tolerance = FP8_TOLERANCE if case.fp8 else TOLERANCE
+    assert_close(got, want(*arrays, **case.options), "bfloat16", tolerance)

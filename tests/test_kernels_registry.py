@@ -118,7 +118,7 @@ def test_tuned_entries_are_sizes_of_their_implementation():
 
 
 def test_tuned_sizes_by_device():
-    features = {"head_dim": 128, "itemsize": 2, "page_size": 64}
+    features = {"head_dim": 128, "itemsize": 2, "kv_itemsize": 2, "page_size": 64}
     found = tuning.tuned(H100, "paged_decode", "triton", features)
     assert found["block"] == 64
     h200 = Device("gpu", "NVIDIA H200", (9, 0), 132)

@@ -13,18 +13,22 @@ MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
 # (rows, context) for each model; those of a few rows also with locks, in one launch
 FEW_ROWS = [(rows, context) for rows in (1, 8) for context in (256, 1024, 4096, 32768)]
 MANY_ROWS = [(rows, context) for rows in (64, 256) for context in (512, 1024)]
+FP8_ROWS = [(1, 1024), (256, 512), (256, 1024)]
+"""Of llama-8b, with fp8 pages."""
 PAGE_SIZE, WIDTH = 64, 512
 
 
 def problem(
     heads: int, kv_heads: int, head_dim: int, rows: int, context: int, *,
     name: str, page_size: int, width: int, pool_tokens: int, calls: int, dtype: Any, locked: bool,
+    kv_dtype: Any = None,
 ) -> Problem:  # fmt: skip
-    pages = pool_tokens // page_size
+    """kv_dtype: of the pages, as dtype if None."""
+    pages, kv_dtype = pool_tokens // page_size, kv_dtype or dtype
 
     def build(key):
         keys = jax.random.split(key, 3)
-        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), dtype)
+        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), kv_dtype)
         tables = rotating_tables(
             keys[1], calls=calls, rows=rows, live=-(-context // page_size), width=width, pages=pages
         )
@@ -38,14 +42,15 @@ def problem(
         out = run(q, k_pages, v_pages, table, lengths, *locks, scale=head_dim**-0.5)
         return out if locked else (out,)
 
-    itemsize = jnp.dtype(dtype).itemsize
+    kv_itemsize = jnp.dtype(kv_dtype).itemsize
     return Problem(
         name=name,
         features={
             "batch": rows, "kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim,
-            "page_size": page_size, "itemsize": itemsize,
+            "page_size": page_size, "itemsize": jnp.dtype(dtype).itemsize,
+            "kv_itemsize": kv_itemsize,
         },
-        bytes=2.0 * rows * context * kv_heads * head_dim * itemsize,
+        bytes=2.0 * rows * context * kv_heads * head_dim * kv_itemsize,
         flops=4.0 * rows * context * heads * head_dim,
         calls=calls,
         build=build,
@@ -54,15 +59,20 @@ def problem(
 
 
 def problems() -> list[Problem]:
-    """Real shapes, bfloat16; the pool of 2^19 tokens is far larger than an L2."""
+    """Real shapes, bfloat16, some with fp8 pages; the pool of 2^19 tokens is far larger than an
+    L2."""
+    shapes = [
+        (model, rows, context, None) for model in MODELS for rows, context in FEW_ROWS + MANY_ROWS
+    ]
+    shapes += [("llama-8b", rows, context, jnp.float8_e4m3fn) for rows, context in FP8_ROWS]
     return [
         problem(
-            *sizes, rows, context, name=f"{model} B={rows} ctx {context}{' locks' * locked}",
+            *MODELS[model], rows, context,
+            name=f"{model} B={rows} ctx {context}{' fp8' * bool(fp8)}{' locks' * locked}",
             page_size=PAGE_SIZE, width=WIDTH, pool_tokens=1 << 19, calls=16, dtype=jnp.bfloat16,
-            locked=locked,
+            locked=locked, kv_dtype=fp8,
         )
-        for model, sizes in MODELS.items()
-        for rows, context in (*FEW_ROWS, *MANY_ROWS)
+        for model, rows, context, fp8 in shapes
         for locked in ((False, True) if (rows, context) in FEW_ROWS else (False,))
     ]  # fmt: skip
 
@@ -70,10 +80,10 @@ def problems() -> list[Problem]:
 def smoke() -> list[Problem]:
     return [
         problem(
-            4, 2, 64, 2, 40, name=f"tiny{' locks' * locked}", page_size=16, width=8,
-            pool_tokens=512, calls=2, dtype=jnp.bfloat16, locked=locked,
+            4, 2, 64, 2, 40, name=f"tiny{' fp8' * bool(fp8)}{' locks' * locked}", page_size=16,
+            width=8, pool_tokens=512, calls=2, dtype=jnp.bfloat16, locked=locked, kv_dtype=fp8,
         )
-        for locked in (False, True)
+        for locked, fp8 in ((False, None), (True, None), (False, jnp.float8_e4m3fn))
     ]  # fmt: skip
 
 
@@ -84,6 +94,9 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
     if implementation == "triton":
         shapes = [(32, 4, 5), (64, 2, 3), (64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 8, 3),
                   (128, 2, 5), (128, 4, 3), (128, 4, 5), (128, 8, 3), (256, 4, 3)]  # fmt: skip
+        if features["kv_itemsize"] == 1:  # twice the tokens in the bytes; 4 stages are as 3
+            shapes += [(64, 4, 2), (128, 4, 2), (128, 4, 7), (128, 8, 2), (128, 8, 5),
+                       (256, 8, 2), (256, 8, 3), (256, 8, 5)]  # fmt: skip
         tried = [
             {"block": block, "num_warps": warps, "num_stages": stages}
             for block, warps, stages in shapes

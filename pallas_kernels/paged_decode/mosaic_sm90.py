@@ -91,6 +91,7 @@ def paged_decode(
         features = {
             "batch": batch, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
             "page_size": page_size, "itemsize": dtype.itemsize,
+            "kv_itemsize": k_pages.dtype.itemsize,
         }  # fmt: skip
         sizes = default_sizes(device, features)
     block, stages = sizes.block, sizes.stages

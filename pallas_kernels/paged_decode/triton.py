@@ -45,9 +45,11 @@ from pallas_kernels.triton_ops import (
     check_pages,
     column,
     dot,
+    headroom,
     load_tokens,
     plt,
     row,
+    scaled_queries,
 )
 from pallas_kernels.tuning import tuned
 
@@ -115,6 +117,8 @@ def _attend_kernel(
     def run():
         first_page = first_page_ref[0]
         q = plt.load(q_ref.at[at_b, at_head, columns], mask=mine, other=0.0)
+        q, factor = scaled_queries(q, k_ref, scale)
+        room = headroom(q.dtype)
 
         def tile(i, carry):
             top, total, acc = carry
@@ -123,9 +127,9 @@ def _attend_kernel(
             if window:
                 live &= tokens >= length - window
             k = load_tokens(k_ref, table_ref, first_page, b, head, tokens, live, width, q.dtype)
-            scores = base2_scores(dot(q, k, 1), scale, soft_cap)
+            scores = base2_scores(dot(q, k, 1), factor, soft_cap)
             scores = jnp.where(row(live, rows), scores, NEG)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1) - room)
             weights = jnp.exp2(scores - new_top[:, None])
             shrink = jnp.exp2(top - new_top)
             v = load_tokens(v_ref, table_ref, first_page, b, head, tokens, live, width, q.dtype)
@@ -279,6 +283,7 @@ def paged_decode(
         features = {
             "batch": batch, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
             "page_size": page_size, "itemsize": q.dtype.itemsize,
+            "kv_itemsize": k_pages.dtype.itemsize,
         }  # fmt: skip
         sizes = default_sizes(device, features)
     tiles = pl.cdiv(page_table.shape[1] * page_size, sizes.block)

@@ -16,19 +16,22 @@ SHAPES = (
     ("llama-8b", 1, 8192, 0), ("llama-8b", 1, 512, 0), ("llama-8b", 64, 64, 256),
     ("qwen-0.5b", 16, 512, 0), ("qwen-0.5b", 8, 2048, 0),
 )  # fmt: skip
+FP8_SHAPES = (("llama-8b", 16, 512, 0), ("llama-8b", 8, 512, 1536))
 PAGE_SIZE, WIDTH = 64, 128
 
 
 def problem(
     heads: int, kv_heads: int, head_dim: int, rows: int, new: int, prefix: int, *,
     name: str, page_size: int, width: int, pool_tokens: int, calls: int, dtype: Any,
+    kv_dtype: Any = None,
 ) -> Problem:  # fmt: skip
-    pages = pool_tokens // page_size
+    """kv_dtype: of the pages, as dtype if None."""
+    pages, kv_dtype = pool_tokens // page_size, kv_dtype or dtype
     tokens = rows * new
 
     def build(key):
         keys = jax.random.split(key, 3)
-        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), dtype)
+        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), kv_dtype)
         live = -(-(new + prefix) // page_size)
         tables = rotating_tables(
             keys[1], calls=calls, rows=rows, live=live, width=width, pages=pages
@@ -46,14 +49,15 @@ def problem(
         scale = head_dim**-0.5
         return run(q, k_pages, v_pages, table, starts, lens, prefixes, scale=scale)
 
-    itemsize = jnp.dtype(dtype).itemsize
+    itemsize, kv_itemsize = jnp.dtype(dtype).itemsize, jnp.dtype(kv_dtype).itemsize
     pairs = new * prefix + new * (new + 1) / 2  # (query, key) pairs of a sequence
-    kv_bytes = 2.0 * rows * (new + prefix) * kv_heads * head_dim * itemsize
+    kv_bytes = 2.0 * rows * (new + prefix) * kv_heads * head_dim * kv_itemsize
     return Problem(
         name=name,
         features={
             "tokens": tokens, "kv_heads": kv_heads, "group": heads // kv_heads,
             "head_dim": head_dim, "page_size": page_size, "itemsize": itemsize,
+            "kv_itemsize": kv_itemsize,
         },
         bytes=kv_bytes + 2.0 * tokens * heads * head_dim * itemsize,
         flops=4.0 * rows * heads * head_dim * pairs,
@@ -64,22 +68,26 @@ def problem(
 
 
 def problems() -> list[Problem]:
-    """Real shapes, bfloat16."""
+    """Real shapes, bfloat16, some with fp8 pages."""
     return [
         problem(
-            *MODELS[model], rows, new, prefix, name=f"{model} {rows} x {new} + {prefix}",
+            *MODELS[model], rows, new, prefix,
+            name=f"{model} {rows} x {new} + {prefix}{' fp8' * bool(fp8)}",
             page_size=PAGE_SIZE, width=WIDTH, pool_tokens=1 << 18, calls=4, dtype=jnp.bfloat16,
+            kv_dtype=fp8,
         )
-        for model, rows, new, prefix in SHAPES
+        for shapes, fp8 in ((SHAPES, None), (FP8_SHAPES, jnp.float8_e4m3fn))
+        for model, rows, new, prefix in shapes
     ]  # fmt: skip
 
 
 def smoke() -> list[Problem]:
     return [
         problem(
-            2, 1, 64, 2, 24, 8, name="tiny", page_size=16, width=4, pool_tokens=512, calls=2,
-            dtype=jnp.bfloat16,
+            2, 1, 64, 2, 24, 8, name=f"tiny{' fp8' * bool(fp8)}", page_size=16, width=4,
+            pool_tokens=512, calls=2, dtype=jnp.bfloat16, kv_dtype=fp8,
         )
+        for fp8 in (None, jnp.float8_e4m3fn)
     ]  # fmt: skip
 
 
@@ -88,6 +96,9 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
     if implementation == "triton":
         shapes = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 5), (64, 64, 4, 3), (64, 32, 4, 5),
                   (128, 32, 4, 5), (128, 128, 8, 3), (64, 128, 4, 3)]  # fmt: skip
+        if features["kv_itemsize"] == 1:
+            shapes += [(128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 5), (64, 64, 4, 2),
+                       (64, 64, 4, 5)]  # fmt: skip
         return [
             {"rows": rows, "block": block, "num_warps": warps, "num_stages": stages}
             for rows, block, warps, stages in shapes

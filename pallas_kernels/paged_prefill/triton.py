@@ -38,9 +38,11 @@ from pallas_kernels.triton_ops import (
     check_pages,
     column,
     dot,
+    headroom,
     load_tokens,
     plt,
     row,
+    scaled_queries,
 )
 from pallas_kernels.tuning import tuned
 
@@ -92,6 +94,8 @@ def _kernel(
             columns,
         )
         q = plt.load(q_ref.at[at], mask=mask, other=0.0)
+        q, factor = scaled_queries(q, k_ref, scale)
+        room = headroom(q.dtype)
         at_query = prefix + local
 
         first_query = prefix + offset
@@ -114,14 +118,14 @@ def _kernel(
             k = load_tokens(
                 k_ref, table_ref, first_page, sequence, head, tokens, live, width, q.dtype
             )
-            scores = base2_scores(dot(q, k, 1), scale, soft_cap)
+            scores = base2_scores(dot(q, k, 1), factor, soft_cap)
             if masked:
                 key, query = row(tokens, rows), column(at_query, block)
                 seen = key <= query
                 if window:
                     seen &= key > query - window
                 scores = jnp.where(seen, scores, NEG)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1) - room)
             # a row that saw nothing yet counts 1 a key here; its first real score shrinks that to 0
             weights = jnp.exp2(scores - new_top[:, None])
             shrink = jnp.exp2(top - new_top)
@@ -174,6 +178,7 @@ def paged_prefill(
         features = {
             "tokens": tokens, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
             "page_size": page_size, "itemsize": q.dtype.itemsize,
+            "kv_itemsize": k_pages.dtype.itemsize,
         }  # fmt: skip
         sizes = default_sizes(current_device(), features)
     if group > sizes.rows:
