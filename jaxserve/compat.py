@@ -60,17 +60,22 @@ def enable_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def compiler_options(platform: str, deterministic: bool = False) -> dict[str, str | bool]:
-    """Options of XLA for the step programs.
+CUBLAS_ROWS = 128
+"""Products of so many rows are left to cuBLAS. XLA's own kernels for them, chosen by timing each
+alone, win with few rows: a step of one row took 0.70 ms (0.5B) and 5.7 ms (8B), with cuBLAS alone
+1.07 and 7.3; of 256 rows 2.3 against 2.05 and 14.1 against 14.0 (H100, jax 0.11.2). They are also
+part of the compile time."""
+
+
+def compiler_options(
+    platform: str, rows: int, deterministic: bool = False
+) -> dict[str, str | bool]:
+    """Options of XLA for a step program that computes `rows` tokens.
 
     On a GPU, XLA counts the cache once more for each kernel that updates it in place, finds that
     all this does not fit the device, and recomputes small things over and over to save memory
     (jax 0.11.2: angles and page tables in each layer, and seconds of compile time). The limit that
     it compares with, in per cent of the device's memory, is therefore raised.
-
-    Products are left to cuBLAS: XLA's own kernels for them take part of the compile time, and where
-    it chooses them, by timing them alone, the step is no faster or slower (H100, jax 0.11.2, B=256:
-    14.1 against 14.0 ms in an 8B model, 2.3 against 2.05 in a 0.5B).
 
     deterministic: no kernels whose result depends on timing, for scatters and products, and none
     chosen by timing them, which may come out differently in every process (all versions: 0.10.2 to
@@ -78,10 +83,9 @@ def compiler_options(platform: str, deterministic: bool = False) -> dict[str, st
     """
     if platform == "cpu":
         return {}
-    options: dict[str, str | bool] = {
-        "xla_gpu_memory_limit_slop_factor": "10000",
-        "xla_gpu_enable_triton_gemm": False,
-    }
+    options: dict[str, str | bool] = {"xla_gpu_memory_limit_slop_factor": "10000"}
+    if deterministic or rows >= CUBLAS_ROWS:
+        options["xla_gpu_enable_triton_gemm"] = False
     if deterministic:
         options |= {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": "0"}
     return options

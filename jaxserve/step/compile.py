@@ -18,7 +18,7 @@ from jaxserve.step.stored import StoredPrograms
 logger = logging.getLogger(__name__)
 
 ProgramKey = tuple[str, int]
-"""(kind, bucket), for example ("decode", 16)."""
+"""(kind, bucket), for example ("decode", 16): the bucket is the tokens that it computes."""
 Builder = Callable[[ProgramKey], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
 """key -> (function, abstract arguments, donated argument numbers)."""
 
@@ -38,7 +38,7 @@ class Programs:
         """deterministic: no operation of a program may have a result that depends on timing."""
         self._builder = builder
         self._device = device
-        self._options = compiler_options(device.platform, deterministic)
+        self._deterministic = deterministic
         self._stored = stored
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}
@@ -94,9 +94,10 @@ class Programs:
         started = time.perf_counter()
         function, abstract, donated = self._builder(key)
         name = f"{key[0]}_{key[1]}"
+        options = compiler_options(self._device.platform, key[1], self._deterministic)
         path, found = None, None
         if self._stored is not None:
-            path = self._stored.path(name, abstract, donated, self._options)
+            path = self._stored.path(name, abstract, donated, options)
             found = self._stored.load(path)
         if found is not None:
             program, self._memory[key] = found
@@ -105,7 +106,7 @@ class Programs:
             try:
                 with jax.default_device(self._device):
                     program = jax.jit(_named(function, name), donate_argnums=donated)
-                    program = program.lower(*abstract).compile(self._options)
+                    program = program.lower(*abstract).compile(options)
             finally:
                 self._expected.active = False
             analysis = program.memory_analysis()
