@@ -6,10 +6,12 @@ import dataclasses
 import os
 import random
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxserve
+from jaxserve import compat
 from jaxserve.cache.pool import count_pages, page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
@@ -276,3 +278,16 @@ def test_programs_that_nobody_uses_are_deleted(tiny_models, monkeypatch, tmp_pat
     generated(folder, caplog)
     assert new.exists()
     assert old.stat().st_mtime > 0  # compiled and stored again
+
+
+def test_options_of_gpu_programs():
+    """Few rows: XLA may choose its own products. Many: cuBLAS. The deterministic mode: cuBLAS, and
+    nothing is chosen by the clock."""
+    assert compat.compiler_options("cpu", 512, deterministic=True) == {}
+    own, chosen = "xla_gpu_enable_triton_gemm", "xla_gpu_autotune_level"
+    few, many = (compat.compiler_options("gpu", rows) for rows in (8, 256))
+    assert own not in few and many[own] is False and chosen not in many
+    fixed = compat.compiler_options("gpu", 8, deterministic=True)
+    assert (fixed[own], fixed[chosen]) == (False, "0")
+    for options in (few, many, fixed):  # names that this XLA does not know are an error
+        assert jax.jit(lambda x: x + 1).lower(1).compile(options)(1) == 2

@@ -18,7 +18,7 @@ from jaxserve.step.stored import StoredPrograms
 logger = logging.getLogger(__name__)
 
 ProgramKey = tuple[str, int]
-"""(kind, bucket), for example ("decode", 16): the bucket is the tokens that it computes."""
+"""(kind, bucket), for example ("decode", 16); of a step, the bucket is the tokens it computes."""
 Builder = Callable[[ProgramKey], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
 """key -> (function, abstract arguments, donated argument numbers)."""
 
