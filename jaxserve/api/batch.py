@@ -59,10 +59,10 @@ def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
         array = np.empty(0)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidRequestError(f"{name} must be a list of integers, got {checks.shown(values)}")
-    outside = (array < 0) | (array >= vocab_size)
-    if outside.any():
+    if array.min() < 0 or array.max() >= vocab_size:
+        outside = array[(array < 0) | (array >= vocab_size)]
         raise InvalidRequestError(
-            f"{name} contains {int(array[outside][0])}, which is outside the vocabulary of "
+            f"{name} contains {int(outside[0])}, which is outside the vocabulary of "
             f"{vocab_size} tokens"
         )
     return array.tolist()

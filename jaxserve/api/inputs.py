@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,7 +81,7 @@ class RequestBuilder:
         salts = batch.cache_salts(given.cache_salt, len(ids))
         rows = []
         for index, values in enumerate(zip(ids, params, explicit, logprobs, strict=True)):
-            with _naming_row(index, not single):
+            with _NamingRow(index, not single):
                 rows.append(self._rules.row(*values))
         mailbox = Mailbox()
         requests: list[Request] = []
@@ -138,7 +137,7 @@ class RequestBuilder:
         for index, row in enumerate(rows):
             # A dict shared by all prompts is checked once.
             if row is not previous:
-                with _naming_row(index, isinstance(given, list | tuple)):
+                with _NamingRow(index, isinstance(given, list | tuple)):
                     parsed = SamplingParams.from_dict(row, self._preferred)
                 previous = row
             params.append(parsed)
@@ -172,7 +171,7 @@ class RequestBuilder:
         ]
         specs = []
         for index, row in enumerate(zip(*columns, strict=True)):
-            with _naming_row(index, bool(listed) and not single):
+            with _NamingRow(index, bool(listed) and not single):
                 specs.append(logprob_spec(self._limits, *row))
         return specs
 
@@ -231,12 +230,18 @@ class RequestBuilder:
         return StopMatcher(params.stop, row.stop_regexes, detokenizer)
 
 
-@contextlib.contextmanager
-def _naming_row(index: int, batch: bool) -> Iterator[None]:
+class _NamingRow:
     """Errors inside say which row of a batch they are about."""
-    try:
-        yield
-    except JaxserveError as error:
-        if not batch:
-            raise
-        raise type(error)(f"in row {index} of the batch: {error}") from error
+
+    __slots__ = ("batch", "index")
+
+    def __init__(self, index: int, batch: bool) -> None:
+        self.index = index
+        self.batch = batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self.batch and isinstance(error, JaxserveError):
+            raise type(error)(f"in row {self.index} of the batch: {error}") from error

@@ -66,7 +66,8 @@ class Admission:
         lease, shared, own = room
         self._pages.used(lease)
         unit = self._unit // self._page_size
-        found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own, unit)
+        known = b"" if self._pages.host is None else self._reusable_bytes(sequence)
+        found = self._pages.find_on_host(lease, known, own, unit)
         new = self._pages.allocate(own)
         self._pages.load(found, new[: len(found)])
         sequence.lease, sequence.dropped = lease, 0
