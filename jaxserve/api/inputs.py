@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SEEDS = 1 << 32
 """Request seeds lie in [0, SEEDS); a larger or negative sampling_seed is taken modulo this."""
+SEEDS_AT_ONCE = 256
+"""Drawn together: numpy's generator is slow to wake for a single one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class RequestBuilder:
             auto_truncate=args.allow_auto_truncate,
         )
         self._seeds = np.random.default_rng(args.random_seed)
+        self._drawn: list[int] = []
         # Neither numpy's generators nor the settings of a fast tokenizer may be used by two
         # threads at a time.
         self._lock = threading.Lock()
@@ -151,6 +154,9 @@ class RequestBuilder:
         self, given: Arguments, prompts: int, single: bool, samples: int
     ) -> list[LogprobSpec | None]:
         ids = given.token_ids_logprob
+        start, top = given.logprob_start_len, given.top_logprobs_num
+        if given.return_logprob is False and start is None and top is None and ids is None:
+            return [None] * prompts
         nested = isinstance(ids, list | tuple) and any(
             row is None or isinstance(row, list | tuple) for row in ids
         )
@@ -193,8 +199,7 @@ class RequestBuilder:
         fields of all of them."""
         seed = row.params.sampling_seed
         if seed is None:
-            with self._lock:
-                seed = int(self._seeds.integers(SEEDS))
+            seed = self._draw_seed()
         interval = (row.params.stream_interval or self._stream_interval) if stream else 0
         return [
             Request(
@@ -216,6 +221,12 @@ class RequestBuilder:
             )
             for sample, name in enumerate(names)
         ]
+
+    def _draw_seed(self) -> int:
+        with self._lock:
+            if not self._drawn:
+                self._drawn = self._seeds.integers(SEEDS, size=SEEDS_AT_ONCE).tolist()[::-1]
+            return self._drawn.pop()
 
     def _stop_matcher(self, row: Row) -> StopMatcher | None:
         params = row.params
