@@ -58,7 +58,7 @@ def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
         raise InvalidRequestError(f"{name} is empty, got []")
     short = type(values) is list and len(values) <= SHORT and set(map(type, values)) == {int}
     if short and min(values) >= 0 and max(values) < vocab_size:
-        return values.copy()
+        return list(values)
     try:
         array: Any = np.asarray(values)
     except (ValueError, OverflowError):  # ragged rows, integers of more than 64 bits
