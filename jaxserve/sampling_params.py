@@ -7,7 +7,7 @@ the value; a key that does not exist raises UnknownOptionError (a TypeError).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxserve.api import checks
@@ -18,6 +18,7 @@ TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
 """Temperatures below this one select the most likely token."""
 DEFAULT_MAX_NEW_TOKENS = 128
+FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
 GRAMMAR_KEYS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -92,17 +93,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         normal = _Normalizer(self)
-        normal.lengths()
-        normal.stops()
-        normal.distribution()
-        normal.penalties()
-        normal.flags()
-        normal.grammar()
+        for normalize, defaults in GROUPS:
+            for name, default in defaults:
+                if getattr(self, name) is not default:
+                    normalize(normal)
+                    break
         for name, value in normal.values.items():
             object.__setattr__(self, name, value)
-
-
-FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 class _Normalizer:
@@ -170,12 +167,7 @@ class _Normalizer:
         )
 
     def flags(self) -> None:
-        for name in (
-            "ignore_eos",
-            "skip_special_tokens",
-            "spaces_between_special_tokens",
-            "no_stop_trim",
-        ):
+        for name in FLAGS:
             self.values[name] = checks.boolean(name, getattr(self.given, name))
 
     def grammar(self) -> None:
@@ -219,3 +211,27 @@ def _logit_bias(value: Any) -> dict[int, float]:
         token = checks.integer("logit_bias token id", key, 0)
         result[token] = checks.number(f"logit_bias[{token}]", bias)
     return result
+
+
+def _group(
+    normalize: Callable[[_Normalizer], None], *names: str
+) -> tuple[Callable[[_Normalizer], None], tuple[tuple[str, Any], ...]]:
+    """A group of parameters, and their defaults, which are normal."""
+    fields = SamplingParams.__dataclass_fields__
+    return normalize, tuple((name, fields[name].default) for name in names)
+
+
+FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+GROUPS = (
+    _group(
+        _Normalizer.lengths,
+        *("max_new_tokens", "min_new_tokens", "n", "stream_interval", "sampling_seed"),
+    ),
+    _group(_Normalizer.stops, "stop", "stop_regex", "stop_token_ids"),
+    _group(_Normalizer.distribution, "temperature", "top_k", "top_p", "min_p", "logit_bias"),
+    _group(_Normalizer.penalties, "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    _group(_Normalizer.flags, *FLAGS),
+    _group(_Normalizer.grammar, *GRAMMAR_KEYS, "custom_params"),
+)
+"""A group of which nothing is given needs no look: a call's own checks are on its way to the first
+token."""

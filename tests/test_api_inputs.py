@@ -315,6 +315,10 @@ def test_seeds(fakes):
     first, second = (fakes.engine(random_seed=7) for _ in range(2))
     seeds = [request(first, "a", SHORT).seed for _ in range(3)]
     assert len(set(seeds)) == 3 and all(0 <= seed < 1 << 32 for seed in seeds)
+    draw = np.random.default_rng(7)
+    assert seeds == [draw.integers(1 << 32) for _ in range(3)]
+    many = [r.seed for r in requests(first, ["a"] * 600, SHORT)]  # they are drawn by the block
+    assert many == [draw.integers(1 << 32) for _ in range(600)]
     # A call that fails draws no seeds.
     with pytest.raises(ValueError, match="row 1"):
         second.generate(["a", "a"], [{}, {"top_p": 2.0}])

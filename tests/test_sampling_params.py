@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
-from jaxserve.sampling_params import FIELD_NAMES, TOP_K_ALL, SamplingParams
+from jaxserve.sampling_params import FIELD_NAMES, GROUPS, TOP_K_ALL, SamplingParams, _Normalizer
 
 NAN, INF = math.nan, math.inf
 
@@ -258,3 +258,22 @@ def test_the_light_modules_import_no_jax():
         "assert not {'jax', 'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_groups_have_every_parameter_once_and_their_defaults_are_normal():
+    names = [name for _, defaults in GROUPS for name, _ in defaults]
+    assert sorted(names) == sorted(FIELD_NAMES)
+    params = SamplingParams()
+    normal = _Normalizer(params)
+    for normalize, _ in GROUPS:
+        normalize(normal)
+    for name, value in normal.values.items():
+        default = getattr(params, name)
+        assert value == default and type(value) is type(default), name
+
+
+@pytest.mark.parametrize("normalize, defaults", GROUPS)
+def test_each_parameter_of_a_group_has_it_checked(normalize, defaults):
+    for name, _ in defaults:
+        with pytest.raises(ValueError, match=name):
+            SamplingParams(**{name: object()})

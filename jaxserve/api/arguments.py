@@ -74,14 +74,13 @@ class Arguments:
         """Sorts the arguments of a call. Raises UnknownOptionError (a TypeError) for a name that
         does not exist and NotSupportedError for one that is given but not supported yet."""
         known = GenerateOptions.__annotations__
-        supported = {field.name for field in dataclasses.fields(cls)}
         values = {}
         for name, value in given.items():
-            if name not in supported and name not in known:
+            if name not in SUPPORTED and name not in known:
                 raise UnknownOptionError(
                     f"generate() has no argument {name!r}{checks.near_matches(name, known)}"
                 )
-            if name in supported:
+            if name in SUPPORTED:
                 values[name] = value
             elif name in SINGLE_REPLICA:
                 if value is not None:
@@ -99,8 +98,13 @@ class Arguments:
         return cls(**values)
 
 
+SUPPORTED = frozenset(field.name for field in dataclasses.fields(Arguments))
+
+
 def _refuse(name: str, value: Any) -> None:
     """None, False and lists of them are how callers leave an argument out."""
+    if value is None or value is False:
+        return
     items = value if isinstance(value, list | tuple) else [value]
     if any(item is not None and item is not False for item in items):
         raise NotSupportedError(

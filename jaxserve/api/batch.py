@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 from typing import Any
 
 import numpy as np
 
 from jaxserve.api import checks
 from jaxserve.errors import InvalidRequestError
+
+SHORT = 1024
+"""Up to so many token ids are checked in a third of the time without an array."""
 
 
 def is_single(prompt: Any, input_ids: Any) -> bool:
@@ -53,6 +56,9 @@ def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
         raise InvalidRequestError(f"{name} must be a list of token ids, got {checks.shown(values)}")
     if not len(values):
         raise InvalidRequestError(f"{name} is empty, got []")
+    short = type(values) is list and len(values) <= SHORT and set(map(type, values)) == {int}
+    if short and min(values) >= 0 and max(values) < vocab_size:
+        return list(values)
     try:
         array: Any = np.asarray(values)
     except (ValueError, OverflowError):  # ragged rows, integers of more than 64 bits
@@ -75,7 +81,7 @@ def request_ids(rid: Any, prompts: int, single: bool, n: int) -> list[list[str]]
     _1, ... behind its id, so that aborting the given id (a prefix) ends all of them.
     """
     if rid is None:
-        return [[uuid.uuid4().hex for _ in range(n)] for _ in range(prompts)]
+        return [[os.urandom(16).hex() for _ in range(n)] for _ in range(prompts)]
     if isinstance(rid, str):
         given = [rid] if single else [f"{rid}_{row}" for row in range(prompts)]
     elif isinstance(rid, list | tuple):

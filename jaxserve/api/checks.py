@@ -28,9 +28,11 @@ def near_matches(name: Any, known: Iterable[str]) -> str:
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """`value` as an int within [low, high]; bools, floats and strings are refused."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise InvalidRequestError(f"{name} must be an integer, got {shown(value)}")
-    result = operator.index(value)
+    result = value
+    if type(value) is not int:  # asking an abstract class takes longer than all the rest
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise InvalidRequestError(f"{name} must be an integer, got {shown(value)}")
+        result = operator.index(value)
     if (low is not None and result < low) or (high is not None and result > high):
         raise InvalidRequestError(f"{name} must be {_interval(low, high)}, got {result}")
     return result
@@ -45,7 +47,9 @@ def number(
     above: bool = False,
 ) -> float:
     """`value` as a finite float within [low, high], or (low, high] with `above`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) not in (float, int) and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
         raise InvalidRequestError(f"{name} must be a number, got {shown(value)}")
     result = float(value)
     too_low = low is not None and (result <= low if above else result < low)

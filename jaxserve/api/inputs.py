@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 SEEDS = 1 << 32
 """Request seeds lie in [0, SEEDS); a larger or negative sampling_seed is taken modulo this."""
+SEEDS_AT_ONCE = 256
+"""Drawn together: numpy's generator is slow to wake for a single one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class RequestBuilder:
             auto_truncate=args.allow_auto_truncate,
         )
         self._seeds = np.random.default_rng(args.random_seed)
+        self._drawn: list[int] = []
         # Neither numpy's generators nor the settings of a fast tokenizer may be used by two
         # threads at a time.
         self._lock = threading.Lock()
@@ -82,7 +84,7 @@ class RequestBuilder:
         salts = batch.cache_salts(given.cache_salt, len(ids))
         rows = []
         for index, values in enumerate(zip(ids, params, explicit, logprobs, strict=True)):
-            with _naming_row(index, not single):
+            with _NamingRow(index, not single):
                 rows.append(self._rules.row(*values))
         mailbox = Mailbox()
         requests: list[Request] = []
@@ -138,7 +140,7 @@ class RequestBuilder:
         for index, row in enumerate(rows):
             # A dict shared by all prompts is checked once.
             if row is not previous:
-                with _naming_row(index, isinstance(given, list | tuple)):
+                with _NamingRow(index, isinstance(given, list | tuple)):
                     parsed = SamplingParams.from_dict(row, self._preferred)
                 previous = row
             params.append(parsed)
@@ -152,6 +154,9 @@ class RequestBuilder:
         self, given: Arguments, prompts: int, single: bool, samples: int
     ) -> list[LogprobSpec | None]:
         ids = given.token_ids_logprob
+        start, top = given.logprob_start_len, given.top_logprobs_num
+        if given.return_logprob is False and start is None and top is None and ids is None:
+            return [None] * prompts
         nested = isinstance(ids, list | tuple) and any(
             row is None or isinstance(row, list | tuple) for row in ids
         )
@@ -172,7 +177,7 @@ class RequestBuilder:
         ]
         specs = []
         for index, row in enumerate(zip(*columns, strict=True)):
-            with _naming_row(index, bool(listed) and not single):
+            with _NamingRow(index, bool(listed) and not single):
                 specs.append(logprob_spec(self._limits, *row))
         return specs
 
@@ -194,8 +199,7 @@ class RequestBuilder:
         fields of all of them."""
         seed = row.params.sampling_seed
         if seed is None:
-            with self._lock:
-                seed = int(self._seeds.integers(SEEDS))
+            seed = self._draw_seed()
         interval = (row.params.stream_interval or self._stream_interval) if stream else 0
         return [
             Request(
@@ -218,6 +222,12 @@ class RequestBuilder:
             for sample, name in enumerate(names)
         ]
 
+    def _draw_seed(self) -> int:
+        with self._lock:
+            if not self._drawn:
+                self._drawn = self._seeds.integers(SEEDS, size=SEEDS_AT_ONCE).tolist()[::-1]
+            return self._drawn.pop()
+
     def _stop_matcher(self, row: Row) -> StopMatcher | None:
         params = row.params
         if not (params.stop or row.stop_regexes):
@@ -231,12 +241,18 @@ class RequestBuilder:
         return StopMatcher(params.stop, row.stop_regexes, detokenizer)
 
 
-@contextlib.contextmanager
-def _naming_row(index: int, batch: bool) -> Iterator[None]:
+class _NamingRow:
     """Errors inside say which row of a batch they are about."""
-    try:
-        yield
-    except JaxserveError as error:
-        if not batch:
-            raise
-        raise type(error)(f"in row {index} of the batch: {error}") from error
+
+    __slots__ = ("batch", "index")
+
+    def __init__(self, index: int, batch: bool) -> None:
+        self.index = index
+        self.batch = batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self.batch and isinstance(error, JaxserveError):
+            raise type(error)(f"in row {self.index} of the batch: {error}") from error

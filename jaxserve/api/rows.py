@@ -54,11 +54,12 @@ class Rules:
                 f"{logprobs.start}"
             )
         longest = self._fit_output(len(prompt_ids), params, explicit_length)
-        params = dataclasses.replace(
-            params,
-            max_new_tokens=longest,
-            min_new_tokens=min(params.min_new_tokens, longest),
-        )
+        if longest != params.max_new_tokens:  # a copy is checked anew
+            params = dataclasses.replace(
+                params,
+                max_new_tokens=longest,
+                min_new_tokens=min(params.min_new_tokens, longest),
+            )
         stop_ids, masked_ids = self._stop_ids(params)
         return Row(
             prompt_ids=prompt_ids,

@@ -62,9 +62,13 @@ class ExtendLayout:
     def _row_width(self) -> int:
         return len(ROW_FIELDS) + self.table_width + NUM_INTS + NUM_FLOATS
 
+    def rows_of(self, packed: Any) -> Any:
+        """The view [B, fields, table, ints and floats of a row] into `packed` [size]."""
+        return packed[self.tokens :].reshape(self.rows, self._row_width)
+
     def unpack(self, packed: Any) -> ExtendArrays:
         """Views into `packed` [size]: of a NumPy vector to fill it, of a traced one to read it."""
-        rows = packed[self.tokens :].reshape(self.rows, self._row_width)
+        rows = self.rows_of(packed)
         fields = len(ROW_FIELDS)
         ints_from = fields + self.table_width
         floats_from = ints_from + NUM_INTS
@@ -80,42 +84,41 @@ class ExtendLayout:
 def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> np.ndarray:
     """The packed vector of a batch."""
     packed = np.zeros(layout.size, np.int32)
-    out = layout.unpack(packed)
-    out.slots[:] = padding_slot
-    out.q_starts[:] = layout.tokens
-    out.sample_at[:] = -1
-    out.next_tokens[:] = -1
-    out.floats[:] = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-    out.ints[:, 0] = 1
+    rows = layout.rows_of(packed)
+    fields = len(ROW_FIELDS)
+    ints_from = fields + layout.table_width
+    floats = rows[:, ints_from + NUM_INTS :].view(np.float32)
+    padding = len(batch.rows)
+    rows[padding:, :fields] = (padding_slot, layout.tokens, 0, 0, 0, -1, 0, -1, 0, 0)
+    rows[padding:, ints_from] = 1
+    floats[padding:] = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     last_rows = []
     for i, row in enumerate(batch.rows):
-        sequence, length = row.sequence, row.stop - row.start
-        request = sequence.request
-        out.slots[i] = sequence.slot
-        out.new_lengths[i] = row.stop
-        out.fresh[i] = row.fresh
-        out.page_table[i, : len(sequence.pages)] = sequence.pages
-        out.ints[i] = row_ints(sequence)
-        out.floats[i] = row_floats(request)
-        last_rows.append(row.packed_start + length - 1)
+        sequence, start, at = row.sequence, row.start, row.packed_start
+        request, length = sequence.request, row.stop - start
+        out = rows[i]
+        last_rows.append(at + length - 1)
+        sample_at = next_token = -1
+        wanted = False
         if row.leader >= 0:
-            out.sample_at[i] = last_rows[row.leader]
-            continue
-        out.q_starts[i] = row.packed_start
-        out.q_lens[i] = length
-        out.prefix_lens[i] = row.start
-        if row.carried:
-            out.carried[i] = 1
-            out.sample_at[i] = row.packed_start
-            continue
-        out.tokens[row.packed_start : row.packed_start + length] = sequence.tokens(
-            row.start, row.stop
-        )
-        out.wants_input_logprobs[i] = wants_input_logprobs(request, row.start, row.stop)
-        if row.samples:
-            out.sample_at[i] = last_rows[i]
+            at, length, start, sample_at = layout.tokens, 0, 0, last_rows[row.leader]
+        elif row.carried:
+            sample_at = at
         else:
-            out.next_tokens[i] = sequence.tokens(row.stop, row.stop + 1)[0]
+            packed[at : at + length] = sequence.tokens(start, row.stop)
+            wanted = wants_input_logprobs(request, start, row.stop)
+            if row.samples:
+                sample_at = last_rows[i]
+            else:
+                next_token = sequence.tokens(row.stop, row.stop + 1)[0]
+        # One assignment a row, in the order of ROW_FIELDS: each has its price.
+        out[:fields] = (
+            sequence.slot, at, length, start, row.stop, sample_at, row.fresh, next_token, wanted,
+            row.carried,
+        )  # fmt: skip
+        out[fields : fields + len(sequence.pages)] = sequence.pages
+        out[ints_from : ints_from + NUM_INTS] = row_ints(sequence)
+        floats[i] = row_floats(request)
     return packed
 
 

@@ -65,8 +65,10 @@ class Admission:
             return False
         lease, shared, own = room
         self._pages.used(lease)
-        unit = self._unit // self._page_size
-        found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own, unit)
+        found = []
+        if self._pages.host is not None:
+            unit = self._unit // self._page_size
+            found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own, unit)
         new = self._pages.allocate(own)
         self._pages.load(found, new[: len(found)])
         sequence.lease, sequence.dropped = lease, 0
@@ -124,9 +126,11 @@ class Admission:
     def advance(self, sequence: Sequence) -> None:
         """Before a chunk: slide, and take the pages for further tokens, if those of an admitted
         sequence do not reach to its last one."""
+        if self._ring is None:  # it has had them all since it was admitted
+            return
         self.slide(sequence)
         missing = self._count_pages(sequence.total_tokens) - len(sequence.pages)
-        if self._ring is not None and missing > 0:
+        if missing > 0:
             free = self._ring - (len(sequence.pages) - sequence.dropped)
             self.hold(sequence, self._pages.allocate(max(min(missing, free), 0)))
 

@@ -359,7 +359,7 @@ class Scheduler:
         nothing has been given back, cached or queued since."""
         if not (self.waiting and self.slots.available):
             return False
-        return self._refused != self._circumstances
+        return self._refused is None or self._refused != self._circumstances
 
     @property
     def _circumstances(self) -> object:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from array import array
 
+import numpy as np
+
 from jaxserve.cache.prefix import Lease
 from jaxserve.request import Request
 from jaxserve.scheduler.slots import Slots
@@ -47,12 +49,12 @@ class Sequence:
     def epoch(self) -> int:
         """The slot's, which has been another before this sequence was admitted and is another once
         it is released; -1 outside."""
-        return int(self.slots.epoch[self.slot]) if self.admitted else -1
+        return self.slots.epoch.item(self.slot) if self.admitted else -1
 
     @property
     def kv_len(self) -> int:
         """Tokens whose keys and values are scheduled to be in the pages."""
-        return int(self.slots.kv_len[self.slot]) if self.admitted else 0
+        return self.slots.kv_len.item(self.slot) if self.admitted else 0
 
     @kv_len.setter
     def kv_len(self, tokens: int) -> None:
@@ -61,7 +63,7 @@ class Sequence:
     @property
     def capacity(self) -> int:
         """Tokens that its pages reach to."""
-        return int(self.slots.capacity[self.slot])
+        return self.slots.capacity.item(self.slot)
 
     @property
     def in_flight(self) -> int:
@@ -77,9 +79,10 @@ class Sequence:
     @property
     def total_tokens(self) -> int:
         """The prompt and the outputs read since it was admitted, or with which it will be."""
-        slots = self.slots
-        outputs = slots.produced[self.slot] if self.admitted else slots.kept(self.request)
-        return len(self.request.prompt_ids) + int(outputs)
+        slots, prompt = self.slots, len(self.request.prompt_ids)
+        if self.slot >= 0:
+            return prompt + slots.produced.item(self.slot)
+        return prompt + slots.kept(self.request)
 
     @property
     def reusable(self) -> int:
@@ -97,11 +100,11 @@ class Sequence:
 
     def token_bytes(self, count: int) -> bytes:
         """The first `count` tokens as the bytes of int32."""
+        prompt, beyond = self._packed_prompt(), count - self.prompt_len
+        if beyond <= 0:
+            return prompt[: 4 * count]
         self.drain()
-        if self._prompt_bytes is None:
-            self._prompt_bytes = array("i", self.request.prompt_ids).tobytes()
-        outputs = array("i", self.request.output_ids[: max(count - self.prompt_len, 0)])
-        return self._prompt_bytes[: 4 * count] + outputs.tobytes()
+        return prompt + array("i", self.request.output_ids[:beyond]).tobytes()
 
     def share_prompt(self, leader: Sequence) -> None:
         """`leader` has the same prompt: it need not be packed again."""
@@ -112,10 +115,13 @@ class Sequence:
         if self.admitted:
             self.request.output_ids += self.slots.drain(self.slot, len(self.request.output_ids))
 
-    def tokens(self, start: int, stop: int) -> list[int]:
-        """Token ids of positions start..stop-1 of prompt and outputs together."""
-        self.drain()
-        prompt, split = self.request.prompt_ids, len(self.request.prompt_ids)
-        if stop <= split:
-            return prompt[start:stop]
-        return prompt[start:] + self.request.output_ids[max(start - split, 0) : stop - split]
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Token ids [stop - start] int32 of positions start..stop-1 of prompt and outputs together,
+        not to be written to."""
+        known = self._packed_prompt() if stop <= self.prompt_len else self.token_bytes(stop)
+        return np.frombuffer(known, np.int32, stop - start, 4 * start)
+
+    def _packed_prompt(self) -> bytes:
+        if self._prompt_bytes is None:
+            self._prompt_bytes = array("i", self.request.prompt_ids).tobytes()
+        return self._prompt_bytes

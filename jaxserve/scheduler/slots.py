@@ -81,6 +81,8 @@ class Slots:
 
     def growth(self, tokens: int, page_size: int) -> int:
         """Pages that all sequences together begin within `tokens` more tokens each."""
+        if len(self._free) == len(self.limit):
+            return 0
         ahead = np.minimum(self.limit - self.scheduled, tokens)
         missing = np.maximum(self.kv_len + ahead - self.capacity, 0)
         return int((-(-missing // page_size)).sum())
