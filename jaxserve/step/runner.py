@@ -51,10 +51,10 @@ class StepResult(NamedTuple):
     top: int
 
     def wait(self) -> None:
-        """Until the device is done. Raises what went wrong there."""
+        """Until the results are on the host. Raises what went wrong on the device."""
         for array in (self.tokens, self.logprobs, self.input_logprobs):
             if array is not None:
-                array.block_until_ready()
+                np.asarray(array)  # kept by the array
 
 
 class Runner:
