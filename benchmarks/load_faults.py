@@ -174,7 +174,7 @@ class _FailingTokens:
     def __init__(self, faults: Faults):
         self._faults = faults
 
-    def block_until_ready(self) -> None:
+    def __array__(self, *args: Any, **options: Any) -> None:
         self._faults.step_fails("result")
 
 
