@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.server_args import ServerArgs
+from jaxserve.step.compile import Programs
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -89,6 +92,49 @@ def test_a_program_first_used_after_precompilation_is_counted(tiny_models, caplo
         engine.generate(input_ids=[5, 6], sampling_params=SHORT)
         assert engine.get_server_info()["late_compiles"] >= 2
         assert "late compile of extend[64]" in caplog.text
+
+
+def test_programs_are_traced_in_turn_and_compiled_side_by_side():
+    """XLA has the first program before the second is traced; meanwhile nobody looks for cycles."""
+    active, most, order = [], [], []
+
+    def builder(key):
+        def traced(x):
+            active.append(key)
+            most.append(len(active))
+            assert not gc.isenabled()
+            time.sleep(0.02)
+            active.remove(key)
+            order.append(key)
+            return x * key[1]
+
+        return traced, (jax.ShapeDtypeStruct((8,), jnp.float32),), ()
+
+    programs = Programs(builder, jax.devices("cpu")[0])
+    keys = [("scale", n) for n in range(8)]
+    assert gc.isenabled()
+    programs.build(keys, threads=8)
+    assert gc.isenabled()
+    assert sorted(order) == keys and max(most) == 1
+    assert programs(("scale", 3), jnp.ones(8)).tolist() == [3.0] * 8
+    programs.close()
+
+
+def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models):
+    """Mosaic kernels wait for the end of all other work in LLVM."""
+    done = []
+    compile_one = Programs._compile
+
+    def recorded(self, key, late):
+        program = compile_one(self, key, late)
+        done.append(key[0])
+        return program
+
+    monkeypatch.setattr(Programs, "_compile", recorded)
+    options = {**OPTIONS, "precompile": True}
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+        extends = len(engine._loop._runner.config.buckets.extend)
+    assert done[:extends] == ["extend"] * extends and "extend" not in done[extends:]
 
 
 @pytest.mark.parametrize(

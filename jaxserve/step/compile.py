@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,6 +44,7 @@ class Programs:
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}
         self._expected = threading.local()
+        self._lowering = threading.Lock()
         self._engine_thread: int | None = None
         self._complete = False
         self.late_compiles = 0
@@ -80,9 +82,11 @@ class Programs:
         return self._memory[key]
 
     def build(self, keys: Iterable[ProgramKey], threads: int) -> None:
-        """Compile `keys` in parallel (XLA compiles outside the interpreter lock)."""
+        """Compile `keys` in parallel (XLA compiles outside the interpreter lock), the first ones
+        first."""
         missing = [key for key in keys if key not in self._compiled]
-        with self._fresh(), ThreadPoolExecutor(threads, "jaxserve-compile") as pool:
+        pool = ThreadPoolExecutor(threads, "jaxserve-compile")
+        with self._fresh(), _without_garbage_collection(), pool:
             list(pool.map(lambda key: self._compile(key, late=False), missing))
 
     def precompile(self, keys: Iterable[ProgramKey], threads: int) -> None:
@@ -106,7 +110,11 @@ class Programs:
             try:
                 with jax.default_device(self._device):
                     program = jax.jit(_named(function, name), donate_argnums=donated)
-                    program = program.lower(*abstract).compile(options)
+                    # Python, so one at a time at best: in turn, XLA has work after the first
+                    # program; side by side, all threads end late and together
+                    with self._lowering:
+                        lowered = program.lower(*abstract)
+                    program = lowered.compile(options)
             finally:
                 self._expected.active = False
             analysis = program.memory_analysis()
@@ -129,6 +137,19 @@ class Programs:
         if on_engine and not getattr(self._expected, "active", False):
             self.late_compiles += 1
             logger.warning("unplanned compile on the engine thread: %.2f s", seconds)
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Cycles stay for as long as the block takes. Tracing makes so many objects that looking for
+    them is a sixth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -93,7 +93,8 @@ class Runner:
         buckets = self.config.buckets
         largest: list[ProgramKey] = [("extend", buckets.max_tokens)]
         largest += [(kind, buckets.decode[-1]) for kind in self._decode_kinds]
-        self.programs.build(largest, threads=len(largest))
+        first = self._extend_keys + largest[1:] if self.config.precompile else largest
+        self.programs.build(first, threads=os.cpu_count() or 1)
         others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
         if self.config.host is not None:
             others += 2 * (COPYING_BYTES + BLOCK_BYTES)
@@ -159,15 +160,26 @@ class Runner:
     # -- programs ---------------------------------------------------------------------------------
 
     def precompile(self) -> None:
-        """Compile every program a batch can need."""
-        buckets = self.config.buckets
-        keys: list[ProgramKey] = [("extend", t) for t in reversed(buckets.extend)]
+        """Compile every program a batch can need.
+
+        Those with a Mosaic kernel come first and alone: such a kernel is compiled with options of
+        LLVM that are not XLA's, so it waits until no other program is in LLVM, and its program
+        waits with it (jaxlib 0.11.2). Among programs without, that is at the end.
+        """
+        buckets, threads = self.config.buckets, os.cpu_count() or 1
+        self.programs.build(self._extend_keys, threads)
+        keys: list[ProgramKey] = list(self._extend_keys)
         keys += [(kind, b) for kind in self._decode_kinds for b in reversed(buckets.decode)]
         keys += [("input_logprobs", t) for t in reversed(buckets.extend)]
         keys += [("copy_pages", COPY_WIDTH), ("install_sparse", 0)]
         if self.host is not None:
             keys += [("gather_pages", self._block_pages), ("scatter_pages", self._block_pages)]
-        self.programs.precompile(keys, threads=os.cpu_count() or 1)
+        self.programs.precompile(keys, threads)
+
+    @property
+    def _extend_keys(self) -> list[ProgramKey]:
+        """Of the extend programs, the largest first."""
+        return [("extend", t) for t in reversed(self.config.buckets.extend)]
 
     @property
     def _decode_kinds(self) -> tuple[str, ...]:
