@@ -110,7 +110,8 @@ def run(
                 "benchmark": owner.name,
                 "model": model,
                 "case": name,
-                "engine": dict(options),
+                # where programs lie is of this machine, and of no matter to the figures
+                "engine": {k: v for k, v in options.items() if k != "compilation_cache_dir"},
                 "context_length": workloads.context_length(model, cases),
                 "scale": scale,
                 "startup_seconds": round(startup, 2),
