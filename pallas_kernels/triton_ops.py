@@ -71,6 +71,15 @@ def scaled_queries(q: jax.Array, pages: Any, scale: float) -> tuple[jax.Array, f
     return jnp.clip(scaled, -F16_MAX, F16_MAX).astype(jnp.float16), 1.0
 
 
+def deal(x: jax.Array, turns: int) -> jax.Array:
+    """Columns of x [M, N] dealt out to N / turns places in `turns` turns: column c goes to
+    (c % turns) * (N / turns) + c // turns. Dealing the result in N / turns turns undoes it."""
+    rows, columns = x.shape
+    if turns == 1 or turns == columns:
+        return x
+    return x.reshape(rows, columns // turns, turns).transpose(0, 2, 1).reshape(rows, columns)
+
+
 def base2_scores(products: jax.Array, factor: float, soft_cap: float | None) -> jax.Array:
     """Products of queries and keys -> scores times log2(e), capped where there is a cap. factor: of
     scaled_queries."""

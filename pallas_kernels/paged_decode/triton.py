@@ -44,6 +44,7 @@ from pallas_kernels.triton_ops import (
     ceil_div,
     check_pages,
     column,
+    deal,
     dot,
     headroom,
     load_tokens,
@@ -86,7 +87,7 @@ def _share(length: Any, *, window: int | None, block: int, splits: int) -> tuple
 
 def _attend_kernel(
     q_ref, k_ref, v_ref, table_ref, length_ref, first_page_ref, *refs,
-    group, rows, width, block, splits, scale, window, soft_cap, locked, interpret,
+    group, rows, width, block, splits, scale, window, soft_cap, locked, num_warps, interpret,
 ):  # fmt: skip
     partial_ref: Any = None
     lse_ref: Any = None
@@ -110,6 +111,10 @@ def _attend_kernel(
     columns = row(jnp.arange(width, dtype=jnp.int32), rows)
     mine = column(row_ids < group, width) & (columns < head_dim)
     at_b, at_head = jnp.full((rows, width), b, jnp.int32), column(heads, width)
+    # A thread of a tensor-core product holds every (8 * warps)-th column of V. Dealt so that these
+    # are neighbours in memory, fp8 columns are read as words and not byte by byte, which saves a
+    # tenth of the loop's instructions and a quarter of its registers.
+    turns = max(1, width // (8 * num_warps)) if v_ref.dtype.itemsize == 1 else 1
 
     def store_out(out):
         plt.store(out_ref.at[at_b, at_head, columns], out.astype(out_ref.dtype), mask=mine)
@@ -134,7 +139,7 @@ def _attend_kernel(
             shrink = jnp.exp2(top - new_top)
             v = load_tokens(v_ref, table_ref, first_page, b, head, tokens, live, width, q.dtype)
             total = total * shrink + jnp.sum(weights, axis=1)
-            acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), v, 0)
+            acc = acc * shrink[:, None] + dot(weights.astype(v.dtype), deal(v, turns), 0)
             return new_top, total, acc
 
         start = (
@@ -144,7 +149,7 @@ def _attend_kernel(
         )
         top, total, acc = lax.fori_loop(begin, end, tile, start)
         safe = jnp.maximum(total, TINY)
-        out = acc / safe[:, None]
+        out = deal(acc / safe[:, None], width // turns)
         if partial_ref is None:
             store_out(out)
             return
@@ -307,7 +312,7 @@ def paged_decode(
         functools.partial(
             _attend_kernel, group=group, rows=max(MIN_ROWS, pl.next_power_of_2(group)),
             width=width, block=sizes.block, splits=splits, scale=scale, window=window,
-            soft_cap=soft_cap, locked=bool(aliases), interpret=interpret,
+            soft_cap=soft_cap, locked=bool(aliases), num_warps=sizes.num_warps, interpret=interpret,
         ),
         name="paged_decode",
         grid=(kv_heads, splits, batch),
