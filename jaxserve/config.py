@@ -66,25 +66,25 @@ class EngineConfig:
     context_length: int
     max_rows: int
     buckets: Buckets
-    max_prefill_tokens: int
-    max_prefill_rows: int | None
-    max_queued: int | None
     steps_per_dispatch: int
     deterministic: bool
     chunk_alignment: int
-    overlap: bool
-    precompile: bool
     attention: str | None
     kv_cache_dtype: str
     bias_capacity: int
     max_logprob_ids: int
     max_top_logprobs: int
     raw_logprobs: bool
-    max_total_tokens: int | None
-    mem_fraction: float | None
+    # what concerns the host only is outside the repr, which names programs
+    max_prefill_tokens: int = dataclasses.field(repr=False)
+    max_prefill_rows: int | None = dataclasses.field(repr=False)
+    max_queued: int | None = dataclasses.field(repr=False)
+    overlap: bool = dataclasses.field(repr=False)
+    precompile: bool = dataclasses.field(repr=False)
+    max_total_tokens: int | None = dataclasses.field(repr=False)
+    mem_fraction: float | None = dataclasses.field(repr=False)
     log_interval: int = dataclasses.field(repr=False)
-    """Decode steps from one line of the log to the next. What concerns the host only is outside the
-    repr, which names programs."""
+    """Decode steps from one line of the log to the next."""
     policy: Policy = dataclasses.field(repr=False)
     pace: Pace | None = dataclasses.field(repr=False)
     """None: prefill goes first, in whole prompts."""

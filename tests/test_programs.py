@@ -295,7 +295,9 @@ def test_a_second_start_loads_its_programs(tiny_models, monkeypatch, tmp_path, c
     assert (compiled, loaded) == (2, 0)
     assert len(list(tmp_path.iterdir())) == 2
     assert generated(folder, caplog) == (first, 0, 2)
-    # other sizes, and other code, are other programs
+    # what the scheduler alone looks at makes no other programs; other sizes and other code do
+    same = {"schedule_policy": "lpm", "max_prefill_tokens": 64, "disable_radix_cache": True}
+    assert generated(folder, caplog, **same) == (first, 0, 2)
     assert generated(folder, caplog, max_total_tokens=512)[1:] == (2, 0)
     monkeypatch.setattr("jaxserve.step.stored._sources", lambda: "changed")
     assert generated(folder, caplog) == (first, 2, 0)
