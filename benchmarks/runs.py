@@ -66,9 +66,16 @@ class Benchmark:
 
 
 def variant(options: Mapping[str, Any]) -> list[str]:
-    """What makes an engine with `options` compute another way: how it is quantized."""
+    """What makes an engine with `options` compute something else: how it is quantized, what it does
+    without, what it promises."""
     weights, pages = options.get("quantization"), options.get("kv_cache_dtype", "auto")
-    return [*([weights] if weights else []), *([f"kv-{pages}"] if pages != "auto" else [])]
+    found = {
+        weights: weights,
+        f"kv-{pages}": pages != "auto",
+        "no-radix": options.get("disable_radix_cache"),
+        "deterministic": options.get("enable_deterministic_inference"),
+    }
+    return [name for name, given in found.items() if name and given]
 
 
 def run(
