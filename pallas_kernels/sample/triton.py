@@ -15,6 +15,7 @@ A tile [2, lanes] is two runs of tokens, HALF apart: a threefry call serves such
         rows with penalties or biases: logits -> changed, in memory; barrier
         tile: logits -> clean -> x = scaled -> running max, sum of exp(x - max)       (registers)
               x + noise -> best score and its token, in tiles that may have a better one
+        (greedy rows that report nothing: the best of each lane, and of these the best at the end)
         rows that report them: the `num_top` best tokens, each by one more walk (L1 hits)
         results of the chunk --> memory, barrier, lock += 1; the last of a row begins its search
 
