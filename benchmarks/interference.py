@@ -32,8 +32,8 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 def tokens(model: str, count: int, seed: str) -> list[int]:
     """Random ids, others for each seed."""
-    draw = random.Random(seed)
-    return [draw.randrange(10, workloads.SHAPES[model]["vocab_size"] - 300) for _ in range(count)]
+    vocab = workloads.SHAPES[model]["vocab_size"]
+    return workloads.random_ids(random.Random(seed), vocab, count)
 
 
 def gaps(times: Sequence[float], since: float, until: float) -> list[float]:

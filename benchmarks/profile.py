@@ -103,9 +103,10 @@ def main() -> None:
     def requests(seed: int) -> list[tuple[list[int], int]]:
         draw = random.Random(seed)
         vocab = workloads.SHAPES[options.model]["vocab_size"]
-        prompt = [[draw.randrange(10, vocab - 300) for _ in range(options.context)]
-                  for _ in range(options.rows)]  # fmt: skip
-        return [(ids, options.steps) for ids in prompt]
+        return [
+            (workloads.random_ids(draw, vocab, options.context), options.steps)
+            for _ in range(options.rows)
+        ]
 
     with tempfile.TemporaryDirectory() as folder:
         with dummy_engine(options.model, options.engine) as (engine, _):

@@ -103,6 +103,11 @@ def sampling(case: str) -> dict[str, Any]:
     return {"temperature": 0.8, "top_p": 0.95} if case.endswith("_s") else {"temperature": 0}
 
 
+def random_ids(draw: random.Random, vocab_size: int, count: int) -> list[int]:
+    """Token ids without the special ones at either end of a vocabulary."""
+    return [draw.randrange(10, vocab_size - 300) for _ in range(count)]
+
+
 def requests(
     case: str, vocab_size: int, seed: int = 0, scale: float = 1.0
 ) -> list[tuple[list[int], int]]:
@@ -118,7 +123,7 @@ def requests(
     base = case.removesuffix("_s")
 
     def tokens(count: int) -> list[int]:
-        return [draw.randrange(10, vocab_size - 300) for _ in range(count)]
+        return random_ids(draw, vocab_size, count)
 
     def scaled(count: int) -> int:
         return max(1, round(count * scale))

@@ -336,12 +336,12 @@ class EngineLoop:
         self._runner.close()
 
     def _host_stats(self) -> dict[str, int]:
-        host = self._host
+        host = HostPages(0, 0) if self._host is None else self._host
         return {
-            "num_host_pages": 0 if host is None else host.num_blocks * host.width,
-            "num_used_host_pages": 0 if host is None else len(host),
-            "pages_moved_out": 0 if host is None else host.moved_out,
-            "pages_moved_in": 0 if host is None else host.moved_in,
+            "num_host_pages": host.num_blocks * host.width,
+            "num_used_host_pages": len(host),
+            "pages_moved_out": host.moved_out,
+            "pages_moved_in": host.moved_in,
         }
 
     def _collect_stats(self) -> dict[str, Any]:

@@ -1,10 +1,17 @@
-"""Random prompts, and what comes of them."""
+"""Random prompts, an engine for them, and what comes of them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+SMALL = {
+    "skip_tokenizer_init": True, "context_length": 512, "max_running_requests": 8,
+    "chunked_prefill_size": 128, "dtype": "float32", "precompile": False, "page_size": 16,
+}  # fmt: skip
+"""Options of an engine for tiny checkpoints."""
+GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 
 
 def text(seed: int, length: int) -> list[int]:

@@ -16,16 +16,11 @@ from jaxserve.cache.keys import chain, namespace_key
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import PrefixCache
 from jaxserve.cache.radix import RadixTree
-from tests.prompts import ids, text
+from tests.prompts import GREEDY, SMALL, ids, text
 
 pytestmark = pytest.mark.usefixtures("exact_products")
-OPTIONS = {
-    "skip_tokenizer_init": True, "context_length": 512, "max_running_requests": 8,
-    "chunked_prefill_size": 128, "max_total_tokens": 640, "dtype": "float32",
-    "precompile": False, "page_size": 16,
-}  # fmt: skip
+OPTIONS = {**SMALL, "max_total_tokens": 640}
 TIER = {**OPTIONS, "enable_hierarchical_cache": True, "hicache_ratio": 8.0}
-GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "sampling_seed": 5, "max_new_tokens": 24, "ignore_eos": True}
 
 

@@ -21,6 +21,7 @@ from tests.kernels.support import (
     fresh_seed,
     implementation,
     interprets_mosaic,
+    large_queries,
     module,
     nan_keys_are_meant,
     needs_gpu,
@@ -127,12 +128,6 @@ def test_xla_block_sizes(block):
 )
 def test_triton_interpreted(case, dtype, splits):
     check(EDGES[case], "triton", dtype, interpret=True, block=32, splits=splits)
-
-
-def large_queries(arrays):
-    """Above 65504 before the scale, below after it."""
-    q, *others = arrays
-    return ((q.astype(np.float32) * 6e4).astype(q.dtype), *others)
 
 
 def huge_queries(arrays):

@@ -22,6 +22,7 @@ from tests.kernels.support import (
     fresh_seed,
     implementation,
     interprets_mosaic,
+    large_queries,
     nan_keys_are_meant,
     needs_gpu,
     one_key_wins,
@@ -113,12 +114,6 @@ def test_xla_block_sizes(tile, block):
 )
 def test_triton_interpreted(case, dtype):
     check(EDGES[case], "triton", dtype, interpret=True, rows=32, block=32)
-
-
-def large_queries(arrays):
-    """Above 65504 before the scale, below after it."""
-    q, *others = arrays
-    return ((q.astype(np.float32) * 6e4).astype(q.dtype), *others)
 
 
 def huge_queries(arrays):

@@ -10,15 +10,10 @@ import threading
 import pytest
 
 import jaxserve
-from tests.prompts import ids, text
+from tests.prompts import GREEDY, SMALL, ids, text
 
 pytestmark = pytest.mark.usefixtures("exact_products")
-OPTIONS = {
-    "skip_tokenizer_init": True, "context_length": 512, "max_running_requests": 8,
-    "chunked_prefill_size": 128, "max_total_tokens": 4096, "dtype": "float32",
-    "precompile": False, "page_size": 16,
-}  # fmt: skip
-GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+OPTIONS = {**SMALL, "max_total_tokens": 4096}
 SEEDED = {
     "temperature": 0.9, "top_p": 0.9, "sampling_seed": 5, "max_new_tokens": 24, "ignore_eos": True
 }  # fmt: skip

@@ -62,41 +62,39 @@ class ExtendLayout:
     def _row_width(self) -> int:
         return len(ROW_FIELDS) + self.table_width + NUM_INTS + NUM_FLOATS
 
-    def rows_of(self, packed: Any) -> Any:
-        """The view [B, fields, table, ints and floats of a row] into `packed` [size]."""
-        return packed[self.tokens :].reshape(self.rows, self._row_width)
+    def rows_of(self, packed: Any) -> tuple[Any, Any, Any, Any]:
+        """Views into `packed` [size], by row: ROW_FIELDS, page table, ints, floats. Of a NumPy
+        vector to fill it, of a traced one to read it."""
+        rows = packed[self.tokens :].reshape(self.rows, self._row_width)
+        table_from = len(ROW_FIELDS)
+        ints_from = table_from + self.table_width
+        floats_from = ints_from + NUM_INTS
+        return (
+            rows[:, :table_from], rows[:, table_from:ints_from], rows[:, ints_from:floats_from],
+            rows[:, floats_from:].view(np.float32),
+        )  # fmt: skip
 
     def unpack(self, packed: Any) -> ExtendArrays:
-        """Views into `packed` [size]: of a NumPy vector to fill it, of a traced one to read it."""
-        rows = self.rows_of(packed)
-        fields = len(ROW_FIELDS)
-        ints_from = fields + self.table_width
-        floats_from = ints_from + NUM_INTS
+        """Views into `packed` [size], by name."""
+        fields, page_table, ints, floats = self.rows_of(packed)
+        columns = (fields[:, i] for i in range(len(ROW_FIELDS)))
         return ExtendArrays(
-            packed[: self.tokens],
-            *(rows[:, i] for i in range(fields)),
-            page_table=rows[:, fields:ints_from],
-            ints=rows[:, ints_from:floats_from],
-            floats=rows[:, floats_from:].view(np.float32),
+            packed[: self.tokens], *columns, page_table=page_table, ints=ints, floats=floats
         )
 
 
 def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> np.ndarray:
     """The packed vector of a batch."""
     packed = np.zeros(layout.size, np.int32)
-    rows = layout.rows_of(packed)
-    fields = len(ROW_FIELDS)
-    ints_from = fields + layout.table_width
-    floats = rows[:, ints_from + NUM_INTS :].view(np.float32)
+    fields, page_table, ints, floats = layout.rows_of(packed)
     padding = len(batch.rows)
-    rows[padding:, :fields] = (padding_slot, layout.tokens, 0, 0, 0, -1, 0, -1, 0, 0)
-    rows[padding:, ints_from] = 1
+    fields[padding:] = (padding_slot, layout.tokens, 0, 0, 0, -1, 0, -1, 0, 0)
+    ints[padding:, 0] = 1
     floats[padding:] = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     last_rows = []
     for i, row in enumerate(batch.rows):
         sequence, start, at = row.sequence, row.start, row.packed_start
         request, length = sequence.request, row.stop - start
-        out = rows[i]
         last_rows.append(at + length - 1)
         sample_at = next_token = -1
         wanted = False
@@ -112,12 +110,12 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
             else:
                 next_token = sequence.tokens(row.stop, row.stop + 1)[0]
         # One assignment a row, in the order of ROW_FIELDS: each has its price.
-        out[:fields] = (
+        fields[i] = (
             sequence.slot, at, length, start, row.stop, sample_at, row.fresh, next_token, wanted,
             row.carried,
         )  # fmt: skip
-        out[fields : fields + len(sequence.pages)] = sequence.pages
-        out[ints_from : ints_from + NUM_INTS] = row_ints(sequence)
+        page_table[i, : len(sequence.pages)] = sequence.pages
+        ints[i] = row_ints(sequence)
         floats[i] = row_floats(request)
     return packed
 

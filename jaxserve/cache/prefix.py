@@ -94,9 +94,8 @@ class PrefixCache:
 
     def find_on_host(self, lease: Lease, tokens: bytes, most: int, unit: int = 1) -> list[Place]:
         """The pages of `tokens` behind the leased prefix that host memory has, at most `most` and a
-        multiple of `unit`: `load` them before the next step."""
-        if self.host is None:
-            return []
+        multiple of `unit`: `load` them before the next step. With a host tier only."""
+        assert self.host is not None
         rest = tokens[lease.count * self._page_bytes :]
         if len(rest) < self._page_bytes or not most:
             return []
@@ -106,8 +105,8 @@ class PrefixCache:
 
     def load(self, places: Sequence[Place], pages: Sequence[int]) -> None:
         """Copy pages found on the host into as many newly allocated ones."""
-        if self.host is not None:
-            self.host.load(places, pages)
+        assert self.host is not None
+        self.host.load(places, pages)
 
     def used(self, lease: Lease) -> None:
         """The leased prefix is going to be read: that is what eviction goes by."""

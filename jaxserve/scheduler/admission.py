@@ -70,7 +70,8 @@ class Admission:
             unit = self._unit // self._page_size
             found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own, unit)
         new = self._pages.allocate(own)
-        self._pages.load(found, new[: len(found)])
+        if found:
+            self._pages.load(found, new[: len(found)])
         sequence.lease, sequence.dropped = lease, 0
         sequence.reused = (len(shared) + len(found)) * self._page_size
         self._take_slot(sequence, sequence.reused, len(found) * self._page_size)

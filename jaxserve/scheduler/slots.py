@@ -93,8 +93,7 @@ class Slots:
 
     def take(self, request: Request) -> int:
         """A free slot for `request`, which has cached nothing yet."""
-        slot = self._free.pop()
-        self.kv_len[slot] = self.capacity[slot] = 0
+        slot = self._free.pop()  # its numbers are 0
         self.scheduled[slot] = self.produced[slot] = self.kept(request)
         self.limit[slot] = max(request.max_new_tokens, 1)
         stops = sorted(request.stop_ids)

@@ -108,8 +108,11 @@ class Runner:
     @functools.cached_property
     def _block_pages(self) -> int:
         """Pages of one copy to the host."""
-        page = page_bytes(self.model_config, self.config.page_size, self.cache_dtype)
-        return pages_per_block(page, self.num_pages)
+        return pages_per_block(self._page_bytes, self.num_pages)
+
+    @property
+    def _page_bytes(self) -> int:
+        return page_bytes(self.model_config, self.config.page_size, self.cache_dtype)
 
     @property
     def _block_shape(self) -> tuple[int, ...]:
@@ -120,11 +123,8 @@ class Runner:
         option = self.config.host
         if option is None:
             return None
-        page = page_bytes(self.model_config, self.config.page_size, self.cache_dtype)
-        num_bytes = option.num_bytes(self.num_pages * page)
-        return HostPool(
-            self._device, self._block_shape, self.cache_dtype, num_bytes, option.name
-        )  # fmt: skip
+        num_bytes = option.num_bytes(self.num_pages * self._page_bytes)
+        return HostPool(self._device, self._block_shape, self.cache_dtype, num_bytes, option.name)
 
     def reset(self) -> None:
         """A fresh cache and state: at the start, and after a failure on the device."""
@@ -168,8 +168,7 @@ class Runner:
         """
         buckets, threads = self.config.buckets, os.cpu_count() or 1
         self.programs.build(self._extend_keys, threads)
-        keys: list[ProgramKey] = list(self._extend_keys)
-        keys += [(kind, b) for kind in self._decode_kinds for b in reversed(buckets.decode)]
+        keys = [(kind, b) for kind in self._decode_kinds for b in reversed(buckets.decode)]
         keys += [("input_logprobs", t) for t in reversed(buckets.extend)]
         keys += [("copy_pages", COPY_WIDTH), ("install_sparse", 0)]
         if self.host is not None:
@@ -341,9 +340,8 @@ class Runner:
 
     def copy(self, copies: Copies) -> None:
         """Queue copies of pages to the host and back, before the next step: the device reads what
-        is evicted before anybody writes there."""
-        if self.host is None:
-            return
+        is evicted before anybody writes there. With a host tier only."""
+        assert self.host is not None
         for block, evicted in copies.out:
             pages = np.zeros(self._block_pages, np.int32)
             pages[: len(evicted)] = evicted

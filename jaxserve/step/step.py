@@ -236,9 +236,7 @@ def gather_pages(num_layers: int, cache: Cache, pages: jax.Array) -> jax.Array:
     return jnp.stack([cache.k[rows], cache.v[rows]])
 
 
-def scatter_pages(
-    num_layers: int, cache: Cache, pages: jax.Array, content: jax.Array
-) -> Cache:  # fmt: skip
+def scatter_pages(num_layers: int, cache: Cache, pages: jax.Array, content: jax.Array) -> Cache:
     """Write `content` [2, L, C, S, K, H] into `pages` [C] int32; those past a layer's end are
     dropped."""
     rows = in_all_layers(num_layers, cache, pages)

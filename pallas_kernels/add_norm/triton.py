@@ -48,9 +48,7 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     return dataclasses.replace(base, **tuned(device, "add_norm", "triton", features))
 
 
-def _kernel(
-    x_ref, y_ref, norm_ref, total_ref, normed_ref, *, rows, width, eps
-):  # fmt: skip
+def _kernel(x_ref, y_ref, norm_ref, total_ref, normed_ref, *, rows, width, eps):
     tokens, size = x_ref.shape
     row_ids = pl.program_id(0) * rows + jnp.arange(rows, dtype=jnp.int32)
     columns = jnp.arange(width, dtype=jnp.int32)

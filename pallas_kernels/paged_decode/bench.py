@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
+from pallas_kernels.paged_features import paged_features
 
 MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
 # (rows, context) for each model; those of a few rows also with locks, in one launch
@@ -24,11 +25,13 @@ def problem(
     kv_dtype: Any = None,
 ) -> Problem:  # fmt: skip
     """kv_dtype: of the pages, as dtype if None."""
-    pages, kv_dtype = pool_tokens // page_size, kv_dtype or dtype
+    pages = pool_tokens // page_size
+    queries = jax.ShapeDtypeStruct((rows, heads, head_dim), dtype)
+    pool = jax.ShapeDtypeStruct((pages, page_size, kv_heads, head_dim), kv_dtype or dtype)
 
     def build(key):
         keys = jax.random.split(key, 3)
-        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), kv_dtype)
+        pools = random_pools(keys[0], pool.shape, pool.dtype)
         tables = rotating_tables(
             keys[1], calls=calls, rows=rows, live=-(-context // page_size), width=width, pages=pages
         )
@@ -42,15 +45,10 @@ def problem(
         out = run(q, k_pages, v_pages, table, lengths, *locks, scale=head_dim**-0.5)
         return out if locked else (out,)
 
-    kv_itemsize = jnp.dtype(kv_dtype).itemsize
     return Problem(
         name=name,
-        features={
-            "batch": rows, "kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim,
-            "page_size": page_size, "itemsize": jnp.dtype(dtype).itemsize,
-            "kv_itemsize": kv_itemsize,
-        },
-        bytes=2.0 * rows * context * kv_heads * head_dim * kv_itemsize,
+        features={"batch": rows, **paged_features(queries, pool)},
+        bytes=2.0 * rows * context * kv_heads * head_dim * pool.dtype.itemsize,
         flops=4.0 * rows * context * heads * head_dim,
         calls=calls,
         build=build,

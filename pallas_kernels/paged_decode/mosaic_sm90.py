@@ -44,6 +44,7 @@ from pallas_kernels.mosaic_ops import (
     zero_outside,
 )
 from pallas_kernels.paged_decode.splits import choose_splits
+from pallas_kernels.paged_features import paged_features
 from pallas_kernels.softmax import LOG2E, NEG, TINY
 from pallas_kernels.tuning import tuned
 
@@ -88,11 +89,7 @@ def paged_decode(
     dtype = q.dtype
     device = current_device()
     if sizes is None:
-        features = {
-            "batch": batch, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
-            "page_size": page_size, "itemsize": dtype.itemsize,
-            "kv_itemsize": k_pages.dtype.itemsize,
-        }  # fmt: skip
+        features = {"batch": batch, **paged_features(q, k_pages)}
         sizes = default_sizes(device, features)
     block, stages = sizes.block, sizes.stages
     check_case(dtype, k_pages.dtype, page_size, head_dim, block)

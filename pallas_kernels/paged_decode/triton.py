@@ -38,6 +38,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.paged_decode.splits import choose_splits
+from pallas_kernels.paged_features import paged_features
 from pallas_kernels.softmax import NEG, TINY
 from pallas_kernels.triton_ops import (
     base2_scores,
@@ -285,11 +286,7 @@ def paged_decode(
     check_pages(k_pages)
     device = current_device()
     if sizes is None:
-        features = {
-            "batch": batch, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
-            "page_size": page_size, "itemsize": q.dtype.itemsize,
-            "kv_itemsize": k_pages.dtype.itemsize,
-        }  # fmt: skip
+        features = {"batch": batch, **paged_features(q, k_pages)}
         sizes = default_sizes(device, features)
     tiles = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
     splits = sizes.splits or choose_splits(batch * kv_heads, tiles, device.cores)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
+from pallas_kernels.paged_features import paged_features
 
 MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
 # (model, sequences, new tokens each, prefix of each)
@@ -26,12 +27,13 @@ def problem(
     kv_dtype: Any = None,
 ) -> Problem:  # fmt: skip
     """kv_dtype: of the pages, as dtype if None."""
-    pages, kv_dtype = pool_tokens // page_size, kv_dtype or dtype
-    tokens = rows * new
+    pages, tokens = pool_tokens // page_size, rows * new
+    queries = jax.ShapeDtypeStruct((tokens, heads, head_dim), dtype)
+    pool = jax.ShapeDtypeStruct((pages, page_size, kv_heads, head_dim), kv_dtype or dtype)
 
     def build(key):
         keys = jax.random.split(key, 3)
-        pools = random_pools(keys[0], (pages, page_size, kv_heads, head_dim), kv_dtype)
+        pools = random_pools(keys[0], pool.shape, pool.dtype)
         live = -(-(new + prefix) // page_size)
         tables = rotating_tables(
             keys[1], calls=calls, rows=rows, live=live, width=width, pages=pages
@@ -49,17 +51,12 @@ def problem(
         scale = head_dim**-0.5
         return run(q, k_pages, v_pages, table, starts, lens, prefixes, scale=scale)
 
-    itemsize, kv_itemsize = jnp.dtype(dtype).itemsize, jnp.dtype(kv_dtype).itemsize
     pairs = new * prefix + new * (new + 1) / 2  # (query, key) pairs of a sequence
-    kv_bytes = 2.0 * rows * (new + prefix) * kv_heads * head_dim * kv_itemsize
+    kv_bytes = 2.0 * rows * (new + prefix) * kv_heads * head_dim * pool.dtype.itemsize
     return Problem(
         name=name,
-        features={
-            "tokens": tokens, "kv_heads": kv_heads, "group": heads // kv_heads,
-            "head_dim": head_dim, "page_size": page_size, "itemsize": itemsize,
-            "kv_itemsize": kv_itemsize,
-        },
-        bytes=kv_bytes + 2.0 * tokens * heads * head_dim * itemsize,
+        features={"tokens": tokens, **paged_features(queries, pool)},
+        bytes=kv_bytes + 2.0 * tokens * heads * head_dim * queries.dtype.itemsize,
         flops=4.0 * rows * heads * head_dim * pairs,
         calls=calls,
         build=build,

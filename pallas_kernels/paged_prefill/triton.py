@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
+from pallas_kernels.paged_features import paged_features
 from pallas_kernels.paged_prefill.plan import FIXED_TILE, plan_tiles
 from pallas_kernels.softmax import NEG, TINY
 from pallas_kernels.triton_ops import (
@@ -169,17 +170,13 @@ def paged_prefill(
 ) -> jax.Array:
     """See pallas_kernels.paged_prefill. interpret: run on any backend, slowly."""
     tokens, heads, head_dim = q.shape
-    page_size, kv_heads = k_pages.shape[1:3]
+    kv_heads = k_pages.shape[2]
     group = heads // kv_heads
     if head_dim > 256:
         raise NotImplementedError(f"head dim {head_dim} is above 256")
     check_pages(k_pages)
     if sizes is None:
-        features = {
-            "tokens": tokens, "kv_heads": kv_heads, "group": group, "head_dim": head_dim,
-            "page_size": page_size, "itemsize": q.dtype.itemsize,
-            "kv_itemsize": k_pages.dtype.itemsize,
-        }  # fmt: skip
+        features = {"tokens": tokens, **paged_features(q, k_pages)}
         sizes = default_sizes(current_device(), features)
     if group > sizes.rows:
         raise NotImplementedError(f"{group} query heads a KV head do not fit {sizes.rows} rows")

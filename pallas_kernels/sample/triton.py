@@ -195,7 +195,7 @@ def _draw_kernel(
             def look(i, carry):
                 most, where = carry
                 ids = token_ids(i, lanes)
-                x = jnp.where(ids < logits.shape[1], load_tile(logits, b, ids, inverse)[0], NONE)
+                _, x = load_tile(logits, b, ids, inverse)
                 return jnp.maximum(most, x), jnp.where(x > most, ids, where)
 
             start = jnp.full((2, lanes), NONE), jnp.full((2, lanes), NO_ID, jnp.int32)
