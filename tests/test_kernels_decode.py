@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, paged_decode
-from pallas_kernels.paged_decode import cases
+from pallas_kernels.paged_decode import cases, mosaic_cluster
 from pallas_kernels.paged_decode.splits import choose_splits
 from tests.kernels.support import (
     FP8_TOLERANCE,
@@ -193,16 +193,16 @@ def test_locks_come_back_from_the_public_function():
     assert not np.asarray(locks).any()
 
 
-@pytest.mark.parametrize("name", ["xla", "triton", "mosaic_sm90"])
+@pytest.mark.parametrize("name", ["xla", "triton", "mosaic_sm90", "mosaic_cluster"])
 def test_locks_lower_and_come_back(name):
     pages = ((64, 64, 2, 64), jnp.bfloat16)
     shapes = compat.shape_list(
-        [((2, 4, 64), jnp.bfloat16), pages, pages, ((2, 32), jnp.int32), ((2,), jnp.int32),
+        [((4, 4, 64), jnp.bfloat16), pages, pages, ((4, 32), jnp.int32), ((4,), jnp.int32),
          ((8,), jnp.int32)]
     )  # fmt: skip
     run = functools.partial(implementation("paged_decode", name, interpret=False), scale=0.1)
     out, locks = jax.eval_shape(run, *shapes)
-    assert out.shape == (2, 4, 64) and (locks.shape, locks.dtype) == ((8,), jnp.int32)
+    assert out.shape == (4, 4, 64) and (locks.shape, locks.dtype) == ((8,), jnp.int32)
     text = compat.lower_for_cuda(run, *shapes)
     assert ("output_operand_aliases" in text) == (name == "triton")
 
@@ -229,6 +229,37 @@ def test_mosaic_interpreted(case, dtype, splits, block):
     check(EDGES[case], "mosaic_sm90", dtype, interpret=True, splits=splits, block=block)
 
 
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@interprets_mosaic
+@nan_keys_are_meant
+@pytest.mark.parametrize(
+    ("case", "dtype", "splits", "stages"),
+    [
+        ("one head a group", "bfloat16", 2, 4),
+        ("qwen-0.5b", "bfloat16", 8, 2),
+        ("group of 8", "float16", 2, 2),
+        ("page boundaries", "bfloat16", 2, 2),
+        ("long", "bfloat16", 2, 1),
+        ("long window", "bfloat16", 2, 1),
+        ("wide table", "bfloat16", 4, 2),
+        ("all empty", "bfloat16", 4, 2),
+        ("soft cap window", "bfloat16", 4, 1),
+        ("fp8", "bfloat16", 2, 2),
+        ("head dim 80", "bfloat16", 2, 2),
+        ("smollm", "float32", 2, 2),
+    ],
+)
+def test_cluster_interpreted(case, dtype, splits, stages):
+    """All but the exchange between the blocks, which the interpreter lacks. Blocks of the long
+    rows refill their ring."""
+    long = {
+        "long": cases.Case("long", 4, 2, 64, 32, (330, 100)),
+        "long window": cases.Case("long window", 7, 1, 64, 64, (500, 70), window=400),
+    }
+    case = long.get(case) or EDGES[case]
+    check(case, "mosaic_cluster", dtype, interpret=True, splits=splits, stages=stages)
+
+
 MODELS = {
     "llama-3.1-8b": (32, 8, 128, 64),
     "qwen2.5-0.5b": (14, 2, 64, 64),
@@ -250,6 +281,42 @@ def test_lowers_for_cuda(name, model, batch, window):
     run = implementation("paged_decode", name, interpret=False)
     text = compat.lower_for_cuda(functools.partial(run, scale=0.1, window=window), *shapes)
     assert (name == "xla") != ("custom_call" in text)
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+@pytest.mark.parametrize(("batch", "block"), [(1, 64), (1, 128), (8, 64)])
+@pytest.mark.parametrize("model", MODELS)
+def test_clusters_lower_for_cuda(model, batch, block, window):
+    heads, kv_heads, head_dim, page_size = MODELS[model]
+    pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
+    shapes = compat.shape_list(
+        [((batch, heads, head_dim), jnp.bfloat16), pages, pages,
+         ((batch, 512), jnp.int32), ((batch,), jnp.int32)]
+    )  # fmt: skip
+    sizes = {"block": block, "stages": 2, "splits": 4}
+    run = implementation("paged_decode", "mosaic_cluster", interpret=False, **sizes)
+    text = compat.lower_for_cuda(functools.partial(run, scale=0.1, window=window), *shapes)
+    assert "custom_call" in text and "pad" not in text, "one kernel, and q as it is"
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "width", "message"),
+    [
+        (64, 4, 64, "128 programs of at most 64 tiles"),
+        (4, 4, 1, "8 programs of at most 1 tiles"),
+        (1, 4, 64, "2 clusters of 8 blocks leave most of 132"),
+        (1, 18, 64, "9 query heads"),
+    ],
+)
+def test_clusters_refuse_what_needs_no_splits(batch, heads, width, message):
+    pages = ((64, 64, 2, 64), jnp.bfloat16)
+    shapes = compat.shape_list(
+        [((batch, heads, 64), jnp.bfloat16), pages, pages, ((batch, width), jnp.int32),
+         ((batch,), jnp.int32)]
+    )  # fmt: skip
+    run = implementation("paged_decode", "mosaic_cluster", interpret=False)
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(functools.partial(run, scale=0.1), *shapes)
 
 
 def test_float32_lowers_for_cuda_in_triton_only():
@@ -356,6 +423,42 @@ def test_locks_on_device(case):
 def test_locks_with_many_splits_on_device(splits):
     case = cases.Case("ragged", 32, 8, 128, 64, (4000, 1, 0, 513, 64, 2047), width=128)
     check_locked(case, "bfloat16", calls=50, seed=fresh_seed(), splits=splits)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("splits", [2, 4, 8, 16])
+@pytest.mark.parametrize("case", [*cases.EDGES, *cases.LARGE], **by_name)
+def test_clusters_on_device(case, splits):
+    if splits > case.head_dim // mosaic_cluster.COLUMNS:
+        pytest.skip("a block merges 8 columns or more")
+    check(case, "mosaic_cluster", "bfloat16", seed=fresh_seed(), splits=splits)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("sizes", [(64, 1), (64, 4), (128, 2), (128, 1)])
+def test_sizes_of_clusters_on_device(sizes):
+    block, stages = sizes
+    case = cases.Case("ragged", 14, 2, 64, 64, (4000, 1, 0, 513, 64, 2047), width=128)
+    sized = {"block": block, "stages": stages, "splits": 8}
+    check(case, "mosaic_cluster", "float16", seed=fresh_seed(), **sized)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_clusters_repeat_themselves_on_device(head_dim):
+    """The blocks' shares merge in one order, however they arrive: a share that was read before it
+    arrived, or a block that left too early, shows as another result."""
+    case = cases.Case("ragged", 32, 8, head_dim, 64, (1024, 70, 0, 3001), width=64)
+    arrays = [jnp.asarray(x) for x in case.inputs(fresh_seed(), jnp.bfloat16)]
+    run = implementation("paged_decode", "mosaic_cluster", interpret=False, splits=8)
+    call = jax.jit(functools.partial(run, scale=head_dim**-0.5))
+    first = call(*arrays)
+    assert_close(first, want(*map(np.asarray, arrays)), "bfloat16", TOLERANCE)
+    differing = sum((call(*arrays) != first).sum() for _ in range(300))
+    assert int(differing) == 0
 
 
 @pytest.mark.gpu

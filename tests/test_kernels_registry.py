@@ -27,7 +27,7 @@ B200 = Device("gpu", "NVIDIA B200", (10, 0), 148)
     ("operation", "device", "dtype", "order"),
     [
         ("paged_decode", CPU, np.float32, ("xla",)),
-        ("paged_decode", H100, jnp.bfloat16, ("triton", "mosaic_sm90", "xla")),
+        ("paged_decode", H100, jnp.bfloat16, ("mosaic_cluster", "triton", "mosaic_sm90", "xla")),
         ("paged_decode", H100, np.float32, ("triton", "xla")),
         ("paged_decode", A100, jnp.bfloat16, ("triton", "xla")),
         ("paged_prefill", H100, np.float16, ("mosaic_sm90", "triton", "xla")),
@@ -68,7 +68,8 @@ def test_all_reasons_when_none_fits():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"implementation='cuda'.*triton, mosaic_sm90, xla"):
+    known = "triton, mosaic_sm90, mosaic_cluster, xla"
+    with pytest.raises(ValueError, match=f"implementation='cuda'.*{known}"):
         paged_decode(*arrays(), implementation="cuda")
     with pytest.raises(ValueError, match="implementation=\\(\\)"):
         paged_decode(*arrays(), implementation=())

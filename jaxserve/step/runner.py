@@ -27,6 +27,8 @@ from jaxserve.weights import arrange
 
 phase = jax.profiler.TraceAnnotation
 """Names a phase of the loop in a profiler's trace; costs next to nothing without one."""
+FEW_ROWS = 32
+"""Decode steps of more rows have no Mosaic kernel (by default: another order only takes longer)."""
 COPY_WIDTH = 16
 """Pages copied by one call of the copy program."""
 
@@ -93,8 +95,8 @@ class Runner:
         buckets = self.config.buckets
         largest: list[ProgramKey] = [("extend", buckets.max_tokens)]
         largest += [(kind, buckets.decode[-1]) for kind in self._decode_kinds]
-        first = self._extend_keys + largest[1:] if self.config.precompile else largest
-        self.programs.build(first, threads=os.cpu_count() or 1)
+        first = self._mosaic_keys + largest if self.config.precompile else largest
+        self.programs.build(dict.fromkeys(first), threads=os.cpu_count() or 1)
         others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
         if self.config.host is not None:
             others += 2 * (COPYING_BYTES + BLOCK_BYTES)
@@ -167,7 +169,7 @@ class Runner:
         waits with it (jaxlib 0.11.2). Among programs without, that is at the end.
         """
         buckets, threads = self.config.buckets, os.cpu_count() or 1
-        self.programs.build(self._extend_keys, threads)
+        self.programs.build(self._mosaic_keys, threads)
         keys = [(kind, b) for kind in self._decode_kinds for b in reversed(buckets.decode)]
         keys += [("input_logprobs", t) for t in reversed(buckets.extend)]
         keys += [("copy_pages", COPY_WIDTH), ("install_sparse", 0)]
@@ -176,9 +178,13 @@ class Runner:
         self.programs.precompile(keys, threads)
 
     @property
-    def _extend_keys(self) -> list[ProgramKey]:
-        """Of the extend programs, the largest first."""
-        return [("extend", t) for t in reversed(self.config.buckets.extend)]
+    def _mosaic_keys(self) -> list[ProgramKey]:
+        """Of the programs that may hold Mosaic kernels, the largest first: extend steps, and decode
+        steps of few rows."""
+        extend, decode = self.config.buckets.extend, self.config.buckets.decode
+        few = [b for b in reversed(decode) if b <= FEW_ROWS]
+        keys = [("extend", t) for t in reversed(extend)]
+        return keys + [(kind, b) for kind in self._decode_kinds for b in few]
 
     @property
     def _decode_kinds(self) -> tuple[str, ...]:

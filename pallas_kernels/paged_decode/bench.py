@@ -105,4 +105,10 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
     if implementation == "mosaic_sm90":
         tried = [{"block": 64, "stages": n} for n in (2, 3, 4)] + [{"block": 128, "stages": 2}]
         return tried + [{**tried[0], "splits": n} for n in splits]
+    if implementation == "mosaic_cluster":
+        shapes = [(64, 2), (64, 3), (64, 4), (64, 6), (128, 1), (128, 2), (128, 3)]
+        most = 16 if features["head_dim"] == 128 else 8
+        blocks = [n for n in (2, 4, 8, 16) if n <= most and 16 <= rows * n <= 256]
+        return [{"block": block, "stages": stages, "splits": n} for n in blocks
+                for block, stages in shapes]  # fmt: skip
     return []
