@@ -142,6 +142,7 @@ def run(
             result = machine.describe()
             measured = measure(engine, model, length, streams, repeats)
             found.append({"chunked_prefill_size": way.get("chunked_prefill_size"), **measured})
+            print(json.dumps(found[-1]), flush=True)
     return {
         **result,
         "benchmark": "interference",
@@ -164,7 +165,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     result = run(given.model, given.length, given.streams, given.repeats, given.engine)
-    print(json.dumps(result, indent=1))
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

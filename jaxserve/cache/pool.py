@@ -23,6 +23,9 @@ the pool in every layer (jax 0.10.2; 24 MiB of K take 30 ms to write into, float
 GPU_FRACTION = 0.88
 ALLOCATOR_FRACTION = 0.95
 """Share of a GPU's memory that JAX may take: weights, KV pages and the programs' temporaries."""
+FRAGMENTED = 0.02
+"""Share of what JAX may take that lies in pieces between larger arrays: a program's temporaries are
+one piece. A step of 100,000 tokens (8.9 GiB) beside a pool of all the rest did not fit (H100)."""
 
 
 def cache_dtype(option: str, dtype: jnp.dtype) -> jnp.dtype:
@@ -74,7 +77,8 @@ def count_pages(
         fraction = config.mem_fraction or GPU_FRACTION
         total = limit / max(ALLOCATOR_FRACTION, fraction)  # as api.startup asked JAX to take
         others = max(stats.get("bytes_in_use", 0) - weight_bytes, 0)
-        room = min(total * fraction, limit - program_bytes - others) - weight_bytes
+        left = limit * (1 - FRAGMENTED) - program_bytes - others
+        room = min(total * fraction, left) - weight_bytes
     fits = int(room // each)
     if fits < 1:
         raise InvalidRequestError(

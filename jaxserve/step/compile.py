@@ -77,7 +77,8 @@ class Programs:
         return len(self._compiled)
 
     def memory(self, key: ProgramKey) -> int:
-        """Bytes of temporaries the program needs beside its arguments and results."""
+        """Bytes the program needs beside its arguments: temporaries, and results in other places
+        than those of donated arguments."""
         self.build([key], threads=1)
         return self._memory[key]
 
@@ -117,8 +118,7 @@ class Programs:
                     program = lowered.compile(options)
             finally:
                 self._expected.active = False
-            analysis = program.memory_analysis()
-            self._memory[key] = 0 if analysis is None else int(analysis.temp_size_in_bytes)
+            self._memory[key] = _memory_beside_arguments(program)
             if self._stored is not None and path is not None:
                 self._stored.store(path, program, self._memory[key])
         seconds = time.perf_counter() - started
@@ -137,6 +137,14 @@ class Programs:
         if on_engine and not getattr(self._expected, "active", False):
             self.late_compiles += 1
             logger.warning("unplanned compile on the engine thread: %.2f s", seconds)
+
+
+def _memory_beside_arguments(program: Any) -> int:
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return 0
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(analysis.temp_size_in_bytes + max(results, 0))
 
 
 @contextlib.contextmanager
