@@ -110,7 +110,7 @@ def test_programs_are_traced_in_turn_and_compiled_side_by_side():
 
         return traced, (jax.ShapeDtypeStruct((8,), jnp.float32),), ()
 
-    programs = Programs(builder, jax.devices("cpu")[0])
+    programs = Programs(builder, jax.devices("cpu")[0], lambda rows: {})
     keys = [("scale", n) for n in range(8)]
     assert gc.isenabled()
     programs.build(keys, threads=8)
@@ -342,12 +342,14 @@ def test_programs_that_nobody_uses_are_deleted(tiny_models, monkeypatch, tmp_pat
 
 
 def test_options_of_gpu_programs():
-    """Few rows: XLA may choose its own products. Many: cuBLAS. The deterministic mode: cuBLAS, and
-    nothing is chosen by the clock."""
+    """Few rows: XLA may choose its own products. Many: cuBLAS, of quantized kernels only very many.
+    The deterministic mode: cuBLAS, and nothing is chosen by the clock."""
     assert compat.compiler_options("cpu", 512, deterministic=True) == {}
     own, chosen = "xla_gpu_enable_triton_gemm", "xla_gpu_autotune_level"
     few, many = (compat.compiler_options("gpu", rows) for rows in (8, 256))
     assert own not in few and many[own] is False and chosen not in many
+    assert own not in compat.compiler_options("gpu", 256, quantized=True)
+    assert compat.compiler_options("gpu", 8192, quantized=True)[own] is False
     fixed = compat.compiler_options("gpu", 8, deterministic=True)
     assert (fixed[own], fixed[chosen]) == (False, "0")
     for options in (few, many, fixed):  # names that this XLA does not know are an error

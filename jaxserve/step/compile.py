@@ -7,13 +7,13 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
-from jaxserve.compat import compiler_options, on_backend_compile, without_compilation_cache
+from jaxserve.compat import on_backend_compile, without_compilation_cache
 from jaxserve.step.stored import StoredPrograms
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ ProgramKey = tuple[str, int]
 """(kind, bucket), for example ("decode", 16); of a step, the bucket is the tokens it computes."""
 Builder = Callable[[ProgramKey], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
 """key -> (function, abstract arguments, donated argument numbers)."""
+CompilerOptions = Callable[[int], Mapping[str, str | bool]]
+"""bucket -> XLA's options."""
 
 
 class Programs:
@@ -33,13 +35,12 @@ class Programs:
     """
 
     def __init__(
-        self, builder: Builder, device: Any, stored: StoredPrograms | None = None,
-        deterministic: bool = False,
+        self, builder: Builder, device: Any, options: CompilerOptions,
+        stored: StoredPrograms | None = None,
     ):  # fmt: skip
-        """deterministic: no operation of a program may have a result that depends on timing."""
         self._builder = builder
         self._device = device
-        self._deterministic = deterministic
+        self._options = options
         self._stored = stored
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}
@@ -99,7 +100,7 @@ class Programs:
         started = time.perf_counter()
         function, abstract, donated = self._builder(key)
         name = f"{key[0]}_{key[1]}"
-        options = compiler_options(self._device.platform, key[1], self._deterministic)
+        options = dict(self._options(key[1]))
         path, found = None, None
         if self._stored is not None:
             path = self._stored.path(name, abstract, donated, options)

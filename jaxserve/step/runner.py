@@ -17,6 +17,7 @@ from jaxserve.batch.pack import ExtendLayout
 from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import BLOCK_BYTES, COPYING_BYTES, HostPool, pages_per_block
 from jaxserve.cache.pool import cache_dtype, count_pages, make_cache, page_bytes
+from jaxserve.compat import compiler_options
 from jaxserve.config import EngineConfig
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import step
@@ -70,6 +71,7 @@ class Runner:
         self.model_config = loaded.config
         self.params, self._bind = arrange(loaded.declaration, loaded.params, config.platform)
         self.dtype = loaded.declaration.dtype
+        self._quantized = loaded.declaration.quantization is not None
         self.cache_dtype = cache_dtype(config.kv_cache_dtype, self.dtype)
         self.weight_bytes = sum(p.nbytes for p in self.params)
         self._device = next(iter(self.params[0].devices()))
@@ -197,7 +199,11 @@ class Runner:
             facts = (self.config, self.model_config)
             stored = StoredPrograms(self.config.program_folder, self._device, facts)
             stored.prune()
-        return Programs(self._program, self._device, stored, self.config.deterministic)
+        options = functools.partial(
+            compiler_options, self._device.platform, deterministic=self.config.deterministic,
+            quantized=self._quantized,
+        )  # fmt: skip
+        return Programs(self._program, self._device, options, stored)
 
     def _layout(self, tokens: int) -> ExtendLayout:
         rows = self.config.buckets.extend_rows(tokens)
