@@ -124,7 +124,7 @@ def paged_decode(
     width, pages = page_table.shape[1], block // page_size
     tiles_at_most = pl.cdiv(width * page_size, block)
     programs, cores = batch * kv_heads, device.cores or HOPPER_CORES
-    # one block a multiprocessor where there are enough: twice the programs, half the splits
+    # at most one block a multiprocessor, where choose_splits reckons with two
     splits = sizes.splits or choose_splits(
         2 * programs, min(tiles_at_most, MAX_CLUSTER, head_dim // COLUMNS), cores
     )
