@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import os
 import random
@@ -20,6 +22,8 @@ from jaxserve.errors import InvalidRequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.server_args import ServerArgs
 from jaxserve.step.compile import Programs
+from jaxserve.step.runner import CLUSTER_HEAD_DIM, FEW_HEADS
+from pallas_kernels.paged_decode import mosaic_cluster
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -135,6 +139,19 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         extends = len(engine._loop._runner.config.buckets.extend)
     assert done[:extends] == ["extend"] * extends and "extend" not in done[extends:]
+
+
+@pytest.mark.parametrize(("rows", "kv_heads"), [(1, 4), (8, 8), (9, 8), (16, 8), (33, 2), (34, 2)])
+def test_decode_steps_with_mosaic_kernels_are_those_that_the_runner_thinks(rows, kv_heads):
+    def shape(*sizes, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    queries = shape(rows, 4 * kv_heads, CLUSTER_HEAD_DIM, dtype=jnp.bfloat16)
+    pages = shape(64, 64, kv_heads, CLUSTER_HEAD_DIM, dtype=jnp.bfloat16)
+    arguments = (queries, pages, pages, shape(rows, 128), shape(rows))
+    refuses = pytest.raises(NotImplementedError, match="better left whole")
+    with refuses if rows * kv_heads > FEW_HEADS else contextlib.nullcontext():
+        jax.eval_shape(functools.partial(mosaic_cluster.paged_decode, scale=0.1), *arguments)
 
 
 @pytest.mark.parametrize(

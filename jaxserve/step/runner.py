@@ -28,8 +28,9 @@ from jaxserve.weights import arrange
 
 phase = jax.profiler.TraceAnnotation
 """Names a phase of the loop in a profiler's trace; costs next to nothing without one."""
-FEW_ROWS = 32
-"""Decode steps of more rows have no Mosaic kernel (by default: another order only takes longer)."""
+FEW_HEADS, CLUSTER_HEAD_DIM = 66, 128
+"""Decode steps with at most so many rows x KV heads, of that head dim, have a Mosaic kernel on
+Hopper (paged_decode.mosaic_cluster). Being wrong about it only costs time at the first start."""
 COPY_WIDTH = 16
 """Pages copied by one call of the copy program."""
 
@@ -181,11 +182,12 @@ class Runner:
 
     @property
     def _mosaic_keys(self) -> list[ProgramKey]:
-        """Of the programs that may hold Mosaic kernels, the largest first: extend steps, and decode
-        steps of few rows."""
-        extend, decode = self.config.buckets.extend, self.config.buckets.decode
-        few = [b for b in reversed(decode) if b <= FEW_ROWS]
-        keys = [("extend", t) for t in reversed(extend)]
+        """Of the programs with Mosaic kernels, the largest first: extend steps, and decode steps of
+        few rows."""
+        model, buckets = self.model_config, self.config.buckets
+        most = FEW_HEADS // model.num_kv_heads if model.head_dim == CLUSTER_HEAD_DIM else 0
+        few = [b for b in reversed(buckets.decode) if b <= most]
+        keys = [("extend", t) for t in reversed(buckets.extend)]
         return keys + [(kind, b) for kind in self._decode_kinds for b in few]
 
     @property
