@@ -273,7 +273,7 @@ def _asm(text: str, constraints: str = "", *values: Any) -> None:
 
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"), list(values), text,
-        ",".join([constraints, "~{memory}"] if constraints else ["~{memory}"]),
+        ",".join(filter(None, [constraints, "~{memory}"])),
         has_side_effects=True,
     )  # fmt: skip
 

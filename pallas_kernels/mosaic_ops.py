@@ -146,17 +146,48 @@ def zero_outside(v_tile: Any, first_token: jax.Array, low: Any, high: Any) -> No
         plgpu.commit_smem()
 
 
-def ring(stages: int, block: int, head_dim: int, dtype: Any, pages: int, readers: int) -> list[Any]:
-    """Scratch of the ring: K and V tiles, then the barriers K full, V full, K free, V free."""
+def attend_tile(
+    carry: tuple[jax.Array, jax.Array, jax.Array], q_tile: Any, k_tile: Any, v_tile: Any,
+    k_full: Any, v_full: Any, first_token: jax.Array, lowest: Any, length: jax.Array, *,
+    scale: float, window: int | None, soft_cap: float | None, staging: Any,
+    keys_read: Callable[[], None] = lambda: None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """One row's queries over a tile of its tokens: (top, total, acc) of `start_softmax` and after.
+
+    q_tile [m, H]; k_tile, v_tile [block, H] with their barriers. The tile's tokens count from
+    first_token; those in [lowest, length) are seen, lowest with a window only. keys_read is called
+    when k_tile is no longer needed.
+    """
+    top, total, acc = carry
+    rows, block = q_tile.shape[0], k_tile.shape[0]
+    plgpu.barrier_wait(k_full)
+    scores = scores_of(q_tile, k_tile, rows, block)
+    keys_read()
+    token = first_token + plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=WGMMA)
+    live = token < length
+    if window:
+        live &= token >= lowest
+    weights, top, total, shrink = weigh(
+        scores, top, total, scale=scale, soft_cap=soft_cap, seen=live
+    )
+    acc = acc * spread(shrink, acc.shape)
+    plgpu.barrier_wait(v_full)
+    zero_outside(v_tile, first_token, lowest, length)
+    return top, total, add_values(acc, weights.astype(q_tile.dtype), v_tile, staging)
+
+
+def ring(
+    stages: int, block: int, head_dim: int, dtype: Any, pages: int, readers: int = 0
+) -> list[Any]:
+    """Scratch of the ring: K and V tiles, then the barriers K full, V full and, where a loader
+    waits for `readers`, K free, V free."""
     tile = plgpu.SMEM((stages, block, head_dim), dtype, transforms=TRANSFORMS)
-    return [
-        tile,
-        tile,
-        plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+    barriers = [
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+        for arrivals in (pages, pages, readers, readers)
+        if arrivals
     ]
+    return [tile, tile, *barriers]
 
 
 def load_ring(

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, paged_decode
-from pallas_kernels.paged_decode import cases, mosaic_cluster
-from pallas_kernels.paged_decode.splits import choose_splits
+from pallas_kernels.paged_decode import cases
+from pallas_kernels.paged_decode.splits import choose_splits, most_in_cluster
 from tests.kernels.support import (
     FP8_TOLERANCE,
     ON_GPU,
     TOLERANCE,
     assert_close,
+    decode_shapes,
     faint_keys,
     fresh_seed,
     implementation,
@@ -195,11 +196,7 @@ def test_locks_come_back_from_the_public_function():
 
 @pytest.mark.parametrize("name", ["xla", "triton", "mosaic_sm90", "mosaic_cluster"])
 def test_locks_lower_and_come_back(name):
-    pages = ((64, 64, 2, 64), jnp.bfloat16)
-    shapes = compat.shape_list(
-        [((4, 4, 64), jnp.bfloat16), pages, pages, ((4, 32), jnp.int32), ((4,), jnp.int32),
-         ((8,), jnp.int32)]
-    )  # fmt: skip
+    shapes = decode_shapes(4, 4, (64, 64, 2, 64), 32, locks=8)
     run = functools.partial(implementation("paged_decode", name, interpret=False), scale=0.1)
     out, locks = jax.eval_shape(run, *shapes)
     assert out.shape == (4, 4, 64) and (locks.shape, locks.dtype) == ((8,), jnp.int32)
@@ -273,11 +270,7 @@ MODELS = {
 @pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
 def test_lowers_for_cuda(name, model, batch, window):
     heads, kv_heads, head_dim, page_size = MODELS[model]
-    pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
-    shapes = compat.shape_list(
-        [((batch, heads, head_dim), jnp.bfloat16), pages, pages,
-         ((batch, 128), jnp.int32), ((batch,), jnp.int32)]
-    )  # fmt: skip
+    shapes = decode_shapes(batch, heads, (4096, page_size, kv_heads, head_dim), 128)
     run = implementation("paged_decode", name, interpret=False)
     text = compat.lower_for_cuda(functools.partial(run, scale=0.1, window=window), *shapes)
     assert (name == "xla") != ("custom_call" in text)
@@ -288,11 +281,7 @@ def test_lowers_for_cuda(name, model, batch, window):
 @pytest.mark.parametrize("model", MODELS)
 def test_clusters_lower_for_cuda(model, batch, block, window):
     heads, kv_heads, head_dim, page_size = MODELS[model]
-    pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
-    shapes = compat.shape_list(
-        [((batch, heads, head_dim), jnp.bfloat16), pages, pages,
-         ((batch, 512), jnp.int32), ((batch,), jnp.int32)]
-    )  # fmt: skip
+    shapes = decode_shapes(batch, heads, (4096, page_size, kv_heads, head_dim), 512)
     sizes = {"block": block, "stages": 2, "splits": 4}
     run = implementation("paged_decode", "mosaic_cluster", interpret=False, **sizes)
     text = compat.lower_for_cuda(functools.partial(run, scale=0.1, window=window), *shapes)
@@ -309,21 +298,14 @@ def test_clusters_lower_for_cuda(model, batch, block, window):
     ],
 )
 def test_clusters_refuse_what_needs_no_splits(batch, heads, width, message):
-    pages = ((64, 64, 2, 64), jnp.bfloat16)
-    shapes = compat.shape_list(
-        [((batch, heads, 64), jnp.bfloat16), pages, pages, ((batch, width), jnp.int32),
-         ((batch,), jnp.int32)]
-    )  # fmt: skip
+    shapes = decode_shapes(batch, heads, (64, 64, 2, 64), width)
     run = implementation("paged_decode", "mosaic_cluster", interpret=False)
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(functools.partial(run, scale=0.1), *shapes)
 
 
 def test_float32_lowers_for_cuda_in_triton_only():
-    pages = ((64, 16, 3, 64), jnp.float32)
-    shapes = compat.shape_list(
-        [((4, 9, 64), jnp.float32), pages, pages, ((4, 8), jnp.int32), ((4,), jnp.int32)]
-    )
+    shapes = decode_shapes(4, 9, (64, 16, 3, 64), 8, dtype=jnp.float32)
     triton = implementation("paged_decode", "triton", interpret=False)
     assert "custom_call" in compat.lower_for_cuda(functools.partial(triton, scale=0.1), *shapes)
     mosaic = implementation("paged_decode", "mosaic_sm90", interpret=False)
@@ -335,11 +317,8 @@ def test_float32_lowers_for_cuda_in_triton_only():
 @pytest.mark.parametrize("model", MODELS)
 def test_cap_and_fp8_lower_for_cuda(model, locked):
     heads, kv_heads, head_dim, page_size = MODELS[model]
-    pages = ((4096, page_size, kv_heads, head_dim), jnp.float8_e4m3fn)
-    shapes = compat.shape_list(
-        [((4, heads, head_dim), jnp.bfloat16), pages, pages,
-         ((4, 128), jnp.int32), ((4,), jnp.int32), *([((64,), jnp.int32)] if locked else [])]
-    )  # fmt: skip
+    pages, locks = (4096, page_size, kv_heads, head_dim), 64 if locked else 0
+    shapes = decode_shapes(4, heads, pages, 128, kv_dtype=jnp.float8_e4m3fn, locks=locks)
     triton = implementation("paged_decode", "triton", interpret=False)
     run = functools.partial(triton, scale=0.1, window=300, soft_cap=30.0)
     assert "custom_call" in compat.lower_for_cuda(run, *shapes)
@@ -349,10 +328,7 @@ def test_cap_and_fp8_lower_for_cuda(model, locked):
 
 
 def test_fp8_pages_between_2_and_4_gib_are_refused_by_triton():
-    pages = ((1 << 14, 64, 16, 128), jnp.float8_e4m3fn)
-    shapes = compat.shape_list(
-        [((1, 16, 128), jnp.bfloat16), pages, pages, ((1, 8), jnp.int32), ((1,), jnp.int32)]
-    )
+    shapes = decode_shapes(1, 16, (1 << 14, 64, 16, 128), 8, kv_dtype=jnp.float8_e4m3fn)
     triton = implementation("paged_decode", "triton", interpret=False)
     with pytest.raises(NotImplementedError, match="offsets wrap"):
         jax.eval_shape(functools.partial(triton, scale=0.1), *shapes)
@@ -430,7 +406,7 @@ def test_locks_with_many_splits_on_device(splits):
 @pytest.mark.parametrize("splits", [2, 4, 8, 16])
 @pytest.mark.parametrize("case", [*cases.EDGES, *cases.LARGE], **by_name)
 def test_clusters_on_device(case, splits):
-    splits = min(splits, case.head_dim // mosaic_cluster.COLUMNS)
+    splits = min(splits, most_in_cluster(case.head_dim))
     check(case, "mosaic_cluster", "bfloat16", seed=fresh_seed(), splits=splits)
 
 

@@ -24,6 +24,7 @@ from jaxserve.server_args import ServerArgs
 from jaxserve.step.compile import Programs
 from jaxserve.step.runner import CLUSTER_HEAD_DIM, FEW_HEADS
 from pallas_kernels.paged_decode import mosaic_cluster
+from tests.kernels.support import decode_shapes
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -143,15 +144,10 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
 
 @pytest.mark.parametrize(("rows", "kv_heads"), [(1, 4), (8, 8), (9, 8), (16, 8), (33, 2), (34, 2)])
 def test_decode_steps_with_mosaic_kernels_are_those_that_the_runner_thinks(rows, kv_heads):
-    def shape(*sizes, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    queries = shape(rows, 4 * kv_heads, CLUSTER_HEAD_DIM, dtype=jnp.bfloat16)
-    pages = shape(64, 64, kv_heads, CLUSTER_HEAD_DIM, dtype=jnp.bfloat16)
-    arguments = (queries, pages, pages, shape(rows, 128), shape(rows))
+    shapes = decode_shapes(rows, 4 * kv_heads, (64, 64, kv_heads, CLUSTER_HEAD_DIM), 128)
     refuses = pytest.raises(NotImplementedError, match="better left whole")
     with refuses if rows * kv_heads > FEW_HEADS else contextlib.nullcontext():
-        jax.eval_shape(functools.partial(mosaic_cluster.paged_decode, scale=0.1), *arguments)
+        jax.eval_shape(functools.partial(mosaic_cluster.paged_decode, scale=0.1), *shapes)
 
 
 @pytest.mark.parametrize(

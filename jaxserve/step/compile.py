@@ -7,7 +7,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ ProgramKey = tuple[str, int]
 """(kind, bucket), for example ("decode", 16); of a step, the bucket is the tokens it computes."""
 Builder = Callable[[ProgramKey], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
 """key -> (function, abstract arguments, donated argument numbers)."""
-CompilerOptions = Callable[[int], Mapping[str, str | bool]]
+CompilerOptions = Callable[[int], dict[str, str | bool]]
 """bucket -> XLA's options."""
 
 
@@ -100,7 +100,7 @@ class Programs:
         started = time.perf_counter()
         function, abstract, donated = self._builder(key)
         name = f"{key[0]}_{key[1]}"
-        options = dict(self._options(key[1]))
+        options = self._options(key[1])
         path, found = None, None
         if self._stored is not None:
             path = self._stored.path(name, abstract, donated, options)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
+from pallas_kernels.paged_decode.splits import most_in_cluster
 from pallas_kernels.paged_features import paged_features
 
 MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
@@ -107,7 +108,7 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
         return tried + [{**tried[0], "splits": n} for n in splits]
     if implementation == "mosaic_cluster":
         shapes = [(64, 2), (64, 3), (64, 4), (64, 6), (128, 1), (128, 2), (128, 3)]
-        most = 16 if features["head_dim"] == 128 else 8
+        most = most_in_cluster(features["head_dim"])
         blocks = [n for n in (2, 4, 8, 16) if n <= most and 16 <= rows * n <= 256]
         return [{"block": block, "stages": stages, "splits": n} for n in blocks
                 for block, stages in shapes]  # fmt: skip

@@ -41,32 +41,24 @@ from pallas_kernels.device import Device, current_device
 from pallas_kernels.mosaic_ops import (
     TRANSFORMS,
     TRANSFORMS_F32,
-    WGMMA,
-    add_values,
+    attend_tile,
     ceil_div,
     check_case,
     i32,
     issue_pages,
     plgpu,
-    scores_of,
-    spread,
+    ring,
     start_softmax,
-    weigh,
-    zero_outside,
 )
-from pallas_kernels.paged_decode.splits import HOPPER_CORES, choose_splits
+from pallas_kernels.paged_decode.splits import HOPPER_CORES, choose_splits, most_in_cluster
 from pallas_kernels.paged_features import paged_features
 from pallas_kernels.softmax import NEG, TINY
 from pallas_kernels.tuning import tuned
 
 ROWS = 64
 MAX_GROUP = 8
-MAX_CLUSTER = 16
-"""Blocks of a cluster that Hopper takes; 8 is what every later device takes too."""
 MIN_CLUSTER = 2
 """Where the rows leave multiprocessors for fewer blocks than this, other kernels stay."""
-COLUMNS = 8
-"""Of the head dim, at least as many are merged by a block."""
 RING_BYTES = 92 << 10
 """Two blocks fit a multiprocessor's 227 KiB, with up to 21 for queries and exchange each: else a
 cluster of 16 takes 16 multiprocessors of one GPC, which some GPCs do not have."""
@@ -126,7 +118,7 @@ def paged_decode(
     programs, cores = batch * kv_heads, device.cores or HOPPER_CORES
     # at most one block a multiprocessor, where choose_splits reckons with two
     splits = sizes.splits or choose_splits(
-        2 * programs, min(tiles_at_most, MAX_CLUSTER, head_dim // COLUMNS), cores
+        2 * programs, min(tiles_at_most, most_in_cluster(head_dim)), cores
     )
     if splits < MIN_CLUSTER:
         raise NotImplementedError(
@@ -193,22 +185,13 @@ def paged_decode(
             plgpu.barrier_wait(q_full.at[0])
 
         def step(i, carry):
-            (top, total, acc), following = carry
+            softmax, following = carry
             slot = lax.rem(i, i32(stages))
-            first_token = (first + split + i * splits) * block
-            plgpu.barrier_wait(k_full.at[slot])
-            scores = scores_of(q_tile, k_tiles.at[slot], ROWS, block)
-            token = first_token + plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=WGMMA)
-            live = token < length
-            if window:
-                live &= token >= lowest
-            weights, top, total, shrink = weigh(
-                scores, top, total, scale=scale, soft_cap=soft_cap, seen=live
-            )
-            acc = acc * spread(shrink, acc.shape)
-            plgpu.barrier_wait(v_full.at[slot])
-            zero_outside(v_tiles.at[slot], first_token, lowest, length)
-            acc = add_values(acc, weights.astype(dtype), v_tiles.at[slot], staging)
+            softmax = attend_tile(
+                softmax, q_tile, k_tiles.at[slot], v_tiles.at[slot], k_full.at[slot],
+                v_full.at[slot], (first + split + i * splits) * block, lowest, length, scale=scale,
+                window=window, soft_cap=soft_cap, staging=staging,
+            )  # fmt: skip
             if most > stages:
 
                 @pl.when(i + stages < tiles)
@@ -217,7 +200,7 @@ def paged_decode(
                     issue(i + stages, slot, following)
 
                 following = page_ids(i + stages + 1)
-            return (top, total, acc), following
+            return softmax, following
 
         following = ids[stages] if most > stages else ()
         start = start_softmax(ROWS, head_dim)
@@ -239,11 +222,10 @@ def paged_decode(
     if first_page is None:
         first_page = jnp.zeros(1, jnp.int32)
     grouped = q.reshape(batch, kv_heads, group, head_dim)
-    tile = plgpu.SMEM((stages, block, head_dim), dtype, transforms=TRANSFORMS)
-    full = plgpu.Barrier(num_arrivals=pages, num_barriers=stages)
     scratch: list[Any] = [
-        plgpu.SMEM((ROWS, head_dim), dtype, transforms=TRANSFORMS), tile, tile, full, full
-    ]  # fmt: skip
+        plgpu.SMEM((ROWS, head_dim), dtype, transforms=TRANSFORMS),
+        *ring(stages, block, head_dim, dtype, pages),
+    ]
     options: dict[str, Any] = {}
     if interpret is None:
         out_type = jax.ShapeDtypeStruct(grouped.shape, dtype)

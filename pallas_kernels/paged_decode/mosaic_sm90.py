@@ -28,8 +28,7 @@ from pallas_kernels.device import Device, current_device
 from pallas_kernels.mosaic_ops import (
     TRANSFORMS,
     TRANSFORMS_F32,
-    WGMMA,
-    add_values,
+    attend_tile,
     ceil_div,
     check_case,
     i32,
@@ -37,11 +36,8 @@ from pallas_kernels.mosaic_ops import (
     load_ring,
     plgpu,
     ring,
-    scores_of,
     spread,
     start_softmax,
-    weigh,
-    zero_outside,
 )
 from pallas_kernels.paged_decode.splits import choose_splits
 from pallas_kernels.paged_features import paged_features
@@ -128,27 +124,15 @@ def paged_decode(
             plgpu.barrier_wait(q_full.at[0])
 
             def step(i, carry):
-                top, total, acc = carry
                 slot = lax.rem(i, i32(stages))
-                first_token = (begin + i) * block
-                plgpu.barrier_wait(k_full.at[slot])
-                scores = scores_of(q_tile, k_tiles.at[slot], ROWS, block)
-                plgpu.barrier_arrive(k_free.at[slot])
-                token = first_token + plgpu.broadcasted_iota(
-                    jnp.int32, (ROWS, block), 1, layout=WGMMA
-                )
-                live = token < length
-                if window:
-                    live &= token >= lowest
-                weights, top, total, shrink = weigh(
-                    scores, top, total, scale=scale, soft_cap=soft_cap, seen=live
-                )
-                acc = acc * spread(shrink, acc.shape)
-                plgpu.barrier_wait(v_full.at[slot])
-                zero_outside(v_tiles.at[slot], first_token, lowest, length)
-                acc = add_values(acc, weights.astype(dtype), v_tiles.at[slot], staging)
+                carry = attend_tile(
+                    carry, q_tile, k_tiles.at[slot], v_tiles.at[slot], k_full.at[slot],
+                    v_full.at[slot], (begin + i) * block, lowest, length, scale=scale,
+                    window=window, soft_cap=soft_cap, staging=staging,
+                    keys_read=lambda: plgpu.barrier_arrive(k_free.at[slot]),
+                )  # fmt: skip
                 plgpu.barrier_arrive(v_free.at[slot])
-                return top, total, acc
+                return carry
 
             top, total, acc = lax.fori_loop(0, tiles, step, start_softmax(ROWS, head_dim))
             safe = jnp.maximum(total, TINY)

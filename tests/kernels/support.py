@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,6 +32,19 @@ FP8_TOLERANCE = {**TOLERANCE, "bfloat16": 5e-3}
 # JAX 0.11 says at each lowering that its Triton backend is deprecated; compat.py filters it where
 # the kernel is traced, which a cached trace skips
 quiet = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+
+def decode_shapes(
+    rows: int, heads: int, pages: tuple[int, ...], width: int, *,
+    dtype: Any = jnp.bfloat16, kv_dtype: Any = None, locks: int = 0,
+) -> list[jax.ShapeDtypeStruct]:  # fmt: skip
+    """Arguments of paged_decode, as shapes: q, K and V [P, S, K, H] = pages, table of `width`
+    columns, lengths, locks if any. kv_dtype: of the pages, as dtype if None."""
+    pool = (pages, kv_dtype or dtype)
+    integers = [(rows, width), (rows,), *([(locks,)] if locks else [])]
+    return compat.shape_list(
+        [((rows, heads, pages[-1]), dtype), pool, pool, *((x, jnp.int32) for x in integers)]
+    )
 
 
 def module(operation: str, name: str) -> Any:
