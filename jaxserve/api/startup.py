@@ -101,10 +101,20 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
         compat.enable_compilation_cache(folder)
     if args.device is None:
         return None
+    return jax.sharding.SingleDeviceSharding(_device(args.device))
+
+
+def _device(option: str) -> Any:
+    """The first jax.Device of the first platform in `option` ("cuda", "cuda,cpu") that JAX has."""
+    import jax
+
+    first, *others = option.split(",")
     try:
-        device = jax.devices(args.device)[0]
+        return jax.devices(first)[0]
     except RuntimeError as error:
-        raise InvalidRequestError(
-            f"device={args.device!r} is not available to JAX: {error}"
-        ) from error
-    return jax.sharding.SingleDeviceSharding(device)
+        if not others:
+            raise InvalidRequestError(
+                f"device={option!r} is not available to JAX: {error}"
+            ) from error
+    warnings.warn(f"JAX has no {first} device here: running on {others[0]}", stacklevel=5)
+    return _device(",".join(others))
