@@ -75,8 +75,8 @@ def test_one_answer_with_a_system_message_and_options_of_the_engine(engine, mode
 
 def test_turns_remember_the_ones_before_until_cleared(engine, model):
     """A line that cannot be answered costs that line alone."""
-    lines = ["hello world", "who are you", "x" * 900, "", "/clear", "hello world", "/exit", "no"]
-    done = run(model, *FLAGS, typed="\n".join(lines))
+    lines = ["hello world", "who are you", "x" * 500, "", "/clear", "hello world", "/exit", "no"]
+    done = run(model, *FLAGS, "--context-length", "256", typed="\n".join(lines))
     first, second = conversation(engine, ["hello world", "who are you"])
     shown = done.stdout.replace(jaxserve.terminal.HELP, "(help)")
     assert shown == f"{first}\n{second}\n(help)\n{first}\n"
