@@ -17,7 +17,7 @@ class Engine(jaxserve.engine.Engine):
         given = kwargs.get("server_args")
         if isinstance(given, ServerArgs) and given.device == "cuda":
             given = copy.copy(given)
-            object.__setattr__(given, "device", "cuda,cpu")
+            given.device = "cuda,cpu"
             kwargs["server_args"] = given
         elif kwargs.get("device") == "cuda":
             kwargs["device"] = "cuda,cpu"
