@@ -62,7 +62,9 @@ CHATS = [
 ]
 """One user message each."""
 
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
 NEEDLE = "The pass key is 48213. Remember it. 48213 is the pass key. "
 NEEDLE_CHOICES = ["48213", "71906", "33058", "90247"]
 
