@@ -89,7 +89,8 @@ def main(model: str, scratch: str) -> int:
     theirs, _ = summed(theirs)
     mine, defect = summed(mine)
     apart = np.abs([np.subtract(a.logprobs, b.logprobs) for a, b in zip(theirs, mine, strict=True)])
-    argmax = [a.argmax_logits_eq_gold == b.argmax_logits_eq_gold for a, b in zip(theirs, mine)]
+    greedy = [[response.argmax_logits_eq_gold for response in each] for each in (theirs, mine)]
+    argmax = [a == b for a, b in zip(*greedy, strict=True)]
     same = [a == b for a, b in zip(their_texts, my_texts, strict=True)]
     print(f"\n{'lighteval':<28}{'transformers':>14}{'sglang: ours':>14}")
     print(f"{'accuracy, choices':<28}{accuracy(theirs):>14.4f}{accuracy(mine):>14.4f}")
