@@ -54,7 +54,10 @@ def documents() -> tuple[list[Doc], list[Doc]]:
 
 
 def answers(model: Any) -> tuple[list[ModelResponse], list[str]]:
+    """Without lighteval's cache of answers, which returns none of the texts that have logprobs, and
+    all those of its SGLang model have."""
     choices, texts = documents()
+    model._cache = None
     generated = [response.text[0] for response in model.greedy_until(texts)]
     scored = model.loglikelihood(choices)
     model.cleanup()
@@ -79,12 +82,11 @@ def accuracy(responses: list[ModelResponse]) -> float:
 
 
 def main(model: str, scratch: str) -> int:
+    del scratch
     common = {"model_name": model, "dtype": "float32", "override_chat_template": False}
-    hf = TransformersModelConfig(
-        **common, device="cpu", batch_size=1, max_length=4096, cache_dir=f"{scratch}/hf"
-    )
+    hf = TransformersModelConfig(**common, device="cpu", batch_size=1, max_length=4096)
     theirs, their_texts = answers(TransformersModel(hf))
-    ours = SGLangModelConfig(**common, context_length=4096, cache_dir=f"{scratch}/sglang")
+    ours = SGLangModelConfig(**common, context_length=4096)
     mine, my_texts = answers(SGLangModel(ours))
     theirs, _ = summed(theirs)
     mine, defect = summed(mine)
