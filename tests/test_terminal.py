@@ -189,6 +189,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(engine, long):
             person.wait_for("\n> ")
         person.type("half a line")
         person.wait_for("half a line")
+        time.sleep(1)  # a signal just before Python waits for a key shows at the next key only
         person.type("\x03")
         person.wait_for("\n> ")
         person.type("\x04")
