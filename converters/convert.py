@@ -1,7 +1,7 @@
 """Hugging Face tensors -> our parameters, one at a time, and back.
 
-Host memory: on CPU the parameters themselves plus one source tensor, where the source is not a
-mapped file; elsewhere one source tensor (fusing, transposing and quantizing happen on the device,
+Host memory: on CPU the parameters themselves plus one source tensor, where it is dequantized or
+quantized; elsewhere one source tensor (fusing, transposing and quantizing happen on the device,
 which holds one source tensor beside the parameters).
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,10 @@ import numpy as np
 from jax.sharding import Sharding
 
 from converters import quantize
+from converters.messages import plain, some_of
 from converters.placement import Placement, on_cpu
 from converters.sources import TensorSource
+from converters.stored_array import StoredArray
 from converters.tables import Table, table_for
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.config import ModelConfig
@@ -27,8 +28,6 @@ from jaxserve.models.registry import Declaration
 
 _ALIGNMENT = 64
 """Bytes; XLA on CPU takes over host buffers aligned like this without a copy."""
-_BLOCK = 64
-"""Rows transposed at a time: both sides of the copy stay in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
     present = set(source.names())
     wanted = {part.name for part in parts}
     missing = sorted(wanted - present)
-    unexpected = sorted(name for name in present - wanted if not table.ignores(name))
+    unexpected = sorted(plain(name) for name in present - wanted if not table.ignores(name))
     misshaped = [
         f"{part.name} is {list(source.shape(part.name))}, should be {list(part.shape)}"
         for part in parts
@@ -111,7 +110,7 @@ def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
     problems = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshaped))
     if any(found for _, found in problems):
         lines = [
-            f"{len(found)} {kind}:\n    " + "\n    ".join(found)
+            f"{len(found)} {kind}:\n    " + some_of(found, "\n    ")
             for kind, found in problems
             if found
         ]
@@ -124,12 +123,7 @@ def _fuse_on_host(
     out = aligned_empty(spec.shape, np.dtype(spec.dtype))
     for part in parts:
         columns = out[..., part.start : part.start + part.width]
-        tensor = source.read(part.name)
-        if not part.transpose:
-            columns[...] = tensor
-            continue
-        for row in range(0, part.width, _BLOCK):
-            columns[:, row : row + _BLOCK] = tensor[row : row + _BLOCK].T
+        source.read_into(part.name, columns.T if part.transpose else columns)
     return jax.device_put(out, sharding)
 
 
@@ -177,20 +171,17 @@ def _quantize_on_device(
     return jax.block_until_ready(jax.device_put(kernels[0], sharding)), scales[0]
 
 
-def place_rows(array: np.ndarray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-    """`array`, which has spec's shape and may be a mapped file, on `sharding` in spec's dtype.
+def place_rows(array: StoredArray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    """`array`, which has spec's shape, on `sharding` in spec's dtype.
 
-    Each shard reads its own part of the file only.
+    Each shard reads its own part of the file only. Raises ModelLoadError where that fails.
     """
     dtype = np.dtype(spec.dtype)
-    copy = on_cpu(sharding)
 
     def shard(index: Any) -> np.ndarray:
-        part = array[index]
-        if part.dtype == dtype and not copy:
-            return part  # goes to the device straight from the file's pages
-        out = aligned_empty(part.shape, dtype)
-        out[...] = part
+        sizes = zip(index, array.shape, strict=True)
+        out = aligned_empty(tuple(len(range(*part.indices(n))) for part, n in sizes), dtype)
+        array.read_into(out, index)
         return out
 
     placed = jax.make_array_from_callback(spec.shape, sharding, shard)
