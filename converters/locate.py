@@ -66,7 +66,8 @@ def find_local(
     if not _HUB_ID.fullmatch(model_path) or path.suffix == ".gguf":
         raise ModelLoadError(
             f"model_path={shown(model_path)}: no such file or folder (looked for "
-            f"{plain(str(path.absolute()))}). Give a folder with config.json and *.safetensors, a .gguf file, a folder written by "
+            f"{plain(str(path.absolute()))}). "
+            "Give a folder with config.json and *.safetensors, a .gguf file, a folder written by "
             "`python -m converters`, or a Hugging Face id like 'owner/name'."
         )
     try:
