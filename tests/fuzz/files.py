@@ -34,8 +34,10 @@ LONGEST = 60.0
 """Seconds by the clock. SECONDS counts the process's own time where that is less, so that a busy
 machine is no failure."""
 OPTIONS = {"max_running_requests": 1, "chunked_prefill_size": 64, "max_total_tokens": 128}
-SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "num_hidden_layers": 1, "max_position_embeddings": 128}  # fmt: skip
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_hidden_layers": 1, "max_position_embeddings": 128,
+}  # fmt: skip
 PROMPT, IDS = "The capital of France", [5, 6, 7]
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 

@@ -1,4 +1,4 @@
-"""Model files with one fault, or one harmless change, each: what `python -m tests.fuzz.files` loads.
+"""Model files, each with one fault or one harmless change, for `python -m tests.fuzz.files`.
 
     mutant = mutate(random.Random(7), bases, folder)
 
