@@ -30,7 +30,8 @@ from jaxserve.output.stats import Stats
 from jaxserve.request import Request, Update
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.step.profiler import Profiler
-from jaxserve.step.runner import Runner, StepResult, phase
+from jaxserve.step.result import StepResult
+from jaxserve.step.runner import Runner, phase
 
 if TYPE_CHECKING:
     from jaxserve.api.profile import ProfileSpec
@@ -106,8 +107,8 @@ class EngineLoop:
             config.context_length,
             pool if self._window is None else max(pool, config.context_length),
             config.bias_capacity,
-            config.max_top_logprobs,
-            config.max_logprob_ids,
+            *config.logprob_columns(wide=False),
+            *config.logprob_columns(wide=True),
         )
 
     # -- from any thread --------------------------------------------------------------------------
