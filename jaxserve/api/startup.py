@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError
+from jaxserve.process import check_jax
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def start(args: ServerArgs) -> Started:
     """Loads tokenizer and model and starts the engine thread.
 
     Raises ModelLoadError (missing or damaged files), NotSupportedError (architecture),
-    InvalidRequestError (an option that does not fit the model or the machine).
+    InvalidRequestError (an option that does not fit the model or the machine), ForkedProcessError.
     """
+    check_jax()
     # JAX and transformers take seconds to import; scripts that only parse options wait for none.
     import converters
     from jaxserve.loop import EngineLoop
