@@ -21,6 +21,7 @@ from jaxserve.batch.batch import Batch
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
+from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Inbox, Task, stop_error
@@ -79,6 +80,7 @@ class EngineLoop(Uncopyable):
         self._depth = 1 if config.overlap else 0
         self._failures = 0
         self.home = Home()
+        self._settings = Settings.here()
         self._inbox = Inbox()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
@@ -224,6 +226,10 @@ class EngineLoop(Uncopyable):
     # -- the engine thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with self._settings.applied():
+            self._serve()
+
+    def _serve(self) -> None:
         self._runner.programs.watch_this_thread()
         try:
             while self._admit():
