@@ -218,11 +218,12 @@ def steps_per_dispatch(weight_bytes: int) -> int:
 
 
 def cache_folder(option: str | None) -> str:
-    """Where compiled programs are kept; "" is nowhere, None the user's cache folder."""
+    """Where compiled programs are kept; "" is nowhere, None the user's cache folder, if they have a
+    home."""
     if option is not None:
         return os.path.expanduser(option)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "jaxserve" / "programs")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return "" if base.startswith("~") else str(Path(base) / "jaxserve" / "programs")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.compat import on_backend_compile, without_compilation_cache
+from jaxserve.compat import Settings, on_backend_compile, without_compilation_cache
 from jaxserve.step.stored import StoredPrograms
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Programs:
         self._device = device
         self._options = options
         self._stored = stored
+        self._settings = Settings.here()
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}
         self._expected = threading.local()
@@ -101,16 +102,16 @@ class Programs:
         function, abstract, donated = self._builder(key)
         name = f"{key[0]}_{key[1]}"
         options = self._options(key[1])
-        path, found = None, None
+        file, found = "", None
         if self._stored is not None:
-            path = self._stored.path(name, abstract, donated, options)
-            found = self._stored.load(path)
+            file = self._stored.name(name, abstract, donated, options)
+            found = self._stored.load(file)
         if found is not None:
             program, self._memory[key] = found
         else:
             self._expected.active = True
             try:
-                with jax.default_device(self._device):
+                with self._settings.applied(), jax.default_device(self._device):
                     program = jax.jit(_named(function, name), donate_argnums=donated)
                     # Python, so one at a time at best: in turn, XLA has work after the first
                     # program; side by side, all threads end late and together
@@ -120,8 +121,8 @@ class Programs:
             finally:
                 self._expected.active = False
             self._memory[key] = _memory_beside_arguments(program)
-            if self._stored is not None and path is not None:
-                self._stored.store(path, program, self._memory[key])
+            if self._stored is not None:
+                self._stored.store(file, program, self._memory[key])
         seconds = time.perf_counter() - started
         self._compiled[key] = program
         self.compile_seconds += seconds

@@ -174,16 +174,20 @@ class Runner:
         return ("decode",) if self.config.steps_per_dispatch == 1 else ("decode", "decode_many")
 
     def _make_programs(self) -> Programs:
-        stored = None
-        if self.config.program_folder is not None:
-            facts = (self.config, self.model_config)
-            stored = StoredPrograms(self.config.program_folder, self._device, facts)
-            stored.prune()
         options = functools.partial(
             compiler_options, self._device.platform, deterministic=self.config.deterministic,
             quantized=self._quantized,
         )  # fmt: skip
-        return Programs(self._program, self._device, options, stored)
+        return Programs(self._program, self._device, options, self._stored)
+
+    @functools.cached_property
+    def _stored(self) -> StoredPrograms | None:
+        if self.config.program_folder is None:
+            return None
+        facts = (self.config, self.model_config)
+        stored = StoredPrograms(self.config.program_folder, self._device, facts)
+        stored.prune()
+        return stored
 
     def _layout(self, tokens: int) -> ExtendLayout:
         rows = self.config.buckets.extend_rows(tokens)
