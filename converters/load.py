@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -10,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
-from converters import locate
+from converters import locate, sizes
 from converters.convert import convert
 from converters.dummy import dummy_params
-from converters.orbax_format import restore, stored_quantization
+from converters.orbax_format import parameter_names, restore, stored_quantization
 from converters.placement import Placement, placement_for, resolve_dtype
 from converters.sources import SafetensorsSource, TensorSource
 from jaxserve.errors import ModelLoadError, NotSupportedError
-from jaxserve.models import registry
-from jaxserve.models.config import ModelConfig, token_ids
+from jaxserve.models import registry, values
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration
 
 
@@ -84,14 +86,20 @@ def load(
     if kind == "orbax":
         quantization = stored_quantization(path, quantization) or quantization
     resolved = resolve_dtype(dtype, placement("embed.embedding"))
-    declaration = registry.declare(config, resolved, quantization)
+    declare = functools.partial(registry.declare, config, resolved, quantization)
     if kind == "dummy":
+        sizes.check_room(config, np.dtype(resolved).itemsize, placement("embed.embedding"))
+        declaration = declare()
         params = dummy_params(declaration, placement, seed)
     elif kind == "orbax":
+        sizes.check_layers(config, parameter_names(path))
+        declaration = declare()
         params = restore(path, declaration, placement)
     else:
         source = open_source(path, kind)
         try:
+            sizes.check_layers(config, source.names())
+            declaration = declare()
             params = convert(source, declaration, placement, progress)
         except ModelLoadError as error:
             raise ModelLoadError(f"{path}: {error}") from error
@@ -144,16 +152,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _refuse_quantized(hf_config: dict[str, Any]) -> None:
-    quantization = hf_config.get("quantization_config")
+    quantization = values.table(hf_config, "quantization_config")
     if quantization:
-        method = quantization.get("quant_method", quantization)
+        method = values.shown(quantization.get("quant_method", quantization))
         raise NotSupportedError(
-            f"config.json: quantized checkpoints are not supported yet (quant_method={method!r}); "
+            f"config.json: quantized checkpoints are not supported yet (quant_method={method}); "
             "use the unquantized checkpoint or a GGUF file"
         )
 
 
 def _eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
     file = path / "generation_config.json"
-    more = token_ids(read_json(file).get("eos_token_id")) if file.exists() else ()
+    generation = read_json(file) if file.exists() else {}
+    more = values.token_ids(generation, "eos_token_id", config.vocab_size, str(file))
     return tuple(dict.fromkeys(config.eos_token_ids + more))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ class EngineConfig:
     platform: str
     page_size: int
     context_length: int
+    table_width: int
     max_rows: int
     buckets: Buckets
     steps_per_dispatch: int
@@ -110,9 +112,11 @@ class EngineConfig:
             return self.max_top_logprobs, self.max_logprob_ids
         return max(self.max_top_logprobs, WIDE_TOP), max(self.max_logprob_ids, WIDE_IDS)
 
-    @property
-    def table_width(self) -> int:
-        return -(-self.context_length // self.page_size)
+    def narrowed(self, table_width: int) -> EngineConfig:
+        """With page tables of at most so many pages; a context that needs more shrinks to it."""
+        width = min(self.table_width, table_width)
+        context = min(self.context_length, width * self.page_size)
+        return dataclasses.replace(self, table_width=width, context_length=context)
 
     @classmethod
     def resolve(
@@ -120,7 +124,13 @@ class EngineConfig:
     ) -> EngineConfig:
         """Fill in what the user left open. InvalidRequestError names an option that cannot be."""
         gpu = platform != "cpu"
-        context = args.context_length or model.max_position_embeddings
+        context = args.context_length or model.context_length
+        if context > model.context_length:
+            warnings.warn(
+                f"context_length={context} is more than the model's {model.context_length} tokens; "
+                "what it writes beyond those may make no sense",
+                stacklevel=2,
+            )
         page_size = args.page_size or (GPU_PAGE if gpu else CPU_PAGE)
         if page_size % 8:
             raise InvalidRequestError(
@@ -176,6 +186,7 @@ class EngineConfig:
             platform=platform,
             page_size=page_size,
             context_length=context,
+            table_width=-(-context // page_size),
             max_rows=rows,
             buckets=buckets,
             max_prefill_tokens=step_tokens,

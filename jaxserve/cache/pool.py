@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 from jaxserve.attention.paged import Cache
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
+from jaxserve.memory import available_host_memory
 from jaxserve.models.config import ModelConfig
 
 CPU_SHARE = 0.25
@@ -86,16 +85,6 @@ def count_pages(
             f"page takes {each / 2**20:.1f} MiB, mem_fraction_static={config.mem_fraction}"
         )
     return min(most, fits)
-
-
-def available_host_memory() -> int:
-    """Bytes of memory the operating system would give to a new program."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_cache(
