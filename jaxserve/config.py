@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
     from jaxserve.server_args import ServerArgs
 
+logger = logging.getLogger(__name__)
 GPU_PAGE, CPU_PAGE = 64, 16
 GPU_ROWS, CPU_ROWS = 512, 32
 GPU_TOKENS, CPU_TOKENS = 8192, 1024
+TABLE_BYTES = 128 << 20
+"""Of all page tables; a context that needs more is cut, as by a pool that has fewer pages."""
 DISPATCH_SECONDS = 1.2e-3
 """What queueing a program costs the host of a GPU (0.65-1.2 ms)."""
 READ_BANDWIDTH = 3.0e12
@@ -59,12 +62,13 @@ class HostMemory:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Sizes of one engine. page_size S; max_rows R: requests that run at once; table_width W:
-    pages a row can have; steps_per_dispatch: decode steps in one program where possible, 1 to 8 and
-    so never more than S (each row bucket then has two decode programs, with one step and with
-    these); deterministic: a request's numbers depend on nothing but itself: there is one bucket of
-    each kind, chunks and cached prefixes end at multiples of chunk_alignment tokens, and outputs
-    are always decoded; bias_capacity, max_logprob_ids, max_top_logprobs: per-request limits of the
-    sparse lists and of top logprobs, beyond which a request needs the wide programs."""
+    pages a row can have (a runner's tables are no wider than its pool); steps_per_dispatch: decode
+    steps in one program where possible, 1 to 8 and so never more than S (each row bucket then has
+    two decode programs, with one step and with these); deterministic: a request's numbers depend
+    on nothing but itself: there is one bucket of each kind, chunks and cached prefixes end at
+    multiples of chunk_alignment tokens, and outputs are always decoded; bias_capacity,
+    max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists and of top logprobs,
+    beyond which a request needs the wide programs."""
 
     platform: str
     page_size: int
@@ -112,12 +116,6 @@ class EngineConfig:
             return self.max_top_logprobs, self.max_logprob_ids
         return max(self.max_top_logprobs, WIDE_TOP), max(self.max_logprob_ids, WIDE_IDS)
 
-    def narrowed(self, table_width: int) -> EngineConfig:
-        """With page tables of at most so many pages; a context that needs more shrinks to it."""
-        width = min(self.table_width, table_width)
-        context = min(self.context_length, width * self.page_size)
-        return dataclasses.replace(self, table_width=width, context_length=context)
-
     @classmethod
     def resolve(
         cls, args: ServerArgs, model: ModelConfig, platform: str, weight_bytes: int
@@ -126,11 +124,10 @@ class EngineConfig:
         gpu = platform != "cpu"
         context = args.context_length or model.context_length
         if context > model.context_length:
-            warnings.warn(
-                f"context_length={context} is more than the model's {model.context_length} tokens; "
-                "what it writes beyond those may make no sense",
-                stacklevel=2,
-            )
+            logger.warning(
+                "context_length=%d is more than the model's %d tokens: what it writes beyond those "
+                "may make no sense", context, model.context_length,
+            )  # fmt: skip
         page_size = args.page_size or (GPU_PAGE if gpu else CPU_PAGE)
         if page_size % 8:
             raise InvalidRequestError(
@@ -186,7 +183,7 @@ class EngineConfig:
             platform=platform,
             page_size=page_size,
             context_length=context,
-            table_width=-(-context // page_size),
+            table_width=min(-(-context // page_size), max(TABLE_BYTES // (4 * (rows + 1)), 1)),
             max_rows=rows,
             buckets=buckets,
             max_prefill_tokens=step_tokens,
@@ -250,3 +247,8 @@ class Limits:
     max_logprob_ids: int
     most_top_logprobs: int
     most_logprob_ids: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output together: what the context allows and the pool can hold."""
+        return min(self.context_length, self.max_total_tokens)

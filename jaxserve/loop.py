@@ -98,6 +98,7 @@ class EngineLoop(Uncopyable):
         if config.precompile:
             runner.precompile()
         loop = cls(config, runner)
+        loop._warn_of_a_short_pool()
         loop._thread.start()
         loop.startup_seconds = time.perf_counter() - started
         return loop
@@ -106,15 +107,25 @@ class EngineLoop(Uncopyable):
     def limits(self) -> Limits:
         """What one request may ask for."""
         config, runner = self.config, self._runner
-        pool = runner.num_pages * config.page_size
+        most = runner.num_pages if self._window is None else runner.config.table_width
         return Limits(
             runner.model_config.vocab_size,
             config.context_length,
-            pool if self._window is None else max(pool, config.context_length),
+            most * config.page_size,
             config.bias_capacity,
             *config.logprob_columns(wide=False),
             *config.logprob_columns(wide=True),
         )
+
+    def _warn_of_a_short_pool(self) -> None:
+        limits = self.limits
+        if limits.longest < limits.context_length:
+            asked = self.config.max_total_tokens is not None
+            logger.log(
+                logging.INFO if asked else logging.WARNING,
+                "the context of %d tokens is cut to %d: the KV cache holds no more (see "
+                "max_total_tokens, context_length)", limits.context_length, limits.longest,
+            )  # fmt: skip
 
     # -- from any thread --------------------------------------------------------------------------
 
@@ -370,6 +381,7 @@ class EngineLoop(Uncopyable):
             "cached_prefix_tokens": scheduler.pages.cached * size,
             **self._host_stats(),
             "max_total_num_tokens": pages * size,
+            "context_length": self.limits.longest,
             "max_running_requests": self.config.max_rows,
             "num_continuous_decode_steps": self.config.steps_per_dispatch,
             "late_compiles": programs.late_compiles,

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = {"half": "float16", "float": "float32"}
 EXTRA_STOP_TOKENS = ("<|eom_id|>",)
-"""Tokens that end a model's turn though no config says so (Llama 3's tool calls)."""
+"""Special tokens that end a model's turn though no config says so (Llama 3's tool calls). Those of
+a GGUF file are in its config (converters.gguf_config)."""
 MOST_CACHE_BYTES = 2 << 30
 """Of JAX's compilation cache, checked at each start. JAX's own limit does the same at every program
 that it writes, needs another package, and fails on files that were written without it."""
@@ -90,11 +91,14 @@ def _start(args: ServerArgs) -> Started:
 
 
 def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
-    """The end-of-text ids that a tokenizer knows."""
+    """The end-of-text ids that a tokenizer knows. A plain token with the text of one is none."""
     if tokenizer is None:
         return frozenset()
-    added = tokenizer.get_added_vocab()
-    ids = {added[token] for token in EXTRA_STOP_TOKENS if token in added}
+    ids = {
+        id_
+        for id_, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content in EXTRA_STOP_TOKENS
+    }
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return frozenset(ids)

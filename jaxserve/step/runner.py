@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -54,7 +55,7 @@ class Runner:
         self._device = next(iter(self.params[0].devices()))
         self.cache: step.Cache
         self.state: DeviceState
-        self.num_pages = self._count_pages(0)
+        self.num_pages = self._size_pool(0)
         self.programs = self._make_programs()
         if config.platform != "cpu":
             self._fit_pool()
@@ -63,11 +64,18 @@ class Runner:
 
     # -- memory -----------------------------------------------------------------------------------
 
-    def _count_pages(self, program_bytes: int) -> int:
-        return count_pages(
+    def _size_pool(self, program_bytes: int) -> int:
+        """Pages of a pool beside `program_bytes` and the state. Where a sequence cannot be longer
+        than the pool, page tables are no wider than that."""
+        state = jax.eval_shape(lambda: initial_state(self.config, self.model_config.vocab_size))
+        others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        pages = count_pages(
             self.config, self.model_config, self.cache_dtype, self._device, self.weight_bytes,
-            program_bytes,
+            others,
         )  # fmt: skip
+        if self.model_config.window is None and pages < self.config.table_width:
+            self.config = dataclasses.replace(self.config, table_width=pages)
+        return pages
 
     def _fit_pool(self) -> None:
         """Make sure that the largest programs' temporaries fit beside the pool."""
@@ -76,13 +84,11 @@ class Runner:
         largest += [(kind, buckets.decode[-1]) for kind in self._decode_kinds]
         first = self._mosaic_keys + largest if self.config.precompile else largest
         self.programs.build(dict.fromkeys(first), threads=os.cpu_count() or 1)
-        others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
-        if self.config.host is not None:
-            others += 2 * (COPYING_BYTES + BLOCK_BYTES)
-        pages = self._count_pages(max(map(self.programs.memory, largest)) + others)
+        copies = 0 if self.config.host is None else 2 * (COPYING_BYTES + BLOCK_BYTES)
+        pages = self._size_pool(max(map(self.programs.memory, largest)) + copies)
         if pages < self.num_pages:
             self.num_pages = pages
-            del self._cache_spec
+            del self._cache_spec, self._state_spec
             self.programs.close()
             self.programs = self._make_programs()
 
