@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from converters import quantize
+from converters import finite, quantize, sizes
 from converters.messages import plain, some_of
 from converters.placement import Placement, on_cpu
 from converters.sources import TensorSource
@@ -70,7 +70,7 @@ def convert(
     placement: where each parameter goes. progress: called with the numbers of parameters done and
     in all after each; a kernel and its scale are one.
     Raises ModelLoadError that lists all missing, unexpected and wrongly shaped tensors, before
-    any is read.
+    any is read, and with the name of a tensor that holds infinity or NaN.
     """
     config, specs = declaration.config, declaration.specs
     table = table_for(config)
@@ -80,8 +80,8 @@ def convert(
         for path, spec in specs.items()
         if path not in scales.values()
     }
-    _check(source, [part for parts in plan.values() for part in parts], table)
-    params = {}
+    _check(source, [part for parts in plan.values() for part in parts], table, config)
+    params, flags = {}, {}
     for done, (path, parts) in enumerate(plan.items(), start=1):
         spec, sharding = specs[path], placement(path)
         if path in scales:
@@ -90,15 +90,17 @@ def convert(
             quantize.check_finite(path, scale)
             params[path] = kernel
             params[scales[path]] = jax.device_put(scale, placement(scales[path]))
+        elif on_cpu(sharding):
+            params[path] = _fuse_on_host(source, parts, spec, sharding)
         else:
-            fuse = _fuse_on_host if on_cpu(sharding) else _fuse_on_device
-            params[path] = fuse(source, parts, spec, sharding)
+            params[path] = _fuse_on_device(source, parts, spec, sharding, flags)
         if progress is not None:
             progress(done, len(plan))
+    finite.check(flags, declaration.dtype)
     return {path: params[path] for path in specs}
 
 
-def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
+def _check(source: TensorSource, parts: list[Part], table: Table, config: ModelConfig) -> None:
     present = set(source.names())
     wanted = {part.name for part in parts}
     missing = sorted(wanted - present)
@@ -115,7 +117,10 @@ def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
             for kind, found in problems
             if found
         ]
-        raise ModelLoadError("the checkpoint does not fit its config:\n  " + "\n  ".join(lines))
+        raise ModelLoadError(
+            f"the checkpoint does not fit its config ({sizes.stated(config)}):\n  "
+            + "\n  ".join(lines)
+        )
 
 
 def _fuse_on_host(
@@ -124,20 +129,25 @@ def _fuse_on_host(
     out = aligned_empty(spec.shape, np.dtype(spec.dtype))
     for part in parts:
         columns = out[..., part.start : part.start + part.width]
-        source.read_into(part.name, columns.T if part.transpose else columns)
+        check = finite.checking(part.name)
+        source.read_into(part.name, columns.T if part.transpose else columns, check)
     return jax.device_put(out, sharding)
 
 
 def _fuse_on_device(
-    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding
-) -> jax.Array:
+    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding,
+    flags: dict[str, jax.Array],
+) -> jax.Array:  # fmt: skip
+    """flags: takes whether each tensor is finite, which the device need not have found out yet."""
     # One device transposes and fuses; the result then goes where it belongs.
     device = min(sharding.device_set, key=lambda d: d.id)
     pieces = []
     for part in parts:
         # One host tensor alive at a time: wait until the device has it.
         piece = jax.block_until_ready(jax.device_put(source.read(part.name), device))
-        pieces.append((piece.T if part.transpose else piece).astype(spec.dtype))
+        piece = piece.astype(spec.dtype)
+        flags[part.name] = finite.on_device(piece)
+        pieces.append(piece.T if part.transpose else piece)
     out = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
     return jax.block_until_ready(jax.device_put(out, sharding))
 

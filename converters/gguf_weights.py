@@ -16,7 +16,7 @@ from converters.files import open_named
 from converters.gguf_reader import BF16, F16, F32, GGUFFile, type_name
 from converters.gguf_rope import FACTORS
 from converters.messages import plain
-from converters.stored_array import StoredArray
+from converters.stored_array import Check, StoredArray, copy_block
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
 _PLAIN: dict[int, np.dtype[Any]] = {
@@ -118,11 +118,11 @@ class GGUFTensors:
             values = unpermute(values, heads)
         return values
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        """The same into `out`, which has the tensor's shape."""
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        """The same into `out`, which has the tensor's shape. check: sees each block of rows."""
         values = self.read(name)
         for row in range(0, len(values), _ROWS):
-            out[row : row + _ROWS] = values[row : row + _ROWS]
+            copy_block(values[row : row + _ROWS], out[row : row + _ROWS], check)
 
     def close(self) -> None:
         self._open.close()

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
-from converters import files, json_files, locate
+from converters import files, json_files, locate, sizes
 from converters.convert import convert
 from converters.dummy import dummy_params
-from converters.messages import shown
-from converters.orbax_format import restore, stored_quantization
+from converters.orbax_format import parameter_names, restore, stored_quantization
 from converters.placement import Placement, placement_for, resolve_dtype
 from converters.sources import SafetensorsSource, TensorSource
 from jaxserve.errors import ModelLoadError, NotSupportedError
-from jaxserve.models import registry
-from jaxserve.models.config import ModelConfig, token_ids
+from jaxserve.models import registry, values
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration
 
 CONFIG_NAME = "config.json"
@@ -87,14 +88,20 @@ def load(
     if kind == "orbax":
         quantization = stored_quantization(path, quantization) or quantization
     resolved = resolve_dtype(dtype, placement("embed.embedding"))
-    declaration = registry.declare(config, resolved, quantization)
+    declare = functools.partial(registry.declare, config, resolved, quantization)
     if kind == "dummy":
+        sizes.check_room(config, np.dtype(resolved).itemsize, placement("embed.embedding"))
+        declaration = declare()
         params = dummy_params(declaration, placement, seed)
     elif kind == "orbax":
+        sizes.check_layers(config, parameter_names(path))
+        declaration = declare()
         params = restore(path, declaration, placement)
     else:
         source = open_source(path, kind)
         try:
+            sizes.check_layers(config, source.names())
+            declaration = declare()
             params = convert(source, declaration, placement, progress)
         except ModelLoadError as error:
             raise ModelLoadError(f"{path}: {error}") from error
@@ -137,10 +144,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_quantized(hf_config: dict[str, Any]) -> None:
-    quantization = hf_config.get("quantization_config")
+    quantization = values.table(hf_config, "quantization_config")
     if quantization:
-        given = quantization if isinstance(quantization, dict) else {}
-        method = shown(given.get("quant_method", quantization))
+        method = values.shown(quantization.get("quant_method", quantization))
         raise NotSupportedError(
             f"config.json: quantized checkpoints are not supported yet (quant_method={method}); "
             "use the unquantized checkpoint or a GGUF file"
@@ -149,12 +155,10 @@ def _refuse_quantized(hf_config: dict[str, Any]) -> None:
 
 def _eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
     """Of config.json, then of generation_config.json. Raises ModelLoadError for what is no id."""
-    more: tuple[int, ...] = ()
+    generation: dict[str, Any] = {}
     if not files.is_file(path) and files.has(path, GENERATION_NAME):
-        generation = json_files.read(path, GENERATION_NAME)
-        value = generation.values.get("eos_token_id")
-        if isinstance(value, list):
-            more = tuple(generation.list_of("eos_token_id", int, "token ids"))
-        else:
-            more = token_ids(generation.integer("eos_token_id", None))
+        generation = json_files.read(path, GENERATION_NAME).values
+    more = values.token_ids(
+        generation, "eos_token_id", config.vocab_size, str(path / GENERATION_NAME)
+    )
     return tuple(dict.fromkeys(config.eos_token_ids + more))

@@ -12,7 +12,7 @@ import numpy as np
 from converters import files, json_files
 from converters.json_files import JsonObject
 from converters.messages import plain, shown, some_of
-from converters.stored_array import StoredArray
+from converters.stored_array import Check, StoredArray
 from jaxserve.errors import ModelLoadError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -37,8 +37,9 @@ class TensorSource(Protocol):
         """The tensor, in an array of its own."""
         ...
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        """The same into `out`, which has the tensor's shape, and any strides and float dtype."""
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        """The same into `out`, which has the tensor's shape, and any strides and float dtype.
+        check: sees each block of rows as `out` gets it."""
         ...
 
     def close(self) -> None: ...
@@ -106,8 +107,8 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         return self._stored(name).read()
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        self._stored(name).read_into(out)
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        self._stored(name).read_into(out, check=check)
 
     def _stored(self, name: str) -> StoredArray:
         """Raises ModelLoadError for anything but floats of 16 to 64 bits (quantized ones)."""
@@ -157,8 +158,8 @@ class SafetensorsSource:
     def read(self, name: str) -> np.ndarray:
         return self._where[name].read(name)
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        self._where[name].read_into(name, out)
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        self._where[name].read_into(name, out, check)
 
     def close(self) -> None:
         for file in self._files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,20 @@ _ROWS = 64
 """Rows read at a time where they are cast or transposed: both sides stay in the cache."""
 _BYTES = 1 << 18
 """Or as many rows as make this many bytes."""
+
+
+Check = Callable[[np.ndarray], None]
+"""Looks at a contiguous block of rows, and raises what is wrong with it."""
+
+
+def copy_block(block: np.ndarray, target: np.ndarray, check: Check | None) -> None:
+    """`block`, contiguous, into `target` of any float dtype and strides, checked in that dtype."""
+    if block.dtype != target.dtype:
+        with np.errstate(over="ignore", invalid="ignore"):
+            block = block.astype(target.dtype)
+    if check is not None:
+        check(block)
+    target[...] = block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +51,12 @@ class StoredArray:
         self.read_into(out)
         return out
 
-    def read_into(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+    def read_into(
+        self, out: np.ndarray, index: tuple[slice, ...] = (), check: Check | None = None
+    ) -> None:
         """Fills `out` with `self[index]`. out: of that shape, any float dtype and strides. index: a
-        slice without step for each axis, or for the first ones.
+        slice without step for each axis, or for the first ones. check: called with each block of
+        rows as `out` gets it, while it is in the cache (only where whole rows are read).
 
         Bytes go straight to `out` where it is contiguous and of the same dtype, else through a
         small buffer. Only what the index asks for is read where it cuts rows or columns.
@@ -51,7 +69,7 @@ class StoredArray:
         width = math.prod(sizes[1:])
         whole = all(bound == (0, size) for bound, size in zip(rest, sizes[1:], strict=True))
         if whole:
-            self._read_rows(out, first * width)
+            self._read_rows(out, first * width, check)
         elif len(rest) == 1:
             for row in range(first, last):
                 self._read_rows(out[row - first], row * width + rest[0][0])
@@ -59,17 +77,21 @@ class StoredArray:
             out[...] = self.read()[index]
         self.file.check_unchanged()
 
-    def _read_rows(self, out: np.ndarray, start: int) -> None:
+    def _read_rows(self, out: np.ndarray, start: int, check: Check | None = None) -> None:
         """start: in elements."""
         at = self.offset + start * self.dtype.itemsize
-        if out.dtype == self.dtype and out.flags.c_contiguous:
+        direct = out.dtype == self.dtype and out.flags.c_contiguous
+        if direct and check is None:
             self.file.read_into(out, at)
             return
         row_bytes = math.prod(out.shape[1:]) * self.dtype.itemsize
         step = max(_ROWS, _BYTES // max(row_bytes, 1))
-        buffer = np.empty((min(step, len(out)), *out.shape[1:]), self.dtype)
+        buffer = None if direct else np.empty((min(step, len(out)), *out.shape[1:]), self.dtype)
         for row in range(0, len(out), step):
             target = out[row : row + step]
-            block = buffer[: len(target)]
+            block = target if buffer is None else buffer[: len(target)]
             self.file.read_into(block, at + row * row_bytes)
-            target[...] = block
+            if buffer is not None:
+                copy_block(block, target, check)
+            elif check is not None:
+                check(block)

@@ -8,14 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import jaxserve.process  # noqa: F401  (from now on, forks are noted)
+
 VERSION = "0.1.0"
 __version__ = VERSION
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
     from jaxserve.errors import (
+        CopyError,
         EngineDeadError,
         EngineShutdownError,
+        ForkedProcessError,
         InvalidRequestError,
         JaxserveError,
         ModelLoadError,
@@ -28,9 +32,11 @@ if TYPE_CHECKING:
     from jaxserve.server_args import ServerArgs
 
 __all__ = [
+    "CopyError",
     "Engine",
     "EngineDeadError",
     "EngineShutdownError",
+    "ForkedProcessError",
     "InvalidRequestError",
     "JaxserveError",
     "ModelLoadError",

@@ -25,6 +25,7 @@ from jaxserve.api.startup import start
 from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
+from jaxserve.process import Uncopyable
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-class Engine(UnsupportedMethods):
+class Engine(Uncopyable, UnsupportedMethods):
     """A language model that generates text in this process.
 
         with Engine(model_path="path/to/model") as engine:
@@ -144,6 +145,7 @@ class Engine(UnsupportedMethods):
         The tokenizer's chat template makes the prompt; `tools` and `chat_template_kwargs` go to
         it. Everything else is as in `generate`.
         """
+        self._loop.home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return self.generate(sampling_params=sampling_params, input_ids=ids, **options)
 
@@ -157,11 +159,13 @@ class Engine(UnsupportedMethods):
         **options: Unpack[GenerateOptions],
     ) -> Any:
         """`chat` for coroutines, see `async_generate`."""
+        self._loop.home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return await self.async_generate(sampling_params=sampling_params, input_ids=ids, **options)
 
     def _begin(self, given: Arguments) -> tuple[Call, bool]:
         """Checks and submits a call; whether its result is a single dict."""
+        self._loop.home.check()  # before any lock, which a forked process may never get
         inputs = self._builder.build(given)
         args = self.server_args
         options = ResultOptions(

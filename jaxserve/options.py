@@ -289,8 +289,17 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             "text", "folder of compiled programs; None: the user's cache; '': off", optional=True
         ),
         "return_original_logprob": Option("flag", "output logprobs before temperature"),
-        "max_top_logprobs": Option("integer", "largest top_logprobs_num", 0),
-        "max_logprob_ids": Option("integer", "most ids in token_ids_logprob", 0),
+        "max_top_logprobs": Option(
+            "integer",
+            "largest top_logprobs_num of the usual programs; beyond it (to 1,024) others are "
+            "compiled when first wanted",
+            0,
+        ),
+        "max_logprob_ids": Option(
+            "integer",
+            "most ids in token_ids_logprob of the usual programs; beyond it (to 4,096) as above",
+            0,
+        ),
         "logit_bias_capacity": Option("integer", "most biased and masked ids per request", 1),
     }
 )

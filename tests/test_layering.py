@@ -72,7 +72,7 @@ def test_kernels_know_nothing_of_the_engine(path):
 @pytest.mark.parametrize("path", files("converters"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_converters_know_only_model_declarations(path):
     ours = {name for name in imports(path) if name.startswith(("jaxserve", "pallas_kernels"))}
-    allowed = ("jaxserve.models", "jaxserve.errors", "jaxserve.compat")
+    allowed = ("jaxserve.models", "jaxserve.errors", "jaxserve.compat", "jaxserve.memory")
     assert all(name == "jaxserve" or name.startswith(allowed) for name in ours), ours
     assert "torch" not in roots(path)
 

@@ -139,9 +139,9 @@ def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) ->
     wanted = checks.boolean("return_logprob", False if wanted is None else wanted)
     start = checks.integer("logprob_start_len", -1 if start is None else start, -1)
     top = checks.integer("top_logprobs_num", 0 if top is None else top, 0)
-    if top > limits.max_top_logprobs:
+    if top > limits.most_top_logprobs:
         raise InvalidRequestError(
-            f"top_logprobs_num must be at most {limits.max_top_logprobs} "
+            f"top_logprobs_num must be at most {limits.most_top_logprobs} "
             f"(Engine(max_top_logprobs=...)), got {top}"
         )
     ids = () if ids is None else ids
@@ -157,9 +157,13 @@ def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) ->
                 f"token_ids_logprob has the out-of-vocabulary id {token}; the vocabulary has "
                 f"{limits.vocab_size} tokens"
             )
-    if len(ids) > limits.max_logprob_ids:
+    if len(ids) > limits.most_logprob_ids:
         raise InvalidRequestError(
-            f"token_ids_logprob may have {limits.max_logprob_ids} ids "
+            f"token_ids_logprob may have {limits.most_logprob_ids} ids "
             f"(Engine(max_logprob_ids=...)), got {len(ids)}"
         )
-    return LogprobSpec(start, top, tuple(map(int, ids))) if wanted else None
+    if not wanted:
+        return None
+    top = min(top, limits.vocab_size)
+    wide = top > limits.max_top_logprobs or len(ids) > limits.max_logprob_ids
+    return LogprobSpec(start, top, tuple(map(int, ids)), wide)
