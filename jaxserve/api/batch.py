@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -88,6 +89,13 @@ def _array(name: str, values: Any) -> np.ndarray:
     them."""
     if not isinstance(values, list | tuple) and not hasattr(values, "__array__"):
         raise InvalidRequestError(f"{name} must be a list of token ids, got {checks.shown(values)}")
+    if isinstance(values, list | tuple):
+        for kind in set(map(type, values)):
+            # Lists within are not NumPy's to look at: it would follow them to any depth.
+            if not issubclass(kind, numbers.Integral) and not hasattr(kind, "ndim"):
+                raise InvalidRequestError(
+                    f"{name} must be a list of integers, got {checks.shown(values)}"
+                )
     try:
         detach = getattr(values, "detach", None)
         # NumPy takes no array of PyTorch's that a GPU has.
@@ -121,6 +129,7 @@ def check_prompts(prompts: list[Any]) -> None:
             raise InvalidRequestError(f"{where} must be a string, got {checks.shown(prompt)}")
         if not prompt:
             raise InvalidRequestError(f"{where} is empty, got ''")
+        checks.encodable(where, prompt)
 
 
 def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:

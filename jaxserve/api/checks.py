@@ -30,6 +30,7 @@ DEEPEST = 64
 __all__ = [
     "absent",
     "boolean",
+    "encodable",
     "integer",
     "integers",
     "json_value",
@@ -47,7 +48,10 @@ def plain(value: Any) -> Any:
     """A scalar or 0-d array of NumPy, JAX or PyTorch as the Python value it holds, anything else
     as it is."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
+        try:
+            return value.item()
+        except Exception:  # a buffer that was freed, say: the value is none of ours then
+            return value
     return value
 
 
@@ -134,6 +138,11 @@ def text(name: str, value: Any, most: int = LONGEST_STRING) -> str:
         raise InvalidRequestError(
             f"{name} may have {most} characters, got {len(value)}: {shown(value)}"
         )
+    return encodable(name, value)
+
+
+def encodable(name: str, value: str) -> str:
+    """`value` if UTF-8 can encode it: no half of a surrogate pair is in it."""
     if not value.isascii():
         try:
             value.encode()
