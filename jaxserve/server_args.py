@@ -104,12 +104,13 @@ class ServerArgs(KnownOptions):
         return vars(self) == vars(other)
 
     def __repr__(self) -> str:
-        """The options that are not at their defaults."""
-        plain = ServerArgs(self.model_path)
+        """The options that are not at their defaults, shortened where they are long."""
+        plain = vars(ServerArgs(self.model_path))
+        shown = {name: checks.quoted(value) for name, value in vars(self).items()}
         given = (
-            f"{name}={value!r}"
-            for name, value in vars(self).items()
-            if name not in ALIASES and (name == "model_path" or value != getattr(plain, name))
+            f"{name}={text}"
+            for name, text in shown.items()
+            if name not in ALIASES and (name == "model_path" or text != checks.quoted(plain[name]))
         )
         return f"ServerArgs({', '.join(given)})"
 
@@ -182,9 +183,12 @@ class ServerArgs(KnownOptions):
         """Where SGLang's server with these options would listen. (jaxserve has none: clients print
         and compare it.)"""
         values = vars(self)
-        host = str(values["host"])
-        scheme = "https" if values["ssl_certfile"] else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{values['port']}"
+        host, port = (
+            value if isinstance(value, str) else checks.quoted(value)
+            for value in (values["host"], values["port"])
+        )
+        scheme = "https" if values["ssl_certfile"] is not None else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:

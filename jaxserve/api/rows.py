@@ -53,7 +53,7 @@ class Rules:
         if logprobs is not None and logprobs.start > len(prompt_ids):
             raise InvalidRequestError(
                 f"logprob_start_len must not exceed the prompt's {len(prompt_ids)} tokens, got "
-                f"{logprobs.start}"
+                f"{checks.shown(logprobs.start)}"
             )
         longest = self._fit_output(len(prompt_ids), params, explicit_length)
         if longest != params.max_new_tokens:  # a copy is checked anew
@@ -148,7 +148,9 @@ def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) ->
             f"(Engine(max_top_logprobs=...)), got {checks.shown(top)}"
         )
     ids = [] if ids is None else ids
-    if not isinstance(ids, list | tuple | np.ndarray):
+    if isinstance(ids, np.ndarray) and ids.ndim:
+        ids = list(ids)
+    if not isinstance(ids, list | tuple):
         raise InvalidRequestError(
             f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"
         )
