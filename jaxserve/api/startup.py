@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.api.model_facts import ModelFacts
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError
 from jaxserve.folders import PrivateFolder
@@ -39,6 +40,7 @@ class Started:
     load_format: str
     quantization: str | None = None
     """Of the loaded weights; an Orbax folder may be quantized without the option."""
+    model_config: ModelFacts = dataclasses.field(kw_only=True)
 
 
 def start(args: ServerArgs) -> Started:
@@ -87,7 +89,15 @@ def _start(args: ServerArgs) -> Started:
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
     loop = EngineLoop.start(args, loaded)
-    return Started(loop, tokenizer, eos_ids, loaded.format, loaded.declaration.quantization)
+    facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
+    return Started(
+        loop,
+        tokenizer,
+        eos_ids,
+        loaded.format,
+        loaded.declaration.quantization,
+        model_config=facts,
+    )
 
 
 def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
