@@ -211,7 +211,10 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "decode_log_interval": Option("integer", "decode steps between lines of the log", 1),
         # Device, programs, kernels.
         "device": Option(
-            "text", "cpu or cuda; None: what JAX finds", optional=True, choices=("cpu", "cuda")
+            "text",
+            "where to run; cuda,cpu: on CUDA if JAX has it; None: what JAX finds",
+            optional=True,
+            choices=("cpu", "cuda", "cuda,cpu"),
         ),
         "attention_backend": Option(
             "text",

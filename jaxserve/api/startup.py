@@ -125,19 +125,33 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
     compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
     if args.enable_hierarchical_cache:
         compat.allow_pinned_memory(pinned_limit(int(args.hicache_size * 1e9)))
-    try:
-        device = jax.devices(args.device)[0]
-    except RuntimeError as error:
-        raise InvalidRequestError(
-            f"device={args.device!r} is not available to JAX, whose jax_platforms is "
-            f"{compat.platforms()!r}: {error}"
-        ) from error
+    device = _device(args.device)
     if args.compilation_cache_dir != "":
         configured = compat.cache_configured()
         folder = None if configured else _cache_folder(args.compilation_cache_dir)
         if configured or folder:
             compat.enable_compilation_cache(folder)
     return None if args.device is None else jax.sharding.SingleDeviceSharding(device)
+
+
+def _device(option: str | None) -> Any:
+    """The first jax.Device of the first platform in `option` ("cuda", "cuda,cpu") that JAX has, and
+    JAX's default for None."""
+    import jax
+
+    from jaxserve import compat
+
+    first, *others = (None,) if option is None else option.split(",")
+    try:
+        return jax.devices(first)[0]
+    except RuntimeError as error:
+        if not others:
+            raise InvalidRequestError(
+                f"device={option!r} is not available to JAX, whose jax_platforms is "
+                f"{compat.platforms()!r}: {error}"
+            ) from error
+    warnings.warn(f"JAX has no {first} device here: running on {others[0]}", stacklevel=5)
+    return _device(",".join(others))
 
 
 def _cache_folder(option: str | None) -> str | None:
