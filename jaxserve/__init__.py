@@ -14,6 +14,7 @@ VERSION = "0.1.0"
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from jaxserve import utils
     from jaxserve.engine import Engine
     from jaxserve.errors import (
         CopyError,
@@ -47,12 +48,15 @@ __all__ = [
     "ServerArgs",
     "UnknownOptionError",
     "__version__",
+    "utils",
 ]
 
 _HOMES = {"Engine": "engine", "SamplingParams": "sampling_params", "ServerArgs": "server_args"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "utils":
+        return importlib.import_module("jaxserve.utils")
     if name not in __all__:
         raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jaxserve.{_HOMES.get(name, 'errors')}"), name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm import tqdm
 
-from jaxserve.api import info
+from jaxserve.api import checks, info
 from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.call import AsyncStream, Call, LiveIds, Stream
 from jaxserve.api.info import FlushResult, TokenizerManager
@@ -44,8 +44,9 @@ class Engine(Uncopyable, UnsupportedMethods):
     made at the same time are batched together. Options and results: docs/api.md.
     """
 
-    def __init__(self, model_path: str | None = None, **kwargs: Any) -> None:
-        """Loads a model. Takes the options of `ServerArgs` by name, or one `server_args=` object.
+    def __init__(self, model_path: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+        """Loads a model. Takes the options of `ServerArgs` by name, or one `server_args=` object,
+        of which it keeps a copy that cannot be changed.
 
         Raises UnknownOptionError (a TypeError), InvalidRequestError, NotSupportedError and
         ModelLoadError (ValueErrors).
@@ -57,7 +58,10 @@ class Engine(Uncopyable, UnsupportedMethods):
             given = [*(["model_path"] if model_path is not None else []), *kwargs]
             raise UnknownOptionError(f"server_args is given; put {', '.join(given)} into it")
         elif not isinstance(args, ServerArgs):
-            raise InvalidRequestError(f"server_args must be a jaxserve.ServerArgs, got {args!r}")
+            raise InvalidRequestError(
+                f"server_args must be a jaxserve.ServerArgs, got {checks.shown(args)}"
+            )
+        args = args.locked()
         logging.getLogger("jaxserve").setLevel(args.log_level.upper())
         self.server_args = args
         started = start(args)
@@ -69,7 +73,9 @@ class Engine(Uncopyable, UnsupportedMethods):
         self._load_format, self._quantization = started.load_format, started.quantization
         self.tokenizer = started.tokenizer
         """The transformers tokenizer; None with skip_tokenizer_init=True."""
-        self.tokenizer_manager = TokenizerManager(args, started.tokenizer, self._loop.abort)
+        self.tokenizer_manager = TokenizerManager(
+            args, started.tokenizer, self._loop.abort, self._loop.limits, started.model_config
+        )
         self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
         self._live_ids = LiveIds()
         self._request_log: RequestLog | None = None
@@ -182,6 +188,10 @@ class Engine(Uncopyable, UnsupportedMethods):
             self._loop, self._live_ids, outputs, inputs.mailbox, owner=self, log=self._request_log
         )
         return call, inputs.single
+
+    def get_tokenizer(self) -> Any:
+        """`tokenizer`: a transformers tokenizer, or None with skip_tokenizer_init=True."""
+        return self.tokenizer
 
     # -- control ----------------------------------------------------------------------------------
 

@@ -204,8 +204,8 @@ def test_boundaries_are_inside(watched):
 
 BAD_PROMPTS = [
     ({}, ["prompt and input_ids are both None"]),
-    ({"prompt": PROMPT, "input_ids": IDS}, ["prompt and input_ids are both given"]),
-    ({"prompt": [PROMPT], "input_ids": [IDS]}, ["prompt and input_ids are both given"]),
+    ({"prompt": PROMPT, "input_ids": [IDS]}, ["prompt and input_ids differ in shape"]),
+    ({"prompt": [PROMPT], "input_ids": IDS}, ["prompt and input_ids differ in shape"]),
     ({"prompt": ""}, ["prompt is empty", "''"]),
     ({"prompt": b"bytes"}, ["prompt", "bytes"]),
     ({"prompt": 5}, ["prompt", "5 (int)"]),
@@ -292,7 +292,7 @@ def replaced(values, value, row=5):
          {"prompt": GOOD, "sampling_params": replaced([SHORT] * 8, {"top_q": 2})},
          ["row 5", "top_q"]),
         (InvalidRequestError, {"prompt": GOOD, "sampling_params": replaced([SHORT] * 8, {"n": 2})},
-         ["parallel_sample_num should be the same", "[1, 1, 1, 1, 1, 2, 1, 1]"]),
+         ["parallel_sample_num should be the same", "n=2 in row 5"]),
         (InvalidRequestError, {"prompt": GOOD, "sampling_params": [SHORT] * 7},
          ["sampling_params has 7 entries for 8 prompts"]),
         (InvalidRequestError, {"prompt": GOOD, "rid": replaced(GOOD, "one")},

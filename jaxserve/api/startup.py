@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.api.model_facts import ModelFacts
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError
 from jaxserve.folders import PrivateFolder
@@ -39,6 +40,7 @@ class Started:
     load_format: str
     quantization: str | None = None
     """Of the loaded weights; an Orbax folder may be quantized without the option."""
+    model_config: ModelFacts = dataclasses.field(kw_only=True)
 
 
 def start(args: ServerArgs) -> Started:
@@ -87,7 +89,15 @@ def _start(args: ServerArgs) -> Started:
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
     loop = EngineLoop.start(args, loaded)
-    return Started(loop, tokenizer, eos_ids, loaded.format, loaded.declaration.quantization)
+    facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
+    return Started(
+        loop,
+        tokenizer,
+        eos_ids,
+        loaded.format,
+        loaded.declaration.quantization,
+        model_config=facts,
+    )
 
 
 def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
@@ -115,19 +125,33 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
     compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
     if args.enable_hierarchical_cache:
         compat.allow_pinned_memory(pinned_limit(int(args.hicache_size * 1e9)))
-    try:
-        device = jax.devices(args.device)[0]
-    except RuntimeError as error:
-        raise InvalidRequestError(
-            f"device={args.device!r} is not available to JAX, whose jax_platforms is "
-            f"{compat.platforms()!r}: {error}"
-        ) from error
+    device = _device(args.device)
     if args.compilation_cache_dir != "":
         configured = compat.cache_configured()
         folder = None if configured else _cache_folder(args.compilation_cache_dir)
         if configured or folder:
             compat.enable_compilation_cache(folder)
     return None if args.device is None else jax.sharding.SingleDeviceSharding(device)
+
+
+def _device(option: str | None) -> Any:
+    """The first jax.Device of the first platform in `option` ("cuda", "cuda,cpu") that JAX has, and
+    JAX's default for None."""
+    import jax
+
+    from jaxserve import compat
+
+    first, *others = (None,) if option is None else option.split(",")
+    try:
+        return jax.devices(first)[0]
+    except RuntimeError as error:
+        if not others:
+            raise InvalidRequestError(
+                f"device={option!r} is not available to JAX, whose jax_platforms is "
+                f"{compat.platforms()!r}: {error}"
+            ) from error
+    warnings.warn(f"JAX has no {first} device here: running on {others[0]}", stacklevel=5)
+    return _device(",".join(others))
 
 
 def _cache_folder(option: str | None) -> str | None:
