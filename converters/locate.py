@@ -81,9 +81,10 @@ def find_local(
         reason = str(error).strip().splitlines()
         wanted = f" at revision {revision!r}" if revision else ""
         raise ModelLoadError(
-            f"model_path={model_path!r}: there is no file or folder {path.absolute()}, and as a "
+            f"model_path={shown(model_path)}: there is no file or folder "
+            f"{plain(str(path.absolute()))}, and as a "
             f"Hugging Face id{wanted} its config.json and weights could not be fetched: "
-            f"{reason[0] if reason else type(error).__name__}. Download the model where the Hub "
+            f"{reason[0][:300] if reason else type(error).__name__}. Download the model where the Hub "
             "can be reached and give its folder, or correct the path."
         ) from error
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters import files
+from converters import companions, files
 from converters.locate import find_local
 from jaxserve.errors import InvalidRequestError, ModelLoadError
 
@@ -70,13 +70,13 @@ def _transformers() -> Any:
 
 
 def _from_folder(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
-    files.check_companions(path)
+    companions.check(path)
     try:
         return _transformers().AutoTokenizer.from_pretrained(
             str(path), use_fast=use_fast, local_files_only=True
         )
     except Exception as error:  # transformers and tokenizers raise bare Exception for bad files
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = " ".join(str(error)[:1000].split()).rstrip(".")
         raise ModelLoadError(
             f"{path}: no usable tokenizer (looked for tokenizer.json or what "
             f"tokenizer_config.json names): {reason}. Give tokenizer_path, or skip_tokenizer_init "

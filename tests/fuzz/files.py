@@ -33,7 +33,10 @@ SECONDS, BYTES, MESSAGE = 10.0, 500 << 20, 10_000
 LONGEST = 60.0
 """Seconds by the clock. SECONDS counts the process's own time where that is less, so that a busy
 machine is no failure."""
-OPTIONS = {"max_running_requests": 1, "chunked_prefill_size": 64, "max_total_tokens": 128}
+OPTIONS = {
+    "max_running_requests": 1, "chunked_prefill_size": 64, "max_total_tokens": 128,
+    "log_level": "error",
+}  # fmt: skip
 SIZES = {
     "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
     "num_hidden_layers": 1, "max_position_embeddings": 128,
