@@ -84,8 +84,8 @@ def find_local(
             f"model_path={shown(model_path)}: there is no file or folder "
             f"{plain(str(path.absolute()))}, and as a "
             f"Hugging Face id{wanted} its config.json and weights could not be fetched: "
-            f"{reason[0][:300] if reason else type(error).__name__}. Download the model where the Hub "
-            "can be reached and give its folder, or correct the path."
+            f"{reason[0][:300] if reason else type(error).__name__}. Download the model where the "
+            "Hub can be reached and give its folder, or correct the path."
         ) from error
 
 

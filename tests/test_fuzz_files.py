@@ -1,4 +1,4 @@
-"""Changed model files, the same ones each time; the share of each outcome is printed (`pytest -s`)."""
+"""Changed model files, the same ones each time; the share of each outcome is printed (`-s`)."""
 
 from __future__ import annotations
 
