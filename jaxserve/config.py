@@ -63,7 +63,8 @@ class EngineConfig:
     two decode programs, with one step and with these); deterministic: a request's numbers depend
     on nothing but itself: there is one bucket of each kind, chunks and cached prefixes end at
     multiples of chunk_alignment tokens, and outputs are always decoded; bias_capacity,
-    max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists and of top logprobs."""
+    max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists and
+    of top logprobs."""
 
     platform: str
     page_size: int
