@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import converters
+import jaxserve
 from converters.cli import main as convert
 from converters.gguf_config import read_config
 from jaxserve.api.startup import tokenizer_eos
@@ -74,14 +75,25 @@ class TestContext:
         with pytest.raises(ModelLoadError, match=r"max_position_embeddings=1024.*factor=1e\+30"):
             config_of(rope_scaling=scaling)
 
-    def test_a_longer_option_warns_and_is_taken(self, caplog):
+    def test_a_longer_option_warns_and_is_taken(self):
         model = config_of(max_position_embeddings=64, rope_scaling=YARN)
-        for asked, warnings in ((256, 0), (257, 1)):
-            caplog.clear()
-            config = EngineConfig.resolve(ServerArgs("x", context_length=asked), model, "cpu", 0)
-            assert config.context_length == asked
-            assert len(caplog.records) == warnings
-        assert "context_length=257 is more than the model's 256 tokens" in caplog.text
+        within = EngineConfig.resolve(ServerArgs("x", context_length=256), model, "cpu", 0)
+        assert within.context_length == 256
+        with pytest.warns(UserWarning, match="context_length=257 is more than the model's 256 tok"):
+            beyond = EngineConfig.resolve(ServerArgs("x", context_length=257), model, "cpu", 0)
+        assert beyond.context_length == 257
+
+    def test_a_longer_option_works(self, tiny_models):
+        """A prompt of 100 tokens, of a model that states 64."""
+        path = tiny_models("llama", max_position_embeddings=64)
+        with pytest.warns(UserWarning, match="context_length=128") as caught:
+            engine = jaxserve.Engine(path, context_length=128, skip_tokenizer_init=True)
+        with engine:
+            result = engine.generate(
+                input_ids=[*range(5, 105)], sampling_params={"max_new_tokens": 2}
+            )
+        assert result["meta_info"]["prompt_tokens"] == 100
+        assert caught[0].filename == __file__
 
 
 BAD_VALUES = {
@@ -257,7 +269,7 @@ class TestEnds:
             tmp_path, tokenizer=False, eos_token_id=[-1, 2, 512], bos_token_id=-1
         )
         Path(path, "generation_config.json").write_text('{"eos_token_id": [3, 9999]}')
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, logger="jaxserve"):
             loaded = converters.load(path)
         assert (loaded.eos_token_ids, loaded.config.bos_token_id) == ((2, 3), None)
         assert "eos_token_id=[-1, 2, 512]" in caplog.text and "9999" in caplog.text

@@ -1,5 +1,5 @@
-"""Weights that are no numbers, and sizes that no tensor confirms: refused while loading, at once and
-in little memory."""
+"""Weights that are no numbers, and sizes that no tensor confirms: refused while loading, without
+taking much time or memory."""
 
 from __future__ import annotations
 
