@@ -1,7 +1,7 @@
 """Hugging Face tensors -> our parameters, one at a time, and back.
 
-Host memory: on CPU the parameters themselves plus one source tensor, where the source is not a
-mapped file; elsewhere one source tensor (fusing, transposing and quantizing happen on the device,
+Host memory: on CPU the parameters themselves plus one source tensor, where it is dequantized or
+quantized; elsewhere one source tensor (fusing, transposing and quantizing happen on the device,
 which holds one source tensor beside the parameters).
 """
 
@@ -18,8 +18,10 @@ import numpy as np
 from jax.sharding import Sharding
 
 from converters import finite, quantize, sizes
+from converters.messages import plain, some_of
 from converters.placement import Placement, on_cpu
 from converters.sources import TensorSource
+from converters.stored_array import StoredArray
 from converters.tables import Table, table_for
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.config import ModelConfig
@@ -101,7 +103,7 @@ def _check(source: TensorSource, parts: list[Part], table: Table, config: ModelC
     present = set(source.names())
     wanted = {part.name for part in parts}
     missing = sorted(wanted - present)
-    unexpected = sorted(name for name in present - wanted if not table.ignores(name))
+    unexpected = sorted(plain(name) for name in present - wanted if not table.ignores(name))
     misshaped = [
         f"{part.name} is {list(source.shape(part.name))}, should be {list(part.shape)}"
         for part in parts
@@ -110,7 +112,7 @@ def _check(source: TensorSource, parts: list[Part], table: Table, config: ModelC
     problems = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshaped))
     if any(found for _, found in problems):
         lines = [
-            f"{len(found)} {kind}:\n    " + sizes.listed(found, "\n    ")
+            f"{len(found)} {kind}:\n    " + some_of(found, "\n    ")
             for kind, found in problems
             if found
         ]
@@ -126,7 +128,8 @@ def _fuse_on_host(
     out = aligned_empty(spec.shape, np.dtype(spec.dtype))
     for part in parts:
         columns = out[..., part.start : part.start + part.width]
-        finite.copy(source.read(part.name), columns, part.name, transpose=part.transpose)
+        check = finite.checking(part.name)
+        source.read_into(part.name, columns.T if part.transpose else columns, check)
     return jax.device_put(out, sharding)
 
 
@@ -180,20 +183,17 @@ def _quantize_on_device(
     return jax.block_until_ready(jax.device_put(kernels[0], sharding)), scales[0]
 
 
-def place_rows(array: np.ndarray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-    """`array`, which has spec's shape and may be a mapped file, on `sharding` in spec's dtype.
+def place_rows(array: StoredArray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    """`array`, which has spec's shape, on `sharding` in spec's dtype.
 
-    Each shard reads its own part of the file only.
+    Each shard reads its own part of the file only. Raises ModelLoadError where that fails.
     """
     dtype = np.dtype(spec.dtype)
-    copy = on_cpu(sharding)
 
     def shard(index: Any) -> np.ndarray:
-        part = array[index]
-        if part.dtype == dtype and not copy:
-            return part  # goes to the device straight from the file's pages
-        out = aligned_empty(part.shape, dtype)
-        out[...] = part
+        sizes = zip(index, array.shape, strict=True)
+        out = aligned_empty(tuple(len(range(*part.indices(n))) for part, n in sizes), dtype)
+        array.read_into(out, index)
         return out
 
     placed = jax.make_array_from_callback(spec.shape, sharding, shard)

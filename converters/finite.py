@@ -7,6 +7,7 @@ float32 holds infinity or NaN; it overflows with finite numbers too, and then ea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,6 @@ import numpy as np
 
 from jaxserve.errors import ModelLoadError
 
-_CHUNK = 1 << 20
-"""Bytes read at a time, about what a cache of the second level holds."""
-_BLOCK = 64
-"""Rows transposed at a time: both sides of the copy stay in the cache."""
 _EXPONENT = {
     np.dtype(np.float16): np.uint16(0x7C00),
     np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
@@ -26,23 +23,15 @@ _EXPONENT = {
 """All ones in infinity and NaN."""
 
 
-def copy(tensor: np.ndarray, out: np.ndarray, name: str, *, transpose: bool = False) -> None:
-    """`tensor` [n, ...], maybe a view of a mapped file, or with `transpose` its transpose, into
-    `out`, in out's dtype. Raises ModelLoadError, with `name`, where that gives infinity or NaN."""
-    step = max(_CHUNK // max(tensor[:1].nbytes, 1) // _BLOCK, 1) * _BLOCK
-    for start in range(0, tensor.shape[0], step):
-        chunk = np.ascontiguousarray(tensor[start : start + step])
-        if chunk.dtype != out.dtype:
-            with np.errstate(over="ignore", invalid="ignore"):
-                chunk = chunk.astype(out.dtype)
-        if not all_finite(chunk):
-            raise error(name, out.dtype)
-        if not transpose:
-            out[start : start + step] = chunk
-            continue
-        for row in range(0, chunk.shape[0], _BLOCK):
-            block = chunk[row : row + _BLOCK]
-            out[:, start + row : start + row + len(block)] = block.T
+def checking(name: str) -> Callable[[np.ndarray], None]:
+    """What looks at each block of the tensor `name`, contiguous and in the dtype that it will have:
+    raises ModelLoadError where that holds infinity or NaN."""
+
+    def check(block: np.ndarray) -> None:
+        if not all_finite(block):
+            raise error(name, block.dtype)
+
+    return check
 
 
 def all_finite(block: np.ndarray) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from converters import locate, sizes
+from converters import files, json_files, locate, sizes
 from converters.convert import convert
 from converters.dummy import dummy_params
 from converters.orbax_format import parameter_names, restore, stored_quantization
@@ -24,6 +23,9 @@ from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import registry, values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration
+
+CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,25 +135,15 @@ def open_source(path: Path, kind: str) -> TensorSource:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a folder, or the same made from a GGUF file's metadata."""
-    if path.is_file():
+    if files.is_file(path):
         from converters import gguf_config
 
         return gguf_config.read_config(str(path))
-    file = path / "config.json"
-    if not file.exists():
-        raise ModelLoadError(f"{file} does not exist: the model's folder must hold its config")
-    return read_json(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelLoadError naming the file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{file}: should hold a JSON object, holds {type(value).__name__}")
-    return value
+    if not files.has(path, CONFIG_NAME):
+        raise ModelLoadError(
+            f"{path / CONFIG_NAME} does not exist: the model's folder must hold its config"
+        )
+    return json_files.read(path, CONFIG_NAME).values
 
 
 def _refuse_quantized(hf_config: dict[str, Any]) -> None:
@@ -165,7 +157,11 @@ def _refuse_quantized(hf_config: dict[str, Any]) -> None:
 
 
 def _eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
-    file = path / "generation_config.json"
-    generation = read_json(file) if file.exists() else {}
-    more = values.token_ids(generation, "eos_token_id", config.vocab_size, str(file))
+    """Of config.json, then of generation_config.json. Raises ModelLoadError for what is no id."""
+    generation: dict[str, Any] = {}
+    if not files.is_file(path) and files.has(path, GENERATION_NAME):
+        generation = json_files.read(path, GENERATION_NAME).values
+    more = values.token_ids(
+        generation, "eos_token_id", config.vocab_size, str(path / GENERATION_NAME)
+    )
     return tuple(dict.fromkeys(config.eos_token_ids + more))

@@ -15,8 +15,6 @@ from jaxserve.models.config import ModelConfig
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 """Of Hugging Face's names and of ours."""
-_SHOWN, _LONGEST = 12, 200
-"""Lines of a message, and their characters."""
 
 
 def check_layers(config: ModelConfig, names: Iterable[str]) -> None:
@@ -64,9 +62,3 @@ def count_parameters(config: ModelConfig) -> int:
     layer = math.prod((dim, heads, config.head_dim)) + 3 * dim * config.intermediate_size
     tables = 1 if config.tie_word_embeddings else 2
     return config.num_layers * layer + tables * config.vocab_size * dim
-
-
-def listed(items: list[str], separator: str) -> str:
-    """The first of `items`, and how many more there are."""
-    more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return separator.join([item[:_LONGEST] for item in items[:_SHOWN]] + more)

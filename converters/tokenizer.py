@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters import files
 from converters.locate import find_local
 from jaxserve.errors import InvalidRequestError, ModelLoadError
 
@@ -35,8 +36,10 @@ def load_tokenizer(
         )
     path = find_local(model_path, revision=revision, download_dir=download_dir, weights=False)
     if path.is_dir() and not (path / "tokenizer.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
-        path = ggufs[0] if len(ggufs) == 1 else path
+        ggufs = files.entries(path, ".gguf")
+        if len(ggufs) == 1:
+            files.open_inside(path, ggufs[0]).close()
+            path = path / ggufs[0]
     if path.suffix == ".gguf":
         _transformers()  # quietly, before the next import does it
         from converters import gguf_tokenizer
@@ -67,6 +70,7 @@ def _transformers() -> Any:
 
 
 def _from_folder(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
+    files.check_companions(path)
     try:
         return _transformers().AutoTokenizer.from_pretrained(
             str(path), use_fast=use_fast, local_files_only=True

@@ -30,6 +30,10 @@ READ_BANDWIDTH = 3.0e12
 FIXED_GPU, FIXED_CPU = (64, 1024), (32, 256)
 """Rows of the one decode bucket and tokens of the one extend bucket of deterministic inference,
 unless the user says: every step costs as much as a full one."""
+WIDE_TOP, WIDE_IDS = 1024, 4096
+"""Columns of the best logprobs and of named ids in the programs for requests that want more than
+max_top_logprobs or max_logprob_ids. They are compiled when first wanted: in every program these
+columns would be copied in each step that reports logprobs, and of each prompt token."""
 MOST_STEPS = 4
 """In one decode program, unless the user asks for more: tokens arrive that many at a time."""
 
@@ -62,8 +66,8 @@ class EngineConfig:
     two decode programs, with one step and with these); deterministic: a request's numbers depend
     on nothing but itself: there is one bucket of each kind, chunks and cached prefixes end at
     multiples of chunk_alignment tokens, and outputs are always decoded; bias_capacity,
-    max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists and
-    of top logprobs."""
+    max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists and of top logprobs,
+    beyond which a request needs the wide programs."""
 
     platform: str
     page_size: int
@@ -104,6 +108,12 @@ class EngineConfig:
     def other_kernels(self) -> str | None:
         """Implementation of everything else: XLA's where attention is, or the default."""
         return "xla" if self.attention == "xla" else None
+
+    def logprob_columns(self, wide: bool) -> tuple[int, int]:
+        """Of the best logprobs and of named ids, in the usual programs or in those for more."""
+        if not wide:
+            return self.max_top_logprobs, self.max_logprob_ids
+        return max(self.max_top_logprobs, WIDE_TOP), max(self.max_logprob_ids, WIDE_IDS)
 
     @classmethod
     def resolve(
@@ -217,16 +227,18 @@ def steps_per_dispatch(weight_bytes: int) -> int:
 
 
 def cache_folder(option: str | None) -> str:
-    """Where compiled programs are kept; "" is nowhere, None the user's cache folder."""
+    """Where compiled programs are kept; "" is nowhere, None the user's cache folder, if they have a
+    home."""
     if option is not None:
         return os.path.expanduser(option)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "jaxserve" / "programs")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return "" if base.startswith("~") else str(Path(base) / "jaxserve" / "programs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a single request may ask of the running engine."""
+    """What a single request may ask of the running engine. Of logprobs: up to the first pair the
+    usual programs report them, up to the second the wide ones."""
 
     vocab_size: int
     context_length: int
@@ -234,6 +246,8 @@ class Limits:
     logit_bias_capacity: int
     max_top_logprobs: int
     max_logprob_ids: int
+    most_top_logprobs: int
+    most_logprob_ids: int
 
     @property
     def longest(self) -> int:

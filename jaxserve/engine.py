@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm import tqdm
 
-from jaxserve.api import info
+from jaxserve.api import checks, info
 from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.call import AsyncStream, Call, LiveIds, Stream
 from jaxserve.api.info import FlushResult, TokenizerManager
@@ -25,6 +25,7 @@ from jaxserve.api.startup import start
 from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
+from jaxserve.process import Uncopyable
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-class Engine(UnsupportedMethods):
+class Engine(Uncopyable, UnsupportedMethods):
     """A language model that generates text in this process.
 
         with Engine(model_path="path/to/model") as engine:
@@ -43,8 +44,9 @@ class Engine(UnsupportedMethods):
     made at the same time are batched together. Options and results: docs/api.md.
     """
 
-    def __init__(self, model_path: str | None = None, **kwargs: Any) -> None:
-        """Loads a model. Takes the options of `ServerArgs` by name, or one `server_args=` object.
+    def __init__(self, model_path: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+        """Loads a model. Takes the options of `ServerArgs` by name, or one `server_args=` object,
+        of which it keeps a copy that cannot be changed.
 
         Raises UnknownOptionError (a TypeError), InvalidRequestError, NotSupportedError and
         ModelLoadError (ValueErrors).
@@ -56,7 +58,10 @@ class Engine(UnsupportedMethods):
             given = [*(["model_path"] if model_path is not None else []), *kwargs]
             raise UnknownOptionError(f"server_args is given; put {', '.join(given)} into it")
         elif not isinstance(args, ServerArgs):
-            raise InvalidRequestError(f"server_args must be a jaxserve.ServerArgs, got {args!r}")
+            raise InvalidRequestError(
+                f"server_args must be a jaxserve.ServerArgs, got {checks.shown(args)}"
+            )
+        args = args.locked()
         logging.getLogger("jaxserve").setLevel(args.log_level.upper())
         self.server_args = args
         started = start(args)
@@ -68,7 +73,9 @@ class Engine(UnsupportedMethods):
         self._load_format, self._quantization = started.load_format, started.quantization
         self.tokenizer = started.tokenizer
         """The transformers tokenizer; None with skip_tokenizer_init=True."""
-        self.tokenizer_manager = TokenizerManager(args, started.tokenizer, self._loop.abort)
+        self.tokenizer_manager = TokenizerManager(
+            args, started.tokenizer, self._loop.abort, self._loop.limits, started.model_config
+        )
         self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
         self._live_ids = LiveIds()
         self._request_log: RequestLog | None = None
@@ -144,6 +151,7 @@ class Engine(UnsupportedMethods):
         The tokenizer's chat template makes the prompt; `tools` and `chat_template_kwargs` go to
         it. Everything else is as in `generate`.
         """
+        self._loop.home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return self.generate(sampling_params=sampling_params, input_ids=ids, **options)
 
@@ -157,11 +165,13 @@ class Engine(UnsupportedMethods):
         **options: Unpack[GenerateOptions],
     ) -> Any:
         """`chat` for coroutines, see `async_generate`."""
+        self._loop.home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return await self.async_generate(sampling_params=sampling_params, input_ids=ids, **options)
 
     def _begin(self, given: Arguments) -> tuple[Call, bool]:
         """Checks and submits a call; whether its result is a single dict."""
+        self._loop.home.check()  # before any lock, which a forked process may never get
         inputs = self._builder.build(given)
         args = self.server_args
         options = ResultOptions(
@@ -178,6 +188,10 @@ class Engine(UnsupportedMethods):
             self._loop, self._live_ids, outputs, inputs.mailbox, owner=self, log=self._request_log
         )
         return call, inputs.single
+
+    def get_tokenizer(self) -> Any:
+        """`tokenizer`: a transformers tokenizer, or None with skip_tokenizer_init=True."""
+        return self.tokenizer
 
     # -- control ----------------------------------------------------------------------------------
 

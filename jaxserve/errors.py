@@ -43,5 +43,13 @@ class EngineDeadError(JaxserveError, RuntimeError):
     """The engine thread has stopped after a failure; `__cause__` is that failure."""
 
 
+class ForkedProcessError(JaxserveError, RuntimeError):
+    """An engine, or JAX, was used in a process forked from the one that started it."""
+
+
+class CopyError(JaxserveError, TypeError):
+    """Engines and streams can neither be pickled nor copied."""
+
+
 class EngineShutdownError(JaxserveError, RuntimeError):
     """The engine was shut down before or during the call."""

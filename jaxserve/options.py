@@ -1,93 +1,15 @@
 """The engine's implemented constructor options: types, ranges and meanings, in one table.
 
 `ServerArgs` checks its values with it, the command line is built from it, and docs/api.md shows
-it. Options that are known but not implemented are in `jaxserve.api.foreign_options`.
+it. What upstream's releases have is in `jaxserve.api.upstream_options`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
-from jaxserve.api import checks
-from jaxserve.errors import InvalidRequestError, NotSupportedError
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Option:
-    """What values one option takes.
-
-    kind: "text", "flag", "integer", "number", "integers" (a list) or "json" (a JSON object, as
-    text or dict). low, high: inclusive range. optional: whether None is allowed (it means "auto").
-    choices: the values implemented. known: values SGLang knows and jaxserve does not implement.
-    """
-
-    kind: str
-    help: str
-    low: float | None = None
-    high: float | None = None
-    optional: bool = False
-    choices: tuple[str, ...] = ()
-    known: tuple[str, ...] = ()
-
-    def check(self, name: str, value: Any) -> Any:
-        """The value in its normal form. Raises InvalidRequestError or NotSupportedError."""
-        if value is None and self.optional:
-            return None
-        match self.kind:
-            case "flag":
-                return checks.boolean(name, value)
-            case "integer":
-                return checks.integer(name, value, _whole(self.low), _whole(self.high))
-            case "number":
-                return checks.number(name, value, self.low, self.high)
-            case "integers":
-                return _integers(name, value)
-            case "json":
-                return _json_object(name, value)
-        return self._text(name, value)
-
-    def _text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise InvalidRequestError(f"{name} must be a string, got {checks.shown(value)}")
-        if value in self.known:
-            raise NotSupportedError(
-                f"{name}={value!r} is not supported yet; jaxserve has {', '.join(self.choices)}"
-            )
-        if self.choices and value not in self.choices:
-            raise InvalidRequestError(
-                f"{name} must be one of {', '.join(self.choices)}, got {value!r}"
-            )
-        return value
-
-
-def _whole(bound: float | None) -> int | None:
-    return None if bound is None else int(bound)
-
-
-def _integers(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise InvalidRequestError(
-            f"{name} must be a list of positive integers, got {checks.shown(value)}"
-        )
-    return tuple(checks.integer(name, item, 1) for item in value)
-
-
-def _json_object(name: str, value: Any) -> Any:
-    parsed = value
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise InvalidRequestError(
-                f"{name} is not valid JSON: {error}; got {value!r}"
-            ) from error
-    if not isinstance(parsed, Mapping):
-        raise InvalidRequestError(f"{name} must be a JSON object, got {checks.shown(value)}")
-    return value
+from jaxserve.api.option import Option
 
 
 def _parallel(what: str) -> Option:
@@ -100,26 +22,35 @@ ONLY_ONE = ("tp_size", "dp_size", "pp_size", "ep_size", "nnodes")
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         # Model and tokenizer.
-        "model_path": Option("text", "checkpoint folder, .gguf file or hub id"),
-        "tokenizer_path": Option("text", "tokenizer folder; the model's when None", optional=True),
+        "model_path": Option("path", "checkpoint folder, .gguf file or hub id"),
+        "tokenizer_path": Option("path", "tokenizer folder; the model's when None", optional=True),
         "tokenizer_mode": Option("text", "auto: the fast tokenizer", choices=("auto", "slow")),
         "skip_tokenizer_init": Option("flag", "tokens in, tokens out: no tokenizer, no text"),
         "load_format": Option(
             "text",
             "checkpoint format; dummy: random weights",
             choices=("auto", "safetensors", "gguf", "orbax", "dummy"),
-            known=(
-                "pt",
-                "npcache",
-                "sharded_state",
-                "bitsandbytes",
-                "remote",
-                "layered",
-                "mistral",
+            known=tuple(
+                [
+                    "pt",
+                    "npcache",
+                    "sharded_state",
+                    "bitsandbytes",
+                    "remote",
+                    "layered",
+                    "mistral",
+                    "presharded",
+                    "expert_pack",
+                    "flash_rl",
+                    "fastsafetensors",
+                    "private",
+                    "runai_streamer",
+                    "remote_instance",
+                ]
             ),
         ),
         "dtype": Option(
-            "text",
+            "dtype",
             "parameter type; auto: float32 on CPU, bfloat16 on GPU",
             choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
         ),
@@ -129,45 +60,57 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             "or int8; None: as stored",
             optional=True,
             choices=("fp8", "w8a16_int8"),
-            known=(
-                "auto-round",
-                "awq",
-                "awq_marlin",
-                "bitsandbytes",
-                "compressed-tensors",
-                "gguf",
-                "gptq",
-                "gptq_marlin",
-                "marlin",
-                "modelopt",
-                "modelopt_fp4",
-                "modelopt_fp8",
-                "moe_wna16",
-                "mxfp4",
-                "mxfp8",
-                "petit_nvfp4",
-                "quark",
-                "unquant",
-                "w4afp8",
-                "w8a8_fp8",
-                "w8a8_int8",
+            known=tuple(
+                [
+                    "auto-round",
+                    "auto-round-int8",
+                    "awq",
+                    "awq_marlin",
+                    "bitsandbytes",
+                    "compressed-tensors",
+                    "gguf",
+                    "gptq",
+                    "gptq_marlin",
+                    "humming",
+                    "marlin",
+                    "mlx_q4",
+                    "mlx_q8",
+                    "modelopt",
+                    "modelopt_fp4",
+                    "modelopt_fp8",
+                    "modelopt_mixed",
+                    "modelslim",
+                    "moe_wna16",
+                    "mxfp4",
+                    "mxfp8",
+                    "mxfp_w4a8",
+                    "nvfp4_online",
+                    "petit_nvfp4",
+                    "quark",
+                    "quark_int4fp8_moe",
+                    "quark_mxfp4",
+                    "unquant",
+                    "w4afp8",
+                    "w8a8_fp8",
+                    "w8a8_int8",
+                ]
             ),
         ),
         "kv_cache_dtype": Option(
-            "text",
+            "dtype",
             "type of the KV pages; auto: as dtype; fp8_e4m3: half the bytes, twice the tokens",
             choices=("auto", "bfloat16", "bf16", "fp8_e4m3"),
-            known=("fp4_e2m1", "fp8_e5m2", "mxfp8", "nvfp4"),
+            known=("fp4_e2m1", "fp4_mx_block16", "fp8_e5m2", "mxfp8", "nvfp4"),
         ),
         "context_length": Option(
             "integer", "most tokens of prompt and output; the model's when None", 2, optional=True
         ),
         "revision": Option("text", "revision of a hub model", optional=True),
-        "download_dir": Option("text", "where hub models are stored", optional=True),
+        "download_dir": Option("path", "where hub models are stored", optional=True),
         "json_model_override_args": Option("json", "JSON object patched into the model's config"),
         "trust_remote_code": Option("flag", "ignored with a warning: remote code never runs"),
         "served_model_name": Option("text", "name in get_model_info()", optional=True),
-        "chat_template": Option("text", "Jinja chat template, or a file of it", optional=True),
+        "chat_template": Option("path", "Jinja chat template, or a file of it", optional=True),
         "weight_version": Option("text", "echoed in every result"),
         "preferred_sampling_params": Option(
             "json", "defaults under each request's sampling parameters", optional=True
@@ -247,7 +190,9 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "hicache_size": Option("integer", "that memory in GB; 0: hicache_ratio decides", 0),
         "disable_overlap_schedule": Option("flag", "wait for each step before the next one"),
         "allow_auto_truncate": Option("flag", "cut prompts that are too long, with a warning"),
-        "random_seed": Option("integer", "seeds the requests that bring no seed", 0, optional=True),
+        "random_seed": Option(
+            "integer", "seeds the requests that bring no seed", 0, (1 << 63) - 1, optional=True
+        ),
         # Streaming, observation.
         "stream_interval": Option("integer", "tokens between streamed chunks", 1),
         "stream_output": Option("flag", "streams give deltas instead of the text so far"),
@@ -255,8 +200,8 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             "flag", "times of each request in meta_info; engine.metrics for Prometheus"
         ),
         "log_level": Option(
-            "text",
-            "level of the 'jaxserve' logger",
+            "level",
+            "level of the 'jaxserve' logger, in any case",
             choices=("debug", "info", "warning", "error", "critical"),
         ),
         "log_requests": Option("flag", "log each request, at level info"),
@@ -266,7 +211,10 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         "decode_log_interval": Option("integer", "decode steps between lines of the log", 1),
         # Device, programs, kernels.
         "device": Option(
-            "text", "cpu or cuda; None: what JAX finds", optional=True, choices=("cpu", "cuda")
+            "text",
+            "where to run; cuda,cpu: on CUDA if JAX has it; None: what JAX finds",
+            optional=True,
+            choices=("cpu", "cuda", "cuda,cpu"),
         ),
         "attention_backend": Option(
             "text",
@@ -286,11 +234,24 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             "flag", "compile every program at start; None: on GPU only", optional=True
         ),
         "compilation_cache_dir": Option(
-            "text", "folder of compiled programs; None: the user's cache; '': off", optional=True
+            "path", "folder of compiled programs; None: the user's cache; '': off", optional=True
         ),
-        "return_original_logprob": Option("flag", "output logprobs before temperature"),
-        "max_top_logprobs": Option("integer", "largest top_logprobs_num", 0),
-        "max_logprob_ids": Option("integer", "most ids in token_ids_logprob", 0),
+        "return_original_logprob": Option(
+            "flag",
+            "output logprobs before temperature (by default: what the environment's "
+            "SGLANG_RETURN_ORIGINAL_LOGPROB says)",
+        ),
+        "max_top_logprobs": Option(
+            "integer",
+            "largest top_logprobs_num of the usual programs; beyond it (to 1,024) others are "
+            "compiled when first wanted",
+            0,
+        ),
+        "max_logprob_ids": Option(
+            "integer",
+            "most ids in token_ids_logprob of the usual programs; beyond it (to 4,096) as above",
+            0,
+        ),
         "logit_bias_capacity": Option("integer", "most biased and masked ids per request", 1),
     }
 )
@@ -305,25 +266,33 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 """Second spellings (SGLang renamed these in 2026) -> the name that jaxserve uses."""
 
 FOREIGN_ATTENTION = frozenset(
-    {
+    [
         "aiter",
         "ascend",
+        "compressed",
+        "cutedsl_mla",
         "cutlass_mla",
+        "dsa",
+        "dsv4",
         "dual_chunk_flash_attn",
         "fa3",
         "fa4",
         "flashinfer",
         "flashmla",
         "flex_attention",
+        "hpc_ops",
         "intel_amx",
         "intel_xpu",
+        "minicpm_flashattn",
+        "minicpm_flashinfer",
         "nsa",
         "tbo",
+        "tokenspeed_mla",
         "torch_native",
         "trtllm_mha",
         "trtllm_mla",
         "wave",
-    }
+    ]
 )
 """Attention backends of SGLang without a namesake here: accepted with a warning."""
 

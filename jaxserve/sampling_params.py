@@ -18,6 +18,12 @@ TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
 """Temperatures below this one select the most likely token."""
 DEFAULT_MAX_NEW_TOKENS = 128
+MOST_SAMPLES = 1 << 16
+"""Of one prompt: the largest n."""
+MOST_IDS = 1 << 18
+"""Stop token ids and biased tokens of a request: as many as the largest vocabularies have."""
+LONGEST_ID = 20
+"""Characters of a token id that is a string."""
 FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
 GRAMMAR_KEYS = ("json_schema", "regex", "ebnf", "structural_tag")
 
@@ -80,7 +86,8 @@ class SamplingParams:
             for key, value in source.items():
                 if key not in FIELD_NAMES:
                     raise UnknownOptionError(
-                        f"unknown sampling parameter {key!r}{checks.near_matches(key, FIELD_NAMES)}"
+                        f"unknown sampling parameter {checks.quoted(key)}"
+                        f"{checks.near_matches(key, FIELD_NAMES)}"
                     )
                 if value is not None or key == "max_new_tokens":
                     merged[key] = value
@@ -120,9 +127,10 @@ class _Normalizer:
         largest = self.values.get("max_new_tokens")
         if largest is not None and smallest > largest:
             raise InvalidRequestError(
-                f"min_new_tokens must be in [0, max_new_tokens={largest}], got {smallest}"
+                f"min_new_tokens must be in [0, max_new_tokens={checks.quoted(largest)}], got "
+                + checks.shown(smallest)
             )
-        self.values["n"] = checks.integer("n", given.n, 1)
+        self.values["n"] = checks.integer("n", given.n, 1, MOST_SAMPLES)
         if given.stream_interval is not None:
             self.values["stream_interval"] = checks.integer(
                 "stream_interval", given.stream_interval, 1
@@ -133,13 +141,8 @@ class _Normalizer:
     def stops(self) -> None:
         self.values["stop"] = checks.strings("stop", self.given.stop)
         self.values["stop_regex"] = checks.strings("stop_regex", self.given.stop_regex)
-        ids = self.given.stop_token_ids
-        if isinstance(ids, str | bytes | Mapping) or not hasattr(ids, "__iter__"):
-            raise InvalidRequestError(
-                f"stop_token_ids must be a list of token ids, got {checks.shown(ids)}"
-            )
         self.values["stop_token_ids"] = frozenset(
-            checks.integer("stop_token_ids", token, 0) for token in ids if token is not None
+            checks.integers("stop_token_ids", self.given.stop_token_ids, 0, MOST_IDS)
         )
 
     def distribution(self) -> None:
@@ -147,7 +150,9 @@ class _Normalizer:
         temperature = checks.number("temperature", given.temperature, 0.0)
         top_k = checks.integer("top_k", given.top_k)
         if top_k != -1 and top_k < 1:
-            raise InvalidRequestError(f"top_k must be -1 (all) or at least 1, got {top_k}")
+            raise InvalidRequestError(
+                f"top_k must be -1 (all) or at least 1, got {checks.shown(top_k)}"
+            )
         if top_k == -1:
             top_k = TOP_K_ALL
         if temperature < GREEDY_TEMPERATURE:
@@ -202,14 +207,20 @@ def _logit_bias(value: Any) -> dict[int, float]:
         raise InvalidRequestError(
             f"logit_bias must be a dict of token id to number, got {checks.shown(value)}"
         )
+    if len(value) > MOST_IDS:
+        raise InvalidRequestError(
+            f"logit_bias may have {MOST_IDS} entries, got {len(value)}: {checks.shown(value)}"
+        )
     result = {}
     for key, bias in value.items():
         if isinstance(key, str):
-            if not key.strip().isdecimal():
-                raise InvalidRequestError(f"logit_bias has the key {key!r}, which is no token id")
+            if not key.strip().isdecimal() or len(key) > LONGEST_ID:
+                raise InvalidRequestError(
+                    f"logit_bias has the key {checks.quoted(key)}, which is no token id"
+                )
             key = int(key)
         token = checks.integer("logit_bias token id", key, 0)
-        result[token] = checks.number(f"logit_bias[{token}]", bias)
+        result[token] = checks.number(f"logit_bias[{checks.quoted(token)}]", bias)
     return result
 
 

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 import jaxserve.engine
+from jaxserve.api.model_facts import ModelFacts
 from jaxserve.api.startup import Started, tokenizer_eos
 from jaxserve.config import Limits
 from jaxserve.engine import Engine
@@ -287,13 +288,19 @@ class Fakes:
         **options: Any,
     ) -> Engine:
         """An Engine whose loop is a FakeLoop, reachable as `engine._loop`."""
-        limits = Limits(len(self.tokenizer), context_length, max_total_tokens, 64, 5, 4)
+        limits = Limits(len(self.tokenizer), context_length, max_total_tokens, 64, 5, 4, 8, 6)
         loop = FakeLoop(limits, script, pause)
 
         def start(args: Any) -> Started:
             tokenizer = None if args.skip_tokenizer_init else self.tokenizer
             eos = frozenset(eos_ids) | tokenizer_eos(tokenizer)
-            return Started(loop, tokenizer, eos, "dummy")  # pyright: ignore
+            facts = ModelFacts(
+                model_path="fake", context_len=context_length, vocab_size=limits.vocab_size,
+                hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=16, dtype="float32", quantization=None, hf_eos_token_id=eos,
+                raw_config={"model_type": "llama"},
+            )  # fmt: skip
+            return Started(loop, tokenizer, eos, "dummy", model_config=facts)  # pyright: ignore
 
         self.monkeypatch.setattr(jaxserve.engine, "start", start)
         engine = Engine(model_path="fake", **options)

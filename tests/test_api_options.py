@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.api.foreign_options import NO_OP, UNSUPPORTED
+from jaxserve.api.option_fields import OptionFields
+from jaxserve.api.upstream_options import FOREIGN, UPSTREAM
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.options import ALIASES, ONLY_ONE, OPTIONS
 from jaxserve.server_args import ServerArgs
 
-FIELDS = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
+FIELDS = {field.name: field.default for field in dataclasses.fields(OptionFields)}
+NO_OP, UNSUPPORTED = (
+    {name: option.default for name, option in FOREIGN.items() if option.treatment == treatment}
+    for treatment in ("ignored", "unsupported")
+)
 EXTRAS = {
     "precompile": None,
     "compilation_cache_dir": None,
@@ -37,6 +42,11 @@ def test_every_option_is_in_exactly_one_class():
     assert set(FIELDS) == set(OPTIONS)
     names = [*OPTIONS, *ALIASES, *NO_OP, *UNSUPPORTED]
     assert len(names) == len(set(names))
+    assert {option.treatment for option in UPSTREAM.values()} == {
+        "implemented", "ignored", "unsupported"
+    }  # fmt: skip
+    implemented = {name for name in UPSTREAM if name not in FOREIGN}
+    assert implemented == (set(OPTIONS) | set(ALIASES)) - set(EXTRAS)
 
 
 def test_the_defaults_are_upstreams():
@@ -208,7 +218,8 @@ def test_cuda_only_options_cause_one_warning():
     assert len(caught) == 1
     for name in ("disable_cuda_graph", "sampling_backend", "attention_backend='fa3'"):
         assert name in str(caught[0].message)
-    assert args == ServerArgs("m") and args.attention_implementation is None
+    assert args.attention_implementation is None
+    assert (args.sampling_backend, args.attention_backend) == ("flashinfer", "fa3")
     assert ServerArgs("m", **NO_OP) == ServerArgs("m")
 
 
@@ -243,13 +254,11 @@ def test_both_spellings_are_one_option(alias, value):
             ServerArgs("m", **{name: other, alias: value})
 
 
-def test_it_is_a_frozen_value_that_goes_round_through_asdict():
+def test_it_is_a_value_that_goes_round_through_asdict():
     args = ServerArgs("m", cuda_graph_bs=[1, 2], preferred_sampling_params='{"top_p": 0.5}')
     assert ServerArgs(**dataclasses.asdict(args)) == args
     assert dataclasses.replace(args, page_size=8).page_size == 8
     assert args.preferred_params == {"top_p": 0.5} and args.config_overrides == {}
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        args.page_size = 8  # pyright: ignore
 
 
 def test_the_command_line():
@@ -272,7 +281,7 @@ def test_the_command_line():
         num_continuous_decode_steps=2,
     )
     with pytest.warns(UserWarning, match="disable_cuda_graph"):
-        assert parse("--model m --disable-cuda-graph") == ServerArgs("m")
+        assert parse("--model m --disable-cuda-graph").disable_cuda_graph
     with pytest.raises(NotSupportedError, match="quantization"):
         parse("--model m --quantization awq")
 
@@ -293,7 +302,17 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     assert cache_folder(None) == str(tmp_path / ".cache" / "jaxserve" / "programs")
 
 
+def section(title: str) -> str:
+    return DOCS.read_text().split(f"\n### {title}\n")[1].split("\n#")[0]
+
+
 def test_the_docs_list_every_option():
-    documented = set(re.findall(r"`(\w+)`", DOCS.read_text()))
-    missing = [n for n in (*OPTIONS, *ALIASES, *NO_OP, *UNSUPPORTED) if n not in documented]
-    assert not missing
+    table = re.findall(r"^\| `(\w+)` \|", section("Implemented"), re.MULTILINE)
+    assert sorted(table) == sorted(OPTIONS)
+    assert all(f"`{alias}`" in section("Implemented") for alias in ALIASES)
+    for title, names in (
+        ("Accepted without effect", NO_OP),
+        ("Known, not supported yet", UNSUPPORTED),
+    ):
+        listed = section(title).strip().split("\n\n")[-1]
+        assert re.findall(r"`(\w+)`", listed) == list(names)

@@ -349,7 +349,7 @@ def test_constructor_arguments(fakes):
     fakes.engine()
     engine = jaxserve.Engine(server_args=args)
     fakes.engines.append(engine)
-    assert engine.server_args is args
+    assert engine.server_args == args
     assert dir(jaxserve) and not hasattr(jaxserve, "Motor")
 
 

@@ -15,6 +15,10 @@ from jaxserve.server_args import ServerArgs
 from tests.api_fakes import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
+CONFIG = types.SimpleNamespace(
+    vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
+)
+LOOP = types.SimpleNamespace(limits=types.SimpleNamespace(context_length=512))
 
 
 @pytest.fixture
@@ -29,11 +33,13 @@ def calls(monkeypatch):
 
         return call
 
-    declaration = types.SimpleNamespace(quantization="fp8")
-    loaded = types.SimpleNamespace(eos_token_ids=(3, 4), format="dummy", declaration=declaration)
+    declaration = types.SimpleNamespace(quantization="fp8", dtype="float16")
+    loaded = types.SimpleNamespace(
+        eos_token_ids=(3, 4), format="dummy", declaration=declaration, config=CONFIG, hf_config={}
+    )
     monkeypatch.setattr(converters, "load", record("load", loaded))
     monkeypatch.setattr(converters, "load_tokenizer", record("tokenizer", TOKENIZER))
-    monkeypatch.setattr(EngineLoop, "start", record("loop", "the loop"))
+    monkeypatch.setattr(EngineLoop, "start", record("loop", LOOP))
     made["loaded"] = loaded
     return made
 
@@ -77,7 +83,7 @@ def test_options_reach_the_loader(calls):
     )
     assert calls["loop"] == ((args, calls["loaded"]), {})
     assert (started.loop, started.tokenizer, started.load_format, started.quantization) == (
-        "the loop",
+        LOOP,
         TOKENIZER,
         "dummy",
         "fp8",

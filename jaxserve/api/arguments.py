@@ -78,7 +78,8 @@ class Arguments:
         for name, value in given.items():
             if name not in SUPPORTED and name not in known:
                 raise UnknownOptionError(
-                    f"generate() has no argument {name!r}{checks.near_matches(name, known)}"
+                    f"generate() has no argument {checks.quoted(name)}"
+                    f"{checks.near_matches(name, known)}"
                 )
             if name in SUPPORTED:
                 values[name] = value
@@ -92,7 +93,8 @@ class Arguments:
         for name in ("stream", "return_text_in_logprobs", "return_prompt_token_ids", "progress"):
             if name in values:
                 # Upstream takes None for False in these places.
-                values[name] = checks.boolean(name, values[name] or False)
+                value = values[name]
+                values[name] = value is not None and checks.boolean(name, value)
         if values.get("progress") and values.get("stream"):
             raise InvalidRequestError("progress=True shows a bar for calls without stream=True")
         return cls(**values)
@@ -102,11 +104,8 @@ SUPPORTED = frozenset(field.name for field in dataclasses.fields(Arguments))
 
 
 def _refuse(name: str, value: Any) -> None:
-    """None, False and lists of them are how callers leave an argument out."""
-    if value is None or value is False:
-        return
-    items = value if isinstance(value, list | tuple) else [value]
-    if any(item is not None and item is not False for item in items):
+    """None, False, what is empty and lists of such are how callers leave an argument out."""
+    if value is not None and not checks.absent(value):
         raise NotSupportedError(
             f"argument {name!r} of generate is not supported yet, got {checks.shown(value)}"
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,32 +14,111 @@ from jaxserve.errors import InvalidRequestError
 
 SHORT = 1024
 """Up to so many token ids are checked in a third of the time without an array."""
+MOST_REQUESTS = 1 << 20
+"""Of one call: prompts x n. Each is about 2 kB before it runs."""
 
 
-def is_single(prompt: Any, input_ids: Any) -> bool:
-    """Whether a call is for one prompt (its result is a dict) and not for a list of them."""
-    if prompt is not None and input_ids is not None:
-        raise InvalidRequestError("prompt and input_ids are both given; give exactly one of them")
-    if prompt is not None:
-        if isinstance(prompt, str):
-            return True
-        if isinstance(prompt, list | tuple):
-            return False
-        raise InvalidRequestError(
-            f"prompt must be a string or a list of strings, got {checks.shown(prompt)}"
-        )
-    if input_ids is None:
-        raise InvalidRequestError("prompt and input_ids are both None; give exactly one of them")
-    if isinstance(input_ids, np.ndarray):
-        return input_ids.ndim == 1
+class Prompts(NamedTuple):
+    """What a call is to continue. Either of texts and ids is None."""
+
+    single: bool
+    """One prompt (the result is a dict), not a list of them."""
+    texts: Sequence[Any] | None
+    ids: Sequence[Any] | None
+    """Rows of token ids, as given."""
+
+    @property
+    def count(self) -> int:
+        return len(self.ids if self.texts is None else self.texts)  # pyright: ignore
+
+    @classmethod
+    def of(cls, prompt: Any, input_ids: Any) -> Prompts:
+        """From a call's arguments. Where both are given, the ids are what runs, as upstream; the
+        texts must be as many. Raises InvalidRequestError."""
+        if input_ids is None:
+            if prompt is None:
+                raise InvalidRequestError("prompt and input_ids are both None; give one of them")
+            single, texts = _texts(prompt)
+            return cls(single, texts, None)
+        single, rows = _id_rows(input_ids)
+        if prompt is not None:
+            single_text, texts = _texts(prompt)
+            if (single_text, len(texts)) != (single, len(rows)):
+                raise InvalidRequestError(
+                    f"prompt and input_ids differ in shape: prompt is {_shape(single_text, texts)},"
+                    f" input_ids is {_shape(single, rows)}"
+                )
+        return cls(single, None, rows)
+
+
+def _texts(prompt: Any) -> tuple[bool, Sequence[Any]]:
+    """Whether there is one prompt, and the prompts."""
+    prompt = checks.plain(prompt)
+    if isinstance(prompt, str):
+        return True, [prompt]
+    if isinstance(prompt, list | tuple):
+        return False, prompt
+    if isinstance(prompt, np.ndarray):
+        return False, prompt.tolist()
+    raise InvalidRequestError(
+        f"prompt must be a string or a list of strings, got {checks.shown(prompt)}"
+    )
+
+
+def _id_rows(input_ids: Any) -> tuple[bool, Sequence[Any]]:
+    """Whether there is one row of token ids, and the rows."""
     if not isinstance(input_ids, list | tuple):
-        raise InvalidRequestError(
-            "input_ids must be a list of token ids or a list of such lists, got "
-            + checks.shown(input_ids)
-        )
+        input_ids = _array("input_ids", input_ids)
+        if input_ids.ndim not in (1, 2):
+            raise InvalidRequestError(
+                f"input_ids must have one or two dimensions, got {input_ids.ndim}"
+            )
     if not len(input_ids):
         raise InvalidRequestError("input_ids is empty, got []")
-    return not isinstance(input_ids[0], list | tuple | np.ndarray)
+    first = input_ids[0]
+    nested = isinstance(first, list | tuple) or getattr(first, "ndim", 0) > 0
+    return not nested, input_ids if nested else [input_ids]
+
+
+def _shape(single: bool, rows: Sequence[Any]) -> str:
+    return "one prompt" if single else f"a list of {len(rows)}"
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    """Numbers in an array of NumPy, JAX or PyTorch (of any device), or in lists, as NumPy has
+    them."""
+    if not isinstance(values, list | tuple) and not hasattr(values, "__array__"):
+        raise InvalidRequestError(f"{name} must be a list of token ids, got {checks.shown(values)}")
+    if isinstance(values, list | tuple):
+        for kind in set(map(type, values)):
+            # Lists within are not NumPy's to look at: it would follow them to any depth.
+            if not issubclass(kind, numbers.Integral) and not hasattr(kind, "ndim"):
+                raise InvalidRequestError(
+                    f"{name} must be a list of integers, got {checks.shown(values)}"
+                )
+    try:
+        detach = getattr(values, "detach", None)
+        # NumPy takes no array of PyTorch's that a GPU has.
+        return np.asarray(values if detach is None else detach().cpu())
+    except Exception as error:  # ragged rows, freed buffers, whatever `__array__` raises
+        raise InvalidRequestError(
+            f"{name} must be a list of integers, got {checks.shown(values)}"
+        ) from error
+
+
+def check_count(prompts: int, n: int, most_queued: int | None) -> None:
+    """Raises InvalidRequestError for more requests than a call may have, before any is made.
+    most_queued: the option max_queued_requests, where the call that exceeds it is refused."""
+    total = prompts * n
+    if most_queued is not None and total > most_queued:
+        raise InvalidRequestError(
+            f"the queue is full: max_queued_requests={most_queued}, and the call has {total} "
+            f"requests ({prompts} prompts, n={n})"
+        )
+    if total > MOST_REQUESTS:
+        raise InvalidRequestError(
+            f"a call may have {MOST_REQUESTS} requests, got {total} ({prompts} prompts, n={n})"
+        )
 
 
 def check_prompts(prompts: list[Any]) -> None:
@@ -48,21 +129,17 @@ def check_prompts(prompts: list[Any]) -> None:
             raise InvalidRequestError(f"{where} must be a string, got {checks.shown(prompt)}")
         if not prompt:
             raise InvalidRequestError(f"{where} is empty, got ''")
+        checks.encodable(where, prompt)
 
 
 def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
     """A row of token ids as a list of ints, every one of them in [0, vocab_size)."""
-    if not isinstance(values, list | tuple | np.ndarray):
-        raise InvalidRequestError(f"{name} must be a list of token ids, got {checks.shown(values)}")
-    if not len(values):
-        raise InvalidRequestError(f"{name} is empty, got []")
     short = type(values) is list and len(values) <= SHORT and set(map(type, values)) == {int}
     if short and min(values) >= 0 and max(values) < vocab_size:
         return list(values)
-    try:
-        array: Any = np.asarray(values)
-    except (ValueError, OverflowError):  # ragged rows, integers of more than 64 bits
-        array = np.empty(0)
+    array = _array(name, values)
+    if array.ndim == 1 and not len(array):
+        raise InvalidRequestError(f"{name} is empty, got []")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidRequestError(f"{name} must be a list of integers, got {checks.shown(values)}")
     outside = (array < 0) | (array >= vocab_size)
@@ -83,18 +160,19 @@ def request_ids(rid: Any, prompts: int, single: bool, n: int) -> list[list[str]]
     if rid is None:
         return [[os.urandom(16).hex() for _ in range(n)] for _ in range(prompts)]
     if isinstance(rid, str):
+        checks.text("rid", rid)
         given = [rid] if single else [f"{rid}_{row}" for row in range(prompts)]
-    elif isinstance(rid, list | tuple):
-        given = list(rid)
-        if len(given) != prompts:
-            raise InvalidRequestError(
-                f"rid has {len(given)} request ids for {prompts} prompts; the lengths must match"
-            )
+    elif isinstance(rid, list | tuple | np.ndarray):
+        given = per_row("rid", rid, prompts)
     else:
         raise InvalidRequestError(f"rid must be a string or a list, got {checks.shown(rid)}")
-    for item in given:
+    for row, item in enumerate(given):
+        name = "rid" if isinstance(rid, str) else f"rid[{row}]"
         if not isinstance(item, str) or not item:
-            raise InvalidRequestError(f"rid must be a non-empty string, got {checks.shown(item)}")
+            raise InvalidRequestError(
+                f"{name} must be a non-empty string, got {checks.shown(item)}"
+            )
+        checks.text(name, item)
     if n > 1:
         samples = [[f"{item}_{sample}" for sample in range(n)] for item in given]
     else:
@@ -102,13 +180,16 @@ def request_ids(rid: Any, prompts: int, single: bool, n: int) -> list[list[str]]
     seen: set[str] = set()
     for name in (name for names in samples for name in names):
         if name in seen:
-            raise InvalidRequestError(f"Duplicate request ID: {name!r} is given twice")
+            raise InvalidRequestError(f"Duplicate request ID: {checks.quoted(name)} is given twice")
         seen.add(name)
     return samples
 
 
 def per_row(name: str, value: Any, prompts: int) -> list[Any]:
-    """A value for each prompt: a list as it is, if its length fits, anything else repeated."""
+    """A value for each prompt: a list (or array) as it is, if its length fits, anything else
+    repeated."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        value = list(value)
     if not isinstance(value, list | tuple):
         return [value] * prompts
     if len(value) != prompts:
@@ -120,10 +201,15 @@ def per_row(name: str, value: Any, prompts: int) -> list[Any]:
 
 def cache_salts(value: Any, prompts: int) -> list[str]:
     """The cache salt of each prompt; None is none, the same as an empty one."""
-    salts = per_row("cache_salt", value, prompts)
-    for salt in salts:
-        if salt is not None and not isinstance(salt, str):
-            raise InvalidRequestError(
-                f"cache_salt must be a string or a list of strings, got {checks.shown(salt)}"
-            )
-    return [salt or "" for salt in salts]
+    if value is None:
+        return [""] * prompts
+    if isinstance(value, str):
+        return [checks.text("cache_salt", value)] * prompts
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise InvalidRequestError(
+            f"cache_salt must be a string or a list of strings, got {checks.shown(value)}"
+        )
+    return [
+        "" if salt is None else checks.text(f"cache_salt[{row}]", salt)
+        for row, salt in enumerate(per_row("cache_salt", value, prompts))
+    ]

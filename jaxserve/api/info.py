@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import jaxserve
 from jaxserve.api import checks
-from jaxserve.api.foreign_options import NO_OP, UNSUPPORTED
+from jaxserve.api.model_facts import ModelFacts
 from jaxserve.errors import InvalidRequestError
-from jaxserve.options import ALIASES
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -33,13 +32,29 @@ class FlushResult:
 
 
 class TokenizerManager:
-    """What users reach for through `engine.tokenizer_manager`."""
+    """What users reach for through `engine.tokenizer_manager`, under upstream's names."""
+
+    is_generation = True
+    """There are no embedding models."""
 
     def __init__(
-        self, server_args: ServerArgs, tokenizer: Any, abort: Callable[[str, bool], None]
+        self,
+        server_args: ServerArgs,
+        tokenizer: Any,
+        abort: Callable[[str, bool], None],
+        limits: Limits,
+        model_config: ModelFacts,
     ) -> None:
         self.server_args = server_args
         self.tokenizer = tokenizer
+        self.model_config = model_config
+        self.model_path = server_args.model_path
+        self.served_model_name = server_args.served_model_name or server_args.model_path
+        self.preferred_sampling_params = server_args.preferred_params or None
+        self.context_len = limits.longest
+        """Tokens of prompt and output."""
+        self.max_req_input_len = longest_input(limits)
+        """Tokens of a prompt."""
         self._abort = abort
 
     def abort_request(self, rid: str | None = "", abort_all: bool = False) -> None:
@@ -49,12 +64,15 @@ class TokenizerManager:
         self._abort(rid or "", checks.boolean("abort_all", abort_all))
 
 
+def longest_input(limits: Limits) -> int:
+    """Tokens of the longest prompt, with one place left for an output."""
+    return limits.longest - 1
+
+
 def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> dict[str, Any]:
     """`get_server_info()`: upstream's option names (those without a meaning here at upstream's
     defaults), jaxserve's options, then state. `stats` are the engine loop's counters."""
-    options = dataclasses.asdict(args)
-    info = {**NO_OP, **UNSUPPORTED, **options}
-    info |= {alias: options[name] for alias, name in ALIASES.items()}
+    info = dict(vars(args))
     info["tokenizer_path"] = args.tokenizer_path or args.model_path
     info["served_model_name"] = args.served_model_name or args.model_path
     memory = stats.get("memory_usage", {})
@@ -67,7 +85,7 @@ def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> d
         **stats,
         "status": "ready",
         "version": jaxserve.VERSION,
-        "max_req_input_len": min(limits.context_length, limits.max_total_tokens) - 1,
+        "max_req_input_len": longest_input(limits),
         "internal_states": [state],
     }
 

@@ -53,6 +53,8 @@ class RequestBuilder:
         self._refuse_priority = (
             args.abort_on_priority_when_disabled and not args.enable_priority_scheduling
         )
+        # With priorities the worst of the queue fail instead, when the others are in it.
+        self._most_queued = None if args.enable_priority_scheduling else args.max_queued_requests
         self._rules = Rules(
             limits=limits,
             eos_ids=eos_ids,
@@ -69,15 +71,18 @@ class RequestBuilder:
         """The requests of a call, in result order. Raises InvalidRequestError (for a batch, naming
         the row), NotSupportedError and UnknownOptionError; nothing has happened then."""
         created = time.perf_counter()
-        single = batch.is_single(given.prompt, given.input_ids)
-        ids = self._prompt_ids(given, single)
-        params, explicit = self._sampling_params(given.sampling_params, len(ids))
+        prompts = batch.Prompts.of(given.prompt, given.input_ids)
+        single = prompts.single
+        params, explicit = self._sampling_params(given.sampling_params, prompts.count)
         samples = params[0].n if params else 1
-        if any(row.n != samples for row in params):
-            raise InvalidRequestError(
-                "parallel_sample_num should be the same for all prompts of a batch, got n="
-                f"{[row.n for row in params]}"
-            )
+        for index, row in enumerate(params):
+            if row.n != samples:
+                raise InvalidRequestError(
+                    "parallel_sample_num should be the same for all prompts of a batch, got "
+                    f"n={samples} in row 0 and n={row.n} in row {index}"
+                )
+        batch.check_count(prompts.count, samples, self._most_queued)
+        ids = self._prompt_ids(prompts)
         logprobs = self._logprob_specs(given, len(ids), single, samples)
         rids = batch.request_ids(given.rid, len(ids), single, samples)
         priority = self._priority(given.priority)
@@ -107,15 +112,15 @@ class RequestBuilder:
             ]
         return rows if conversations is messages else rows[0]
 
-    def _prompt_ids(self, given: Arguments, single: bool) -> list[list[int]]:
-        if given.prompt is None:
-            rows = [given.input_ids] if single else given.input_ids
-            name = "input_ids" if single else "input_ids[{}]"
+    def _prompt_ids(self, given: batch.Prompts) -> list[list[int]]:
+        if given.ids is not None:
+            name = "input_ids" if given.single else "input_ids[{}]"
             size = self._limits.vocab_size
             return [
-                batch.token_ids(name.format(index), row, size) for index, row in enumerate(rows)
+                batch.token_ids(name.format(index), row, size)
+                for index, row in enumerate(given.ids)
             ]
-        prompts = [given.prompt] if single else list(given.prompt)
+        prompts = list(given.texts or ())
         batch.check_prompts(prompts)
         if not prompts:
             return []
@@ -186,7 +191,7 @@ class RequestBuilder:
             return None
         if self._refuse_priority:
             raise InvalidRequestError(
-                f"priority={given!r} needs Engine(enable_priority_scheduling=True); "
+                f"priority={checks.quoted(given)} needs Engine(enable_priority_scheduling=True); "
                 "abort_on_priority_when_disabled=True is set"
             )
         return checks.integer("priority", given)

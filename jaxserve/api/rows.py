@@ -7,6 +7,8 @@ import numbers
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jaxserve.api import checks
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import LogprobSpec
@@ -51,7 +53,7 @@ class Rules:
         if logprobs is not None and logprobs.start > len(prompt_ids):
             raise InvalidRequestError(
                 f"logprob_start_len must not exceed the prompt's {len(prompt_ids)} tokens, got "
-                f"{logprobs.start}"
+                f"{checks.shown(logprobs.start)}"
             )
         longest = self._fit_output(len(prompt_ids), params, explicit_length)
         if longest != params.max_new_tokens:  # a copy is checked anew
@@ -91,8 +93,8 @@ class Rules:
         wanted = params.max_new_tokens
         if explicit and wanted is not None and wanted > room and not self.auto_truncate:
             raise InvalidRequestError(
-                f"max_new_tokens={wanted} and the prompt's {size} tokens exceed the model's "
-                f"context length of {self.limits.context_length} tokens"
+                f"max_new_tokens={checks.quoted(wanted)} and the prompt's {size} tokens exceed "
+                f"the model's context length of {self.limits.context_length} tokens"
             )
         wanted = room if wanted is None else min(wanted, room)
         pool = self.limits.max_total_tokens
@@ -107,8 +109,8 @@ class Rules:
         for token in params.logit_bias:
             if token >= vocabulary:
                 raise InvalidRequestError(
-                    f"logit_bias has the token id {token}, which is outside the vocabulary of "
-                    f"{vocabulary} tokens"
+                    f"logit_bias has the token id {checks.quoted(token)}, which is outside "
+                    f"the vocabulary of {vocabulary} tokens"
                 )
         # Ids that do not exist in the model can stop nothing: scripts share lists between models.
         ends = frozenset(
@@ -129,7 +131,8 @@ class Rules:
         for name, value in (("stop", params.stop), ("stop_regex", params.stop_regex)):
             if value and not self.has_tokenizer:
                 raise InvalidRequestError(
-                    f"{name}={list(value)} needs a tokenizer, and skip_tokenizer_init=True is set"
+                    f"{name}={checks.quoted(list(value))} needs a tokenizer, and "
+                    "skip_tokenizer_init=True is set"
                 )
         return tuple(StopRegex(pattern) for pattern in params.stop_regex)
 
@@ -139,27 +142,37 @@ def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) ->
     wanted = checks.boolean("return_logprob", False if wanted is None else wanted)
     start = checks.integer("logprob_start_len", -1 if start is None else start, -1)
     top = checks.integer("top_logprobs_num", 0 if top is None else top, 0)
-    if top > limits.max_top_logprobs:
+    if top > limits.most_top_logprobs:
         raise InvalidRequestError(
-            f"top_logprobs_num must be at most {limits.max_top_logprobs} "
-            f"(Engine(max_top_logprobs=...)), got {top}"
+            f"top_logprobs_num must be at most {limits.most_top_logprobs} "
+            f"(Engine(max_top_logprobs=...)), got {checks.shown(top)}"
         )
-    ids = () if ids is None else ids
-    if not isinstance(ids, list | tuple) or any(
-        isinstance(token, bool) or not isinstance(token, numbers.Integral) for token in ids
-    ):
+    ids = [] if ids is None else ids
+    if isinstance(ids, np.ndarray) and ids.ndim:
+        ids = list(ids)
+    if not isinstance(ids, list | tuple):
         raise InvalidRequestError(
             f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"
         )
-    for token in ids:
-        if not 0 <= token < limits.vocab_size:
-            raise InvalidRequestError(
-                f"token_ids_logprob has the out-of-vocabulary id {token}; the vocabulary has "
-                f"{limits.vocab_size} tokens"
-            )
-    if len(ids) > limits.max_logprob_ids:
+    if len(ids) > limits.most_logprob_ids:
         raise InvalidRequestError(
-            f"token_ids_logprob may have {limits.max_logprob_ids} ids "
+            f"token_ids_logprob may have {limits.most_logprob_ids} ids "
             f"(Engine(max_logprob_ids=...)), got {len(ids)}"
         )
-    return LogprobSpec(start, top, tuple(map(int, ids))) if wanted else None
+    named: list[Any] = [checks.plain(token) for token in ids]
+    for token in named:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise InvalidRequestError(
+                f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"
+            )
+        token = int(token)
+        if not 0 <= token < limits.vocab_size:
+            raise InvalidRequestError(
+                f"token_ids_logprob has the out-of-vocabulary id {checks.quoted(token)}; the "
+                f"vocabulary has {limits.vocab_size} tokens"
+            )
+    if not wanted:
+        return None
+    top = min(top, limits.vocab_size)
+    wide = top > limits.max_top_logprobs or len(ids) > limits.max_logprob_ids
+    return LogprobSpec(start, top, tuple(map(int, named)), wide)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.api.model_facts import ModelFacts
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError
+from jaxserve.folders import PrivateFolder
+from jaxserve.process import check_jax
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -19,6 +24,9 @@ DTYPE_NAMES = {"half": "float16", "float": "float32"}
 EXTRA_STOP_TOKENS = ("<|eom_id|>",)
 """Special tokens that end a model's turn though no config says so (Llama 3's tool calls). Those of
 a GGUF file are in its config (converters.gguf_config)."""
+MOST_CACHE_BYTES = 2 << 30
+"""Of JAX's compilation cache, checked at each start. JAX's own limit does the same at every program
+that it writes, needs another package, and fails on files that were written without it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -32,22 +40,31 @@ class Started:
     load_format: str
     quantization: str | None = None
     """Of the loaded weights; an Orbax folder may be quantized without the option."""
+    model_config: ModelFacts = dataclasses.field(kw_only=True)
 
 
 def start(args: ServerArgs) -> Started:
     """Loads tokenizer and model and starts the engine thread.
 
     Raises ModelLoadError (missing or damaged files), NotSupportedError (architecture),
-    InvalidRequestError (an option that does not fit the model or the machine).
+    InvalidRequestError (an option that does not fit the model or the machine), ForkedProcessError.
     """
+    check_jax()
     # JAX and transformers take seconds to import; scripts that only parse options wait for none.
+    from jaxserve.compat import Settings
+
+    with Settings.here().applied():
+        return _start(args)
+
+
+def _start(args: ServerArgs) -> Started:
     import converters
     from jaxserve.loop import EngineLoop
 
     if args.trust_remote_code:
         warnings.warn(
             "trust_remote_code=True is ignored: jaxserve never runs a checkpoint's code",
-            stacklevel=3,
+            stacklevel=4,
         )
     sharding = _prepare_jax(args)
     tokenizer = None
@@ -72,7 +89,15 @@ def start(args: ServerArgs) -> Started:
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
     loop = EngineLoop.start(args, loaded)
-    return Started(loop, tokenizer, eos_ids, loaded.format, loaded.declaration.quantization)
+    facts = ModelFacts.of(args.model_path, loaded, loop.limits.longest, eos_ids)
+    return Started(
+        loop,
+        tokenizer,
+        eos_ids,
+        loaded.format,
+        loaded.declaration.quantization,
+        model_config=facts,
+    )
 
 
 def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
@@ -100,15 +125,55 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
     compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
     if args.enable_hierarchical_cache:
         compat.allow_pinned_memory(pinned_limit(int(args.hicache_size * 1e9)))
-    folder = cache_folder(args.compilation_cache_dir)
-    if folder:
-        compat.enable_compilation_cache(folder)
-    if args.device is None:
-        return None
+    device = _device(args.device)
+    if args.compilation_cache_dir != "":
+        configured = compat.cache_configured()
+        folder = None if configured else _cache_folder(args.compilation_cache_dir)
+        if configured or folder:
+            compat.enable_compilation_cache(folder)
+    return None if args.device is None else jax.sharding.SingleDeviceSharding(device)
+
+
+def _device(option: str | None) -> Any:
+    """The first jax.Device of the first platform in `option` ("cuda", "cuda,cpu") that JAX has, and
+    JAX's default for None."""
+    import jax
+
+    from jaxserve import compat
+
+    first, *others = (None,) if option is None else option.split(",")
     try:
-        device = jax.devices(args.device)[0]
+        return jax.devices(first)[0]
     except RuntimeError as error:
-        raise InvalidRequestError(
-            f"device={args.device!r} is not available to JAX: {error}"
-        ) from error
-    return jax.sharding.SingleDeviceSharding(device)
+        if not others:
+            raise InvalidRequestError(
+                f"device={option!r} is not available to JAX, whose jax_platforms is "
+                f"{compat.platforms()!r}: {error}"
+            ) from error
+    warnings.warn(f"JAX has no {first} device here: running on {others[0]}", stacklevel=5)
+    return _device(",".join(others))
+
+
+def _cache_folder(option: str | None) -> str | None:
+    """The folder for JAX's compilation cache, made if need be; None where it cannot be used, which
+    a warning says."""
+    from jaxserve import compat
+
+    folder = cache_folder(option)
+    try:
+        if not folder:
+            raise FileNotFoundError("this user has no home folder")
+        private = PrivateFolder(Path(folder))
+        private.create()
+        if not compat.cache_limited():
+            private.prune(suffix="-cache", most_bytes=MOST_CACHE_BYTES)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to")
+    except OSError as error:
+        warnings.warn(
+            "compiled programs are not kept, and every start compiles them anew: "
+            f"{error}. compilation_cache_dir chooses another folder ('' is none)",
+            stacklevel=2,
+        )
+        return None
+    return folder

@@ -1,0 +1,71 @@
+"""What is known of the loaded model, as `engine.tokenizer_manager.model_config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from converters import LoadedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """A model's sizes under the names of SGLang's ModelConfig."""
+
+    model_path: str
+    context_len: int
+    """Most tokens of prompt and output: the option context_length or the model's, as far as
+    the KV pool holds it."""
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    dtype: str
+    """Of the parameters as they run: "float32", "bfloat16" or "float16"."""
+    quantization: str | None
+    hf_eos_token_id: frozenset[int]
+    """All tokens that end a text."""
+    raw_config: dict[str, Any] = dataclasses.field(repr=False)
+    """config.json (or what a GGUF file says instead), with the caller's overrides."""
+    is_generation: bool = True
+    is_multimodal: bool = False
+    is_embedding: bool = False
+
+    @classmethod
+    def of(
+        cls, model_path: str, loaded: LoadedModel, context_len: int, eos_ids: frozenset[int]
+    ) -> ModelFacts:
+        config = loaded.config
+        return cls(
+            model_path=model_path,
+            context_len=context_len,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=str(loaded.declaration.dtype),
+            quantization=loaded.declaration.quantization,
+            hf_eos_token_id=eos_ids,
+            raw_config=loaded.hf_config,
+        )
+
+    @functools.cached_property
+    def hf_config(self) -> Any:
+        """`raw_config` as the configuration object of transformers for its model type."""
+        from transformers import CONFIG_MAPPING, PreTrainedConfig  # seconds to import
+
+        kind = str(self.raw_config.get("model_type"))
+        if kind in CONFIG_MAPPING:
+            return CONFIG_MAPPING[kind].from_dict(self.raw_config)
+        return PreTrainedConfig.from_dict(self.raw_config)
+
+    @property
+    def hf_text_config(self) -> Any:
+        """The same: there are no models of other media."""
+        return self.hf_config
