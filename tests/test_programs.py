@@ -50,7 +50,8 @@ def large_cache(tiny_models):
     """A cache next to which a program's other temporaries are small."""
     options = {**OPTIONS, "context_length": 8192, "max_total_tokens": 65536}
     options["num_continuous_decode_steps"] = 4
-    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+    model = tiny_models("llama", max_position_embeddings=8192)
+    with jaxserve.Engine(model_path=model, **options) as engine:
         yield engine
 
 
