@@ -1,4 +1,4 @@
-"""Engines in programs that configure JAX otherwise: the same tokens, and the program's settings stay."""
+"""Engines in programs that configure JAX otherwise: same tokens, and its settings stay."""
 
 from __future__ import annotations
 
