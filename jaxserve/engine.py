@@ -25,7 +25,7 @@ from jaxserve.api.startup import start
 from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
-from jaxserve.process import Uncopyable
+from jaxserve.process import Home, Uncopyable
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Engine(Uncopyable, UnsupportedMethods):
         args = args.locked()
         logging.getLogger("jaxserve").setLevel(args.log_level.upper())
         self.server_args = args
+        self._home = Home()
         started = start(args)
         self._loop = started.loop
         # Collected engines stop their thread, and so does the interpreter's end: JAX is still
@@ -151,7 +152,7 @@ class Engine(Uncopyable, UnsupportedMethods):
         The tokenizer's chat template makes the prompt; `tools` and `chat_template_kwargs` go to
         it. Everything else is as in `generate`.
         """
-        self._loop.home.check()
+        self._home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return self.generate(sampling_params=sampling_params, input_ids=ids, **options)
 
@@ -165,13 +166,13 @@ class Engine(Uncopyable, UnsupportedMethods):
         **options: Unpack[GenerateOptions],
     ) -> Any:
         """`chat` for coroutines, see `async_generate`."""
-        self._loop.home.check()
+        self._home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return await self.async_generate(sampling_params=sampling_params, input_ids=ids, **options)
 
     def _begin(self, given: Arguments) -> tuple[Call, bool]:
         """Checks and submits a call; whether its result is a single dict."""
-        self._loop.home.check()  # before any lock, which a forked process may never get
+        self._home.check()  # before any lock, which a forked process may never get
         inputs = self._builder.build(given)
         args = self.server_args
         options = ResultOptions(
