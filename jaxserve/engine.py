@@ -26,6 +26,8 @@ from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
 from jaxserve.server_args import ServerArgs
+from jaxserve.text.chat import ChatPrompts
+from jaxserve.text.codec import Codec
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -69,11 +71,18 @@ class Engine(UnsupportedMethods):
         self.tokenizer = started.tokenizer
         """The transformers tokenizer; None with skip_tokenizer_init=True."""
         self.tokenizer_manager = TokenizerManager(args, started.tokenizer, self._loop.abort)
-        self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
+        self._codec: Codec | None = None
+        chats: ChatPrompts | None = None
+        if started.tokenizer is not None:
+            # What requests are encoded with is nobody else's: users may change their tokenizer.
+            self._codec, chats = Codec(started.tokenizer), ChatPrompts.of(started.tokenizer)
+        self._builder = RequestBuilder(
+            args, self._loop.limits, started.eos_ids, self._codec, chats
+        )  # fmt: skip
         self._live_ids = LiveIds()
         self._request_log: RequestLog | None = None
         if args.log_requests:
-            self._request_log = RequestLog(args.log_requests_level, started.tokenizer)
+            self._request_log = RequestLog(args.log_requests_level, self._codec)
 
     # -- generation -------------------------------------------------------------------------------
 
@@ -165,7 +174,7 @@ class Engine(UnsupportedMethods):
         inputs = self._builder.build(given)
         args = self.server_args
         options = ResultOptions(
-            tokenizer=self.tokenizer,
+            codec=self._codec,
             deltas=args.stream_output,
             indexed=not inputs.single,
             return_text_in_logprobs=given.return_text_in_logprobs,
