@@ -178,7 +178,7 @@ def _tools(given: Any) -> list[Any]:
     schemas = []
     for row, tool in enumerate(given):
         if isinstance(tool, types.FunctionType) or inspect.ismethod(tool):
-            from transformers.utils import get_json_schema
+            from transformers.utils.chat_template_utils import get_json_schema
 
             try:
                 tool = get_json_schema(tool)

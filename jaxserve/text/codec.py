@@ -12,7 +12,7 @@ import functools
 import json
 from typing import Any, Protocol
 
-from jaxserve.errors import InvalidRequestError, RequestFailedError, is_panic
+from jaxserve.errors import InvalidRequestError, ModelLoadError, RequestFailedError, is_panic
 
 SPLITTING = frozenset(("ByteLevel", "Split", "Digits", "Metaspace"))
 """Pre-tokenizers that lose no character (`Split` unless it is told to)."""
@@ -31,7 +31,15 @@ class Codec:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._backend: _Backend = _Rust(tokenizer) if _is_plain(tokenizer) else _Python(tokenizer)
+        """Raises ModelLoadError if the tokenizer cannot be copied."""
+        self._backend: _Backend
+        try:
+            self._backend = _Rust(tokenizer) if _is_plain(tokenizer) else _Python(tokenizer)
+        except BaseException as error:
+            _reraise_unless_failure(error)
+            raise ModelLoadError(
+                f"the tokenizer ({type(tokenizer).__name__}) cannot be copied: {str(error)[:2000]}"
+            ) from error
 
     def encode(
         self, name: str, texts: list[str], *, add_special_tokens: bool = True

@@ -109,7 +109,7 @@ class Budget:
         return total
 
 
-def within(what: str, size: int, most: int) -> None:
+def within(what: str, size: float, most: int) -> None:
     """Raises TooCostly if a size is over its limit."""
     if size > most:
         raise TooCostly(f"{what} is more than {most}")
@@ -175,7 +175,8 @@ def check_call(name: str, subject: Any, args: tuple[Any, ...], named: Mapping[st
         within(f"a value given to {name}", weight(subject), limits.TEMPLATE_SLOW_TEXT)
     if name in CUTTING and size > limits.TEMPLATE_ITEMS:
         separator = given[0] if given and isinstance(given[0], str | bytes) else None
-        pieces = subject.count(separator) if name in ("split", "rsplit") and separator else size
+        cut = separator and name in ("split", "rsplit")
+        pieces = _count(subject, separator) if cut else size
         within(f"the pieces that {name} makes", pieces, limits.TEMPLATE_ITEMS)
     if name in SEARCHING:
         longest = max((len(text) for text in given if isinstance(text, str | bytes)), default=1)
@@ -186,11 +187,16 @@ def check_call(name: str, subject: Any, args: tuple[Any, ...], named: Mapping[st
 
 
 def _check_replace(subject: Any, given: list[Any], named: Mapping[str, Any]) -> None:
-    if isinstance(subject, str | bytes) and len(given) >= 2:
-        old, new = given[:2]
-        if isinstance(old, type(subject) | str) and isinstance(new, str | bytes):
-            grown = len(subject) + subject.count(old) * len(new)
-            within("the length of what replace makes", grown, limits.TEMPLATE_TEXT)
+    old = named.get("old", given[0] if given else "")
+    new = named.get("new", given[-1] if "old" in named else (given[1:2] or [""])[0])
+    if isinstance(subject, str | bytes) and isinstance(new, str | bytes):
+        grown = len(subject) + _count(subject, old) * len(new)
+        within("the length of what replace makes", grown, limits.TEMPLATE_TEXT)
+
+
+def _count(text: Any, part: Any) -> int:
+    """How often a text has a part; a TypeError says what the operation would."""
+    return text.count(part)
 
 
 def _check_join(subject: Any, given: list[Any], named: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 TEMPLATE_SOURCE = 1 << 18
 """Characters of a template. The longest in use have about 30,000."""
-TEMPLATE_SECONDS = 2.0
+TEMPLATE_SECONDS = 1.0
 """Time that the rendering of one conversation takes on its thread's own clock, so that a busy
 machine changes nothing. Ordinary ones take milliseconds; 5 MB of messages take a tenth of this."""
 TEMPLATE_TEXT = 1 << 24
