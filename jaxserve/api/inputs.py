@@ -136,12 +136,11 @@ class RequestBuilder:
         for index, text in enumerate(texts):
             if len(text) < SHORT_TOKEN * context or self._rules.auto_truncate:
                 continue
-            longest = codec.longest_token
-            size = len(text.encode(errors="replace"))
-            if longest is not None and size >= longest * context:
+            least = codec.least_tokens(text)
+            if least >= context:
                 with _NamingRow(index, len(texts) > 1):
                     raise InvalidRequestError(
-                        f"The {name} ({size} bytes, at least {size // longest} tokens) is longer "
+                        f"The {name} ({len(text)} characters, at least {least} tokens) is longer "
                         f"than the model's context length ({context} tokens)"
                     )
         return codec.encode(name, texts, add_special_tokens=add_special_tokens)
@@ -159,12 +158,12 @@ class RequestBuilder:
         if not prompts:
             return []
         encoded = self._encode("prompt", prompts)
-        return [
-            batch.token_ids(
-                f"the tokens of prompt {checks.shown(prompt)}", row, self._limits.vocab_size
-            )
-            for prompt, row in zip(prompts, encoded, strict=True)
-        ]
+        size = self._limits.vocab_size
+        for prompt, row in zip(prompts, encoded, strict=True):
+            # (Those of a tokenizer are integers; arrays of millions would hold others up.)
+            if not row or max(row) >= size:
+                batch.token_ids(f"the tokens of prompt {checks.shown(prompt)}", row, size)
+        return encoded
 
     def _sampling_params(self, given: Any, prompts: int) -> tuple[list[SamplingParams], list[bool]]:
         """Each prompt's parameters, and whether they say max_new_tokens themselves."""

@@ -74,13 +74,18 @@ class Codec:
             _reraise_unless_failure(error)
             raise _failed("decode", error) from error
 
+    def least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, by its bytes: it is not encoded. 0 where no bound is
+        known, because the tokenizer shortens text or drops it."""
+        if self._bound is None:
+            return 0
+        longest, lost = self._bound
+        return len(text.encode(errors="replace").translate(None, lost)) // longest
+
     @functools.cached_property
-    def longest_token(self) -> int | None:
-        """Bytes of text that one token stands for at most; None where no bound is known, because
-        the tokenizer drops or shortens text. A text has at least as many tokens as this goes into
-        its bytes."""
+    def _bound(self) -> tuple[int, bytes] | None:
         backend = self._backend
-        return _longest_token(backend.tokenizer) if isinstance(backend, _Rust) else None
+        return _token_bound(backend.tokenizer) if isinstance(backend, _Rust) else None
 
 
 class _Rust:
@@ -160,11 +165,11 @@ def _failed(verb: str, error: BaseException) -> RequestFailedError:
     )
 
 
-def _longest_token(backend: Any) -> int | None:
-    """See `Codec.longest_token`: of BPE whose alphabet is complete: of bytes, or with bytes to fall
-    back on."""
+def _token_bound(backend: Any) -> tuple[int, bytes] | None:
+    """How many bytes of text one token stands for at most, and the bytes that the vocabulary does
+    not know, which are dropped. None for other than byte-level BPE, or BPE with bytes to fall back
+    on, that keeps all the text."""
     from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
 
     model, splitters = backend.model, _parts(backend.pre_tokenizer)
     if not isinstance(model, BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
@@ -173,20 +178,28 @@ def _longest_token(backend: Any) -> int | None:
         part["type"] in SPLITTING and part.get("behavior") != "Removed" for part in splitters
     ):
         return None
-    vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=False)
-    by_bytes = any(part["type"] == "ByteLevel" for part in splitters)
-    if by_bytes:
-        complete = all(letter in vocabulary for letter in ByteLevel.alphabet())
-    else:
-        complete = model.byte_fallback and all(
-            f"<0x{byte:02X}>" in vocabulary for byte in range(256)
-        )
-    added = backend.get_added_tokens_decoder().values()
-    if not complete or any(token.lstrip or token.rstrip for token in added):
+    added = list(backend.get_added_tokens_decoder().values())
+    if any(token.lstrip or token.rstrip for token in added):
         return None
-    # Letters of the byte alphabet stand for a byte each.
-    longest = max(map(len, vocabulary)) if by_bytes else max(len(t.encode()) for t in vocabulary)
-    return max([longest, *(len(token.content.encode()) for token in added)])
+    vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=False)
+    if any(part["type"] == "ByteLevel" for part in splitters):
+        if model.unk_token is not None:
+            return None
+        lost = bytes(b for b, letter in enumerate(_byte_letters()) if letter not in vocabulary)
+        longest = max(map(len, vocabulary))  # letters stand for a byte each
+    elif model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
+        lost, longest = b"", max(len(token.encode()) for token in vocabulary)
+    else:
+        return None
+    return max([longest, *(len(token.content.encode()) for token in added)]), lost
+
+
+def _byte_letters() -> list[str]:
+    """The letter of each byte in byte-level vocabularies (GPT-2's bytes_to_unicode): printable
+    ones of Latin-1 are their own, the others follow from U+0100 on."""
+    own = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in own else next(others)) for byte in range(256)]
 
 
 def _state(part: Any) -> dict[str, Any]:
