@@ -27,6 +27,8 @@ from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptio
 from jaxserve.output.result import Output, ResultOptions
 from jaxserve.process import Home, Uncopyable
 from jaxserve.server_args import ServerArgs
+from jaxserve.text.chat import ChatPrompts
+from jaxserve.text.codec import Codec
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -77,11 +79,18 @@ class Engine(Uncopyable, UnsupportedMethods):
         self.tokenizer_manager = TokenizerManager(
             args, started.tokenizer, self._loop.abort, self._loop.limits, started.model_config
         )
-        self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
+        self._codec: Codec | None = None
+        chats: ChatPrompts | None = None
+        if started.tokenizer is not None:
+            # What requests are encoded with is nobody else's: users may change their tokenizer.
+            self._codec, chats = Codec(started.tokenizer), ChatPrompts.of(started.tokenizer)
+        self._builder = RequestBuilder(
+            args, self._loop.limits, started.eos_ids, self._codec, chats
+        )  # fmt: skip
         self._live_ids = LiveIds()
         self._request_log: RequestLog | None = None
         if args.log_requests:
-            self._request_log = RequestLog(args.log_requests_level, started.tokenizer)
+            self._request_log = RequestLog(args.log_requests_level, self._codec)
 
     # -- generation -------------------------------------------------------------------------------
 
@@ -176,7 +185,7 @@ class Engine(Uncopyable, UnsupportedMethods):
         inputs = self._builder.build(given)
         args = self.server_args
         options = ResultOptions(
-            tokenizer=self.tokenizer,
+            codec=self._codec,
             deltas=args.stream_output,
             indexed=not inputs.single,
             return_text_in_logprobs=given.return_text_in_logprobs,

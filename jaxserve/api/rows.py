@@ -11,7 +11,7 @@ from jaxserve.api import checks
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import LogprobSpec
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.text.stop import StopRegex
+from jaxserve.text.pattern import StopRegex
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
