@@ -173,7 +173,7 @@ def _cache_folder(option: str | None) -> str | None:
         warnings.warn(
             "compiled programs are not kept, and every start compiles them anew: "
             f"{error}. compilation_cache_dir chooses another folder ('' is none)",
-            stacklevel=2,
+            stacklevel=6,
         )
         return None
     return folder
