@@ -106,6 +106,11 @@ class Programs:
         self._complete = True
 
     def _compile(self, key: ProgramKey, late: bool) -> Any:
+        # On whichever thread: a builder may trace, too, to learn shapes.
+        with self._settings.applied(), jax.default_device(self._device):
+            return self._make(key, late)
+
+    def _make(self, key: ProgramKey, late: bool) -> Any:
         started = time.perf_counter()
         function, abstract, donated = self._builder(key)
         name = _name(key)
@@ -119,14 +124,13 @@ class Programs:
         else:
             self._expected.active = True
             try:
-                with self._settings.applied(), jax.default_device(self._device):
-                    program = jax.jit(_named(function, name), donate_argnums=donated)
-                    # Python, so one at a time at best: in turn, XLA has work after the first
-                    # program; side by side, all threads end late and together
-                    with self._lowering:
-                        lowered = program.lower(*abstract)
-                    with self._notice.compiling():
-                        program = lowered.compile(options)
+                program = jax.jit(_named(function, name), donate_argnums=donated)
+                # Python, so one at a time at best: in turn, XLA has work after the first program;
+                # side by side, all threads end late and together
+                with self._lowering:
+                    lowered = program.lower(*abstract)
+                with self._notice.compiling():
+                    program = lowered.compile(options)
             finally:
                 self._expected.active = False
             self._memory[key] = _memory_beside_arguments(program)
