@@ -87,7 +87,6 @@ def convert(
         if path in scales:
             make = _quantize_on_host if on_cpu(sharding) else _quantize_on_device
             kernel, scale = make(source, parts, spec, sharding)
-            quantize.check_finite(path, scale)
             params[path] = kernel
             params[scales[path]] = jax.device_put(scale, placement(scales[path]))
         elif on_cpu(sharding):
@@ -161,6 +160,7 @@ def _quantize_on_host(
         columns = slice(part.start, part.start + part.width)
         tensor = source.read(part.name)
         quantize.on_host(tensor.T if part.transpose else tensor, kernel[:, columns], scale[columns])
+        quantize.check_finite(part.name, scale[columns])
     return jax.device_put(kernel, sharding), scale
 
 
@@ -175,6 +175,7 @@ def _quantize_on_device(
             quantize.on_device(weights, dtype=np.dtype(spec.dtype), transpose=part.transpose)
         )
         del weights  # before the next one comes
+        quantize.check_finite(part.name, scale)
         kernels.append(kernel)
         scales.append(scale)
     if len(parts) > 1:

@@ -38,7 +38,9 @@ def all_finite(block: np.ndarray) -> bool:
     """Whether a contiguous array of any float dtype holds neither infinity nor NaN."""
     flat = block.reshape(-1)
     if block.dtype == np.float32:
-        return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(flat).all())
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.dot(flat, flat)
+        return math.isfinite(squares) or bool(np.isfinite(flat).all())
     exponent = _EXPONENT.get(block.dtype)
     if exponent is None:
         return bool(np.isfinite(flat).all())

@@ -167,8 +167,8 @@ def _special_ids(file: GGUFFile) -> dict[str, Any]:
 
 def _named_ends(file: GGUFFile) -> list[int]:
     """Ids of the control tokens at whose names llama.cpp ends."""
-    kinds = file.numbers("tokenizer.ggml.token_type", np.zeros(0))
     tokens = file.strings("tokenizer.ggml.tokens", [])
+    kinds = file.numbers("tokenizer.ggml.token_type", np.zeros(0))[: len(tokens)]
     return [int(id_) for id_ in np.flatnonzero(kinds == _CONTROL) if tokens[id_] in _END_NAMES]
 
 

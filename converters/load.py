@@ -83,8 +83,11 @@ def load(
     )
     path, kind = locate.detect_format(local, load_format)
     hf_config = read_config(path) | (config_overrides or {})
-    _refuse_quantized(hf_config)
-    config = ModelConfig.from_hf(hf_config)
+    try:
+        _refuse_quantized(hf_config)
+        config = ModelConfig.from_hf(hf_config)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from error
     if kind == "orbax":
         quantization = stored_quantization(path, quantization) or quantization
     resolved = resolve_dtype(dtype, placement("embed.embedding"))

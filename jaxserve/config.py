@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
     from jaxserve.server_args import ServerArgs
 
-logger = logging.getLogger(__name__)
 GPU_PAGE, CPU_PAGE = 64, 16
 GPU_ROWS, CPU_ROWS = 512, 32
 GPU_TOKENS, CPU_TOKENS = 8192, 1024
-TABLE_BYTES = 128 << 20
-"""Of all page tables; a context that needs more is cut, as by a pool that has fewer pages."""
+GPU_TABLES, CPU_TABLES = 64 << 20, 16 << 20
+"""Bytes of all page tables; a context that needs more is cut, as by a pool that has fewer pages."""
 DISPATCH_SECONDS = 1.2e-3
 """What queueing a program costs the host of a GPU (0.65-1.2 ms)."""
 READ_BANDWIDTH = 3.0e12
@@ -124,10 +123,11 @@ class EngineConfig:
         gpu = platform != "cpu"
         context = args.context_length or model.context_length
         if context > model.context_length:
-            logger.warning(
-                "context_length=%d is more than the model's %d tokens: what it writes beyond those "
-                "may make no sense", context, model.context_length,
-            )  # fmt: skip
+            warnings.warn(
+                f"context_length={context} is more than the model's {model.context_length} tokens; "
+                "what it writes beyond those may make no sense",
+                stacklevel=5,  # of Engine's caller
+            )
         page_size = args.page_size or (GPU_PAGE if gpu else CPU_PAGE)
         if page_size % 8:
             raise InvalidRequestError(
@@ -149,6 +149,7 @@ class EngineConfig:
         rows = args.max_running_requests or default_rows
         if args.max_total_tokens is not None:
             rows = min(rows, max(args.max_total_tokens // page_size, 1))
+        widest = max((GPU_TABLES if gpu else CPU_TABLES) // (4 * (rows + 1)), 1)
         attention = args.attention_implementation or (None if gpu else "xla")
         if not gpu and attention != "xla":
             raise InvalidRequestError(f"attention_backend={attention!r} needs a CUDA device")
@@ -183,7 +184,7 @@ class EngineConfig:
             platform=platform,
             page_size=page_size,
             context_length=context,
-            table_width=min(-(-context // page_size), max(TABLE_BYTES // (4 * (rows + 1)), 1)),
+            table_width=min(-(-context // page_size), widest),
             max_rows=rows,
             buckets=buckets,
             max_prefill_tokens=step_tokens,

@@ -16,6 +16,9 @@ CPU_SHARE = 0.25
 CPU_MOST = 2 << 30
 """On a CPU the pool is at most a quarter of the free memory, and 2 GiB unless asked for more: the
 zeros are really written, and a laptop has other things to do."""
+CPU_OF_WEIGHTS, CPU_ENOUGH = 4, 256 << 20
+"""Unless asked for more: so many times the weights' bytes, or that many bytes where this is more.
+The weights are what a checkpoint proves of its size; the context is what it claims."""
 CPU_MOST_FP8 = 64 << 20
 """Unless asked for more: XLA's CPU backend scatters and gathers float8 by way of float16, all of
 the pool in every layer (jax 0.10.2; 24 MiB of K take 30 ms to write into, float32 pages 20 us)."""
@@ -61,8 +64,9 @@ def count_pages(
 
     GPU: mem_fraction_static of the device, less the weights, and never more than what the largest
     program's temporaries and other users of this process (a second engine, say) leave. CPU: see
-    CPU_SHARE, CPU_MOST_FP8 and GRID. max_total_tokens caps both, and a pool larger than max_rows
-    whole contexts is not needed. program_bytes: what else the engine holds, its state included.
+    CPU_SHARE, CPU_OF_WEIGHTS, CPU_MOST_FP8 and GRID. max_total_tokens caps both, and a pool larger
+    than max_rows whole contexts is not needed. program_bytes: what else the engine holds, its state
+    included.
     InvalidRequestError when nothing fits.
     """
     each = page_bytes(model, config.page_size, dtype)
@@ -73,6 +77,7 @@ def count_pages(
     if stats is None:
         left = available_host_memory() * CPU_SHARE - program_bytes
         most_bytes = CPU_MOST_FP8 if dtype.itemsize == 1 else CPU_MOST
+        most_bytes = min(most_bytes, max(CPU_OF_WEIGHTS * weight_bytes, CPU_ENOUGH))
         asked = config.max_total_tokens is not None
         fits = coarse(int((left if asked else min(left, most_bytes)) // each))
     else:
