@@ -127,7 +127,11 @@ def _try(path: Path) -> str:
 
 
 def _canary(engine: jaxserve.Engine) -> str:
-    """Token ids must be answered; text may be refused, by a tokenizer that no longer fits."""
+    """Token ids must be answered where the context has room for them; text may be refused, by a
+    tokenizer that no longer fits."""
+    context = engine.tokenizer_manager.context_len
+    if context < len(IDS) + 5:
+        return "a short context"
     for prompt in ({"input_ids": IDS}, {"prompt": PROMPT}):
         try:
             result = engine.generate(**prompt, sampling_params=GREEDY)

@@ -27,7 +27,6 @@ VALUES: tuple[Any, ...] = (
     "", "x", "auto", "../../x", "/etc/hostname", "\ud800", "\0", "a" * 100_000, "true", "1",
     [], {}, [[]], [None], [0], ["x"], {"a": {}}, {"": []}, DEEP,
 )  # fmt: skip
-NOT_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Mutant:
 def mutate(rng: random.Random, bases: dict[str, Path], folder: Path) -> Mutant:
     """Copies one of `bases` ("folder": sharded safetensors, "gguf": a file) into `folder`, which
     does not exist, with one change."""
-    target = rng.choice(tuple(_TARGETS))
+    target = rng.choices(tuple(_TARGETS), _WEIGHTS)[0]
     folder.mkdir()
     if target == "gguf":
         path = folder / "model.gguf"
@@ -60,7 +59,7 @@ def mutate(rng: random.Random, bases: dict[str, Path], folder: Path) -> Mutant:
 
 def change_json(rng: random.Random, value: Any) -> str:
     """Changes the JSON tree `value`, an object, in place; returns what was done."""
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         return _harmless_json(rng, value)
     where, holder = _walk(rng, value)
     if not holder:
@@ -158,8 +157,8 @@ def _safetensors(rng: random.Random, folder: Path) -> str:
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [name for name in header if name != "__metadata__"]
-    kind = rng.choice(("metadata", "order", "ignored", "swap", "values", "json", "json", "json",
-                       "offsets", "blind", "length", "pad"))  # fmt: skip
+    harmless = ("metadata", "order", "ignored", "swap", "values", "pad")
+    kind = rng.choice((*harmless, *("json", "json", "offsets", "blind", "length") * 2))
     text = None
     if kind == "metadata":
         header["__metadata__"] = rng.choice(VALUES)
@@ -312,7 +311,7 @@ def _gguf_blind(rng: random.Random, layout: gguf_layout.Layout) -> str:
 
 
 _GGUF = (
-    _gguf_harmless, _gguf_harmless, _gguf_value, _gguf_value, _gguf_number, _gguf_number,
+    _gguf_harmless, _gguf_value, _gguf_value, _gguf_number, _gguf_number,
     _gguf_row, _gguf_counts, _gguf_blind,
 )  # fmt: skip
 _TARGETS: dict[str, Callable[[random.Random, Path], str]] = {
@@ -325,3 +324,5 @@ _TARGETS: dict[str, Callable[[random.Random, Path], str]] = {
     "entries": _entries,
     "gguf": _entries,  # a file, not a folder: see `mutate`
 }
+_WEIGHTS = (4, 1, 3, 1, 3, 1, 2, 3)
+"""Of the targets: most where most can go wrong, and where good files are many."""
