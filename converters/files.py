@@ -25,9 +25,6 @@ from jaxserve.errors import ModelLoadError
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 """O_NONBLOCK: opening a pipe that took a file's place must not wait for a writer."""
-_COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-MAX_COMPANION = 256 << 20
-"""Bytes; the largest tokenizer.json of today's models has 35 MB."""
 
 
 class OpenFile:
@@ -152,13 +149,11 @@ def entries(folder: Path, suffix: str = "") -> list[str]:
         return sorted(name for name in os.listdir(folder) if name.endswith(suffix))
 
 
-def check_companions(folder: Path) -> None:
-    """Raises ModelLoadError unless the folder's config and tokenizer files are regular ones inside
-    it, and of a size that such files have. For libraries that read them by themselves."""
-    for name in entries(folder):
-        if name.endswith(_COMPANION_SUFFIXES) and not (folder / name).is_dir():
-            with open_inside(folder, name) as file:
-                file.check_size(MAX_COMPANION)
+def subfolder(folder: Path, name: str) -> Path:
+    """The folder `name` of a model folder. Raises ModelLoadError where that links out of it."""
+    path = folder / plain_name(name)
+    with _system_calls(path):
+        return _resolve_inside(folder, path)
 
 
 def plain_name(name: str) -> str:

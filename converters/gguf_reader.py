@@ -31,7 +31,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MAX_HEADER = 256 << 20
 """Bytes. A vocabulary of 250,000 tokens with its merges takes 20 MB."""
-_MAX_STRINGS = 3_000_000
+_MAX_STRINGS = 2_000_000
 """Keys, names and elements of arrays of strings; each takes up to 100 bytes beyond its text."""
 _MAX_TENSORS = 100_000
 _MAX_NAME = 65_535

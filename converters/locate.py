@@ -15,7 +15,7 @@ from converters import files
 from converters.companions import COMPANIONS
 from converters.messages import plain, shown, some_of
 from converters.orbax_format import is_orbax_folder
-from converters.sources import INDEX_NAME, indexed_names
+from converters.sources import INDEX_NAME, SINGLE_NAME, indexed_names
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
 FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
@@ -75,17 +75,17 @@ def find_local(
         if weights:
             # of the same commit, whatever was pushed meanwhile
             pinned = folder.parent.name == "snapshots"
-            commit = folder.name if pinned else revision
-            folder = _fetch(model_path, commit, download_dir, _weight_patterns(folder))
+            _fetch_weights(model_path, folder.name if pinned else revision, download_dir, folder)
         return folder
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()
         wanted = f" at revision {revision!r}" if revision else ""
         raise ModelLoadError(
-            f"model_path={model_path!r}: there is no file or folder {path.absolute()}, and as a "
+            f"model_path={shown(model_path)}: there is no file or folder "
+            f"{plain(str(path.absolute()))}, and as a "
             f"Hugging Face id{wanted} its config.json and weights could not be fetched: "
-            f"{reason[0] if reason else type(error).__name__}. Download the model where the Hub "
-            "can be reached and give its folder, or correct the path."
+            f"{reason[0][:300] if reason else type(error).__name__}. Download the model where the "
+            "Hub can be reached and give its folder, or correct the path."
         ) from error
 
 
@@ -104,10 +104,17 @@ def _fetch(
     )
 
 
-def _weight_patterns(folder: Path) -> list[str]:
+def _fetch_weights(
+    model_path: str, revision: str | None, download_dir: str | None, folder: Path
+) -> None:
+    """folder: where the small files are; the weights come into it too."""
     if files.has(folder, INDEX_NAME):
-        return [glob.escape(name) for name in indexed_names(folder)]
-    return ["*.safetensors"]
+        names = [glob.escape(name) for name in indexed_names(folder)]
+        _fetch(model_path, revision, download_dir, names)
+        return
+    _fetch(model_path, revision, download_dir, [SINGLE_NAME])
+    if not files.has(folder, SINGLE_NAME):
+        _fetch(model_path, revision, download_dir, ["*.safetensors"])
 
 
 def detect_format(path: Path, load_format: str) -> tuple[Path, str]:

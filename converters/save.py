@@ -11,8 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters import files, orbax_format
-from converters.companions import COMPANIONS
+from converters import companions, files, orbax_format
 from converters.convert import parts_of, to_hf
 from converters.load import LoadedModel
 from converters.messages import shown
@@ -87,9 +86,9 @@ def _config(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def _write_companions(loaded: LoadedModel, folder: Path) -> None:
     origin = Path(loaded.path)
     if origin.is_dir():
-        for name in COMPANIONS:
+        for name in companions.COMPANIONS:
             if files.has(origin, name):
-                content = files.read_inside(origin, name, limit=files.MAX_COMPANION)
+                content = files.read_inside(origin, name, limit=companions.MAX_BYTES)
                 (folder / name).write_bytes(content)
     else:  # a GGUF file, whose tokenizer lies in its metadata
         load_tokenizer(str(origin)).save_pretrained(str(folder))

@@ -66,11 +66,10 @@ class SafetensorsFile:
         if size < 8:
             raise self._damaged(f"{size} bytes long, too short for a header")
         length = int.from_bytes(self._file.read(0, 8), "little")
-        if length > min(json_files.MAX_BYTES, size - 8):
-            raise self._damaged(
-                f"its header claims more bytes than the {size - 8:,} that follow, or more than "
-                f"{json_files.MAX_BYTES:,}"
-            )
+        if length > size - 8:
+            raise self._damaged(f"its header claims more bytes than the {size - 8:,} that follow")
+        if length > json_files.MAX_BYTES:
+            raise self._damaged(f"its header is longer than {json_files.MAX_BYTES:,} bytes")
         header = json_files.parse(self._file.read(8, length), f"{self.path}: damaged header")
         data = 8 + length
         return {

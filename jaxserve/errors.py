@@ -53,3 +53,9 @@ class CopyError(JaxserveError, TypeError):
 
 class EngineShutdownError(JaxserveError, RuntimeError):
     """The engine was shut down before or during the call."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code behind Python has panicked. pyo3's PanicException is no Exception, and
+    has no module to import it from."""
+    return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"

@@ -48,9 +48,12 @@ class PrivateFolder:
                 )
         except FileNotFoundError:
             return None
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             _check(self.path / name, os.fstat(descriptor), stat.S_ISREG, "regular file")
-            return file.read()
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
 
     def write(self, name: str, content: bytes) -> None:
         """A file of mode 0600, whole or not at all; makes the folder if need be."""

@@ -80,7 +80,7 @@ class EngineLoop(Uncopyable):
         self._in_flight: deque[StepResult] = deque()
         self._depth = 1 if config.overlap else 0
         self._failures = 0
-        self.home = Home()
+        self._home = Home()
         self._settings = Settings.here()
         self._inbox = Inbox()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
@@ -222,7 +222,7 @@ class EngineLoop(Uncopyable):
 
     def shutdown(self) -> None:
         """Stop the thread, fail waiting requests with EngineShutdownError, free device memory."""
-        if self.home.left:
+        if self._home.left:
             abandon(self)
             return
         self._inbox.close(EngineShutdownError("the engine was shut down"))

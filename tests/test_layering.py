@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
-    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/scheduler",
+    "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
+    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options.py", "jaxserve/api",
+    "jaxserve/scheduler",
     "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
     "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",
     "jaxserve/batch", "jaxserve/text", "jaxserve/output",

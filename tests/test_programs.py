@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import gc
 import os
-import pickle
 import random
 import time
 
@@ -349,105 +348,6 @@ def warned(caplog):
     """The warnings about stored programs since `generated` began."""
     records = [r for r in caplog.records if r.name == "jaxserve.step.stored"]
     return [r.getMessage() for r in records if r.levelname == "WARNING"]
-
-
-def flip_a_bit(folder):
-    for path in folder.iterdir():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-
-
-def cut(folder):
-    for path in folder.iterdir():
-        path.write_bytes(path.read_bytes()[:20])
-
-
-def let_others_write(folder):
-    for path in folder.iterdir():
-        path.chmod(0o666)
-
-
-def open_the_folder(folder):
-    folder.chmod(0o777)
-
-
-def give_away(folder):
-    for path in folder.iterdir():
-        os.chown(path, 12345, -1)
-
-
-def give_the_folder_away(folder):
-    os.chown(folder, 12345, -1)
-
-
-def link_the_files(folder):
-    for path in list(folder.iterdir()):
-        path.rename(folder.parent / path.name)
-        path.symlink_to(folder.parent / path.name)
-
-
-def link_the_folder(folder):
-    folder.rename(folder.parent / "elsewhere")
-    folder.symlink_to(folder.parent / "elsewhere")
-
-
-def put_pipes(folder):
-    for path in list(folder.iterdir()):
-        path.unlink()
-        os.mkfifo(path)
-
-
-ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
-
-
-@pytest.mark.parametrize(
-    "tamper",
-    [flip_a_bit, cut, let_others_write, open_the_folder, link_the_files, link_the_folder, put_pipes,
-     pytest.param(give_away, marks=ROOT_ONLY), pytest.param(give_the_folder_away, marks=ROOT_ONLY)],
-)  # fmt: skip
-def test_what_others_could_have_written_is_compiled_anew(
-    tiny_models, monkeypatch, tmp_path, caplog, tamper
-):
-    """Nothing of it is unpickled, and one warning says so."""
-    place = tmp_path / "programs"
-    keep(monkeypatch, place)
-    folder = tiny_models("llama")
-    first, *_ = generated(folder, caplog)
-    tamper(place)
-    unpickled = []
-    loads = pickle.loads
-
-    def recorded(*args, **kwargs):
-        unpickled.append(args)
-        return loads(*args, **kwargs)
-
-    monkeypatch.setattr("jaxserve.step.stored.pickle.loads", recorded)
-    assert generated(folder, caplog) == (first, 2, 0)
-    assert not unpickled and len(warned(caplog)) == 1
-
-
-def test_programs_are_stored_for_their_owner_alone(tiny_models, monkeypatch, tmp_path, caplog):
-    """Whatever the umask; and a program that cannot be stored leaves nothing behind."""
-    place = tmp_path / "deep" / "programs"
-    keep(monkeypatch, place)
-    folder = tiny_models("llama")
-    before = os.umask(0)
-    try:
-        first, *_ = generated(folder, caplog)
-    finally:
-        os.umask(before)
-    assert place.stat().st_mode & 0o777 == 0o700
-    assert {path.stat().st_mode & 0o777 for path in place.iterdir()} == {0o600}
-    for path in place.iterdir():
-        path.unlink()
-
-    def full(*args, **kwargs):
-        raise OSError("injected: no space left")
-
-    monkeypatch.setattr("jaxserve.folders.os.replace", full)
-    assert generated(folder, caplog) == (first, 2, 0)
-    assert list(place.iterdir()) == [] and len(warned(caplog)) == 1
 
 
 def test_programs_that_nobody_uses_are_deleted(tiny_models, monkeypatch, tmp_path, caplog):

@@ -34,6 +34,7 @@ __all__ = [
     "integer",
     "integers",
     "json_value",
+    "listed",
     "near_matches",
     "number",
     "plain",
@@ -51,6 +52,17 @@ def plain(value: Any) -> Any:
         try:
             return value.item()
         except Exception:  # a buffer that was freed, say: the value is none of ours then
+            return value
+    return value
+
+
+def listed(value: Any) -> Any:
+    """An array of NumPy, JAX or PyTorch (of any device) as a list, nested as its dimensions,
+    anything else as it is."""
+    if getattr(value, "ndim", 0) and hasattr(value, "tolist"):
+        try:
+            return value.tolist()
+        except Exception:  # as in `plain`
             return value
     return value
 
@@ -156,16 +168,14 @@ def encodable(name: str, value: str) -> str:
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """A string or a sequence of at most MOST_STRINGS strings as a tuple; empty strings are
     refused."""
-    items = (value,) if isinstance(value, str) else value
-    if isinstance(items, np.ndarray) and items.ndim == 1:
-        items = items[: MOST_STRINGS + 1].tolist()
+    items = (value,) if isinstance(value, str) else listed(value)
     if not isinstance(items, list | tuple):
         raise InvalidRequestError(
             f"{name} must be a string or a list of strings, got {shown(value)}"
         )
     if len(items) > MOST_STRINGS:
         raise InvalidRequestError(
-            f"{name} may have {MOST_STRINGS} strings, got {len(value)}: {shown(value)}"
+            f"{name} may have {MOST_STRINGS} strings, got {len(items)}: {shown(value)}"
         )
     for item in items:
         if not isinstance(item, str):

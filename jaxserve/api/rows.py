@@ -7,13 +7,11 @@ import numbers
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxserve.api import checks
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import LogprobSpec
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.text.stop import StopRegex
+from jaxserve.text.pattern import StopRegex
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
@@ -147,9 +145,7 @@ def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) ->
             f"top_logprobs_num must be at most {limits.most_top_logprobs} "
             f"(Engine(max_top_logprobs=...)), got {checks.shown(top)}"
         )
-    ids = [] if ids is None else ids
-    if isinstance(ids, np.ndarray) and ids.ndim:
-        ids = list(ids)
+    ids = [] if ids is None else checks.listed(ids)
     if not isinstance(ids, list | tuple):
         raise InvalidRequestError(
             f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
-PATIENCE = 1.0
+PATIENCE = 2.0
 """Seconds of compiling that need no words."""
-FROM_CACHE = 0.3
+FROM_CACHE = 0.5
 """Seconds a program may take out of JAX's compilation cache: those do not count."""
 TICK = 0.25
 
@@ -99,11 +99,9 @@ class Notice:
         self._said = True
         what = f"{len(names)} programs"
         if len(names) == 1:
-            what = f"{names[0]}, and programs for other sizes when they are first used"
-        print(
-            f"jaxserve: compiling {what}; with a compilation cache later starts do not",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            what = f"{names[0]}, and programs of other sizes when they are first used"
+        kept = "compilation_cache_dir keeps them for later starts"
+        print(f"jaxserve: compiling {what} ({kept})", file=sys.stderr, flush=True)
 
 
 def _counted(seconds: float) -> float:
