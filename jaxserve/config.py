@@ -126,7 +126,7 @@ class EngineConfig:
             warnings.warn(
                 f"context_length={context} is more than the model's {model.context_length} tokens; "
                 "what it writes beyond those may make no sense",
-                stacklevel=5,  # of Engine's caller
+                stacklevel=6,  # of Engine's caller
             )
         page_size = args.page_size or (GPU_PAGE if gpu else CPU_PAGE)
         if page_size % 8:
