@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.text import limits
+from jaxserve.text.costs import within
 from jaxserve.text.sandbox import BoundedEnvironment
 
+SCOPES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With,
+          nodes.AssignBlock, nodes.Block, nodes.Scope, nodes.CondExpr)  # fmt: skip
 SHOWN = 500
 """Characters of a template's own words in an error."""
 
@@ -30,7 +34,12 @@ class Template:
             )
         self.source = source
         try:
-            code = BoundedEnvironment().compile(source)
+            environment = BoundedEnvironment()
+            tree = environment.parse(source)
+            scopes = sum(1 for _ in tree.find_all(SCOPES))
+            names = {name.name for name in tree.find_all(nodes.Name)}
+            within("scopes times names", scopes * len(names), limits.TEMPLATE_SCOPES)
+            code = environment.compile(tree)
         except Exception as error:  # of Jinja's parser and, for odd nesting, of Python's
             raise _refused("is not usable", error) from error
         assert isinstance(code, types.CodeType)
