@@ -11,7 +11,7 @@ from jinja2 import nodes
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.text import limits
-from jaxserve.text.costs import within
+from jaxserve.text.costs import Budget, within
 from jaxserve.text.sandbox import BoundedEnvironment
 
 SCOPES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With,
@@ -44,19 +44,29 @@ class Template:
             raise _refused("is not usable", error) from error
         assert isinstance(code, types.CodeType)
         self._code = code
+        # Environments take a millisecond to make. One renders one text at a time.
+        self._free: list[jinja2.Template] = []
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text. variables: plain values, see `chat.plain`. Raises InvalidRequestError with what
         the template says, or what it lacks, or which bound of `limits` it breaks."""
-        environment = BoundedEnvironment()
         try:
+            template = self._free.pop()
+        except IndexError:
+            environment = BoundedEnvironment()
             template = jinja2.Template.from_code(
                 environment, self._code, environment.make_globals(None)
             )
+        environment = template.environment
+        assert isinstance(environment, BoundedEnvironment)
+        environment.budget = Budget()
+        try:
             context = template.new_context(dict(variables))
             return environment.concat(template.root_render_func(context))
         except Exception as error:  # a template is a program: it can raise whatever Python can
             raise _refused("refuses the messages", error) from error
+        finally:
+            self._free.append(template)
 
 
 def _refused(what: str, error: Exception) -> InvalidRequestError:
