@@ -237,6 +237,14 @@ BOMBS = [
     "{% set x='a'*16000000 %}{% for i in range(99999) %}"
     "{% if x == 'b'+x[1:] %}{% endif %}{% endfor %}",
     "{% filter upper %}{% for i in range(99999) %}{{ messages }}{% endfor %}{% endfilter %}",
+    *(
+        "{% set n=namespace(x=(1,)) %}{% for i in range(99) %}{% set n.x=(n.x,n.x) %}{% endfor %}"
+        + use
+        for use in ("{{ {n.x: 1} }}", "{{ {}[n.x] }}", "{{ n.x in {} }}", "{{ {}.get(n.x) }}",
+                    "{{ dict([(n.x, 1)]) }}", "{{ [n.x]|unique|list }}", "{{ n.x ~ '' }}",
+                    "{% for i in [1] %}{{ loop.changed(n.x) }}{{ loop.changed(n.x) }}{% endfor %}",
+                    "{{ 1 is in n.x }}", "{{ [[n.x, 1]]|selectattr(0, 'eq', [n.x])|list }}")
+    ),
     "{{ 'a'|center(10**10) }}", "{{ 'a'.ljust(10**10) }}", "{{ 'a'.zfill(10**10) }}",
     "{{ '%9999999999d' % 1 }}", "{{ '%*d' % (10**10, 1) }}", "{{ '{:9999999999}'.format(1) }}",
     "{{ '{:{w}}'.format(1, w=10**10) }}", "{{ '%9999999999d' | format(1) }}",
@@ -251,6 +259,7 @@ BOMBS = [
     "{{ 1.5|round(10**9) }}", "{{ strftime_now('%c'*1000000) }}", "{{ (1).to_bytes(10**10) }}",
     "{{ 'a'.translate({97: 'b'*9999999}) * 9 }}", "{{ '0'|int * 'x'.__len__() }}{{ 1/0 }}",
     "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
+    "".join(f"{{% if a{i} %}}{{% set b{i}=1 %}}{{% endif %}}" for i in range(5000)),
     "{{ 1" + "+1" * 100_000 + " }}", "x" * (limits.TEMPLATE_SOURCE + 1),
 ]  # fmt: skip
 

@@ -21,6 +21,7 @@ SPLITTING = frozenset(("ByteLevel", "Split", "Digits", "Metaspace"))
 class _Backend(Protocol):
     def encode(self, texts: list[str], special: bool) -> list[list[int]]: ...
     def decode(self, ids: list[int], skip: bool, spaces: bool) -> str: ...
+    def special_ids(self) -> list[int]: ...
 
 
 class Codec:
@@ -83,6 +84,11 @@ class Codec:
         return len(text.encode(errors="replace").translate(None, lost)) // longest
 
     @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that `skip_special_tokens` leaves out."""
+        return frozenset(self._backend.special_ids())
+
+    @functools.cached_property
     def _bound(self) -> tuple[int, bytes] | None:
         backend = self._backend
         return _token_bound(backend.tokenizer) if isinstance(backend, _Rust) else None
@@ -106,6 +112,10 @@ class _Rust:
     def decode(self, ids: list[int], skip: bool, spaces: bool) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip)
 
+    def special_ids(self) -> list[int]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return [token_id for token_id, token in added.items() if token.special]
+
 
 class _Python:
     """A copy of a tokenizer that does part of its work in Python."""
@@ -127,6 +137,9 @@ class _Python:
             clean_up_tokenization_spaces=False,
             spaces_between_special_tokens=spaces,
         )
+
+    def special_ids(self) -> list[int]:
+        return self.tokenizer.all_special_ids
 
 
 def check_unicode(name: str, text: str) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 # -- chat templates: text of a model file, run for every conversation -----------------------------
 
-TEMPLATE_SOURCE = 1 << 18
-"""Characters of a template. The longest in use have about 30,000."""
+TEMPLATE_SOURCE = 1 << 17
+"""Characters of a template. The longest in use have about 30,000; compiling these takes two seconds
+at most."""
+TEMPLATE_SCOPES = 1 << 19
+"""Branches and loops of a template times the names in it: Jinja's compiler copies all names at
+each. Real templates have about 30,000; this many take a second."""
 TEMPLATE_SECONDS = 1.0
 """Time that the rendering of one conversation takes on its thread's own clock, so that a busy
 machine changes nothing. Ordinary ones take milliseconds; 5 MB of messages take a tenth of this."""

@@ -17,6 +17,7 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, operators
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -64,6 +65,16 @@ class BoundedCode(CodeGenerator):
         self.write(f" {operators[node.op]} environment.{'container' if inside else 'compared'}(")
         self.visit(node.expr, frame)
         self.write(")")
+
+    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+        self.write("{")
+        for pair in node.items:
+            self.write("environment.compared(")
+            self.visit(pair.key, frame)
+            self.write("): ")
+            self.visit(pair.value, frame)
+            self.write(", ")
+        self.write("}")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Any) -> None:
         if not isinstance(node.arg, nodes.Slice):
@@ -149,7 +160,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return parts
 
     def compared(self, value: Any) -> Any:
-        """An operand of a comparison."""
+        """An operand of a comparison, or a key, which is hashed."""
         if value is None or isinstance(value, bool | int | float | jinja2.Undefined):
             self.budget.spend()
         else:
@@ -175,7 +186,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        self.budget.spend()
+        self.compared(argument)  # a tuple's hash looks at all of it
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -199,9 +210,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             name = __obj.__name__
             args = tuple(map(__self._settled, args))
             costs.check_call(name, subject, args, named)
-            budget.deep(args)
             if name not in costs.SHALLOW:
                 budget.deep(subject)
+        if not isinstance(__obj, Macro) and __obj is not TemplateNamespace:
+            budget.deep(args, named)  # others may compare or hash what they are given
         result = super().call(__context, __obj, *args, **named)
         return result if subject is __self else budget.made(result)
 

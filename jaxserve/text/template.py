@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.text import limits
+from jaxserve.text.costs import Budget, within
 from jaxserve.text.sandbox import BoundedEnvironment
 
+SCOPES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With,
+          nodes.AssignBlock, nodes.Block, nodes.Scope, nodes.CondExpr)  # fmt: skip
 SHOWN = 500
 """Characters of a template's own words in an error."""
 
@@ -30,24 +34,39 @@ class Template:
             )
         self.source = source
         try:
-            code = BoundedEnvironment().compile(source)
+            environment = BoundedEnvironment()
+            tree = environment.parse(source)
+            scopes = sum(1 for _ in tree.find_all(SCOPES))
+            names = {name.name for name in tree.find_all(nodes.Name)}
+            within("scopes times names", scopes * len(names), limits.TEMPLATE_SCOPES)
+            code = environment.compile(tree)
         except Exception as error:  # of Jinja's parser and, for odd nesting, of Python's
             raise _refused("is not usable", error) from error
         assert isinstance(code, types.CodeType)
         self._code = code
+        # Environments take a millisecond to make. One renders one text at a time.
+        self._free: list[jinja2.Template] = []
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text. variables: plain values, see `chat.plain`. Raises InvalidRequestError with what
         the template says, or what it lacks, or which bound of `limits` it breaks."""
-        environment = BoundedEnvironment()
         try:
+            template = self._free.pop()
+        except IndexError:
+            environment = BoundedEnvironment()
             template = jinja2.Template.from_code(
                 environment, self._code, environment.make_globals(None)
             )
+        environment = template.environment
+        assert isinstance(environment, BoundedEnvironment)
+        environment.budget = Budget()
+        try:
             context = template.new_context(dict(variables))
             return environment.concat(template.root_render_func(context))
         except Exception as error:  # a template is a program: it can raise whatever Python can
             raise _refused("refuses the messages", error) from error
+        finally:
+            self._free.append(template)
 
 
 def _refused(what: str, error: Exception) -> InvalidRequestError:

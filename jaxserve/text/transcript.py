@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
-from jaxserve.text.detokenize import Detokenizer, Tokenizer
+from jaxserve.text.codec import Codec
+from jaxserve.text.detokenize import Detokenizer
 
 
 class Transcript:
@@ -17,16 +18,18 @@ class Transcript:
 
     def __init__(
         self,
-        codec: Tokenizer,
+        codec: Codec,
         prompt_ids: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> None:
+        both = _Both(codec)
+
         def tail(skip: bool) -> Tail:
             return Tail(
                 Detokenizer(
-                    codec,
+                    both,
                     prompt_ids,
                     skip_special_tokens=skip,
                     spaces_between_special_tokens=spaces_between_special_tokens,
@@ -64,6 +67,34 @@ class Transcript:
             self.shown.forget(kept)
             first = max(0, bisect.bisect_right(self._whole_ends, self.whole.start) - 1)
             del self._whole_ends[:first], self._shown_ends[:first]
+
+
+class _Both:
+    """Decodes for both texts: once, where no special token makes them differ."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        self._text = ""
+
+    def decode(
+        self,
+        token_ids: list[int],
+        *,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool,
+    ) -> str:
+        known = skip_special_tokens and token_ids == self._ids
+        if known and self._codec.special_ids.isdisjoint(token_ids):
+            return self._text
+        text = self._codec.decode(
+            token_ids,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+        )
+        if not skip_special_tokens:
+            self._ids, self._text = token_ids, text
+        return text
 
 
 class Tail:
