@@ -7,7 +7,7 @@ PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint tests kernels-newest-jax report clean
+.PHONY: demo test lint tests kernels-newest-jax clients report clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,10 @@ ifeq ($(PYTHON_NEW),)
 else
 	.venv-newest/bin/python -m pytest tests/test_kernels_*.py -k "mosaic or lower or order or refus"
 endif
+
+# Programs written for SGLang, each in an environment of its own (docs/from_sglang.md).
+clients: .venv/demo.stamp
+	$(BIN)/python -m tests.clients
 
 report: .venv/bench.stamp
 	$(BIN)/python -m benchmarks.report

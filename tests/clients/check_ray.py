@@ -16,7 +16,14 @@ SAMPLING = {"temperature": 0.0, "max_new_tokens": 24}
 
 def main(model: str, scratch: str) -> int:
     # The stage asks Ray for a GPU, whatever there is: this Ray says that it has one.
-    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, _temp_dir=f"{scratch}/ray")
+    # Each of the four stages wants a CPU for itself.
+    ray.init(
+        num_cpus=5,
+        num_gpus=1,
+        object_store_memory=128 << 20,
+        include_dashboard=False,
+        _temp_dir=f"{scratch}/ray",
+    )
     config = SGLangEngineProcessorConfig(
         model_source=model,
         engine_kwargs={"dtype": "float32", "max_total_tokens": 4096},
