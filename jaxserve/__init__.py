@@ -8,14 +8,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import jaxserve.process  # noqa: F401  (from now on, forks are noted)
+
 VERSION = "0.1.0"
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from jaxserve import utils
     from jaxserve.engine import Engine
     from jaxserve.errors import (
+        CopyError,
         EngineDeadError,
         EngineShutdownError,
+        ForkedProcessError,
         InvalidRequestError,
         JaxserveError,
         ModelLoadError,
@@ -28,9 +33,11 @@ if TYPE_CHECKING:
     from jaxserve.server_args import ServerArgs
 
 __all__ = [
+    "CopyError",
     "Engine",
     "EngineDeadError",
     "EngineShutdownError",
+    "ForkedProcessError",
     "InvalidRequestError",
     "JaxserveError",
     "ModelLoadError",
@@ -41,12 +48,15 @@ __all__ = [
     "ServerArgs",
     "UnknownOptionError",
     "__version__",
+    "utils",
 ]
 
 _HOMES = {"Engine": "engine", "SamplingParams": "sampling_params", "ServerArgs": "server_args"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "utils":
+        return importlib.import_module("jaxserve.utils")
     if name not in __all__:
         raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jaxserve.{_HOMES.get(name, 'errors')}"), name)

@@ -43,5 +43,19 @@ class EngineDeadError(JaxserveError, RuntimeError):
     """The engine thread has stopped after a failure; `__cause__` is that failure."""
 
 
+class ForkedProcessError(JaxserveError, RuntimeError):
+    """An engine, or JAX, was used in a process forked from the one that started it."""
+
+
+class CopyError(JaxserveError, TypeError):
+    """Engines and streams can neither be pickled nor copied."""
+
+
 class EngineShutdownError(JaxserveError, RuntimeError):
     """The engine was shut down before or during the call."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code behind Python has panicked. pyo3's PanicException is no Exception, and
+    has no module to import it from."""
+    return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
+    "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
     "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options.py",
     "jaxserve/api/checks.py", "jaxserve/api/shown.py", "jaxserve/api/option.py",
     "jaxserve/api/upstream_options.py", "jaxserve/scheduler",
@@ -74,7 +75,7 @@ def test_kernels_know_nothing_of_the_engine(path):
 @pytest.mark.parametrize("path", files("converters"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_converters_know_only_model_declarations(path):
     ours = {name for name in imports(path) if name.startswith(("jaxserve", "pallas_kernels"))}
-    allowed = ("jaxserve.models", "jaxserve.errors", "jaxserve.compat")
+    allowed = ("jaxserve.models", "jaxserve.errors", "jaxserve.compat", "jaxserve.memory")
     assert all(name == "jaxserve" or name.startswith(allowed) for name in ours), ours
     assert "torch" not in roots(path)
 
@@ -98,7 +99,7 @@ def test_only_the_step_compiles():
 
 def test_only_compat_asks_for_the_version():
     for path in files("jaxserve", "converters"):
-        if path.name != "compat.py":
+        if path.name != "compat.py" and "site" not in path.parts:  # the alias answers with it
             assert "__version__" not in path.read_text() or path.name == "__init__.py", path
 
 

@@ -51,7 +51,7 @@ class TokenizerManager:
         self.model_path = server_args.model_path
         self.served_model_name = server_args.served_model_name or server_args.model_path
         self.preferred_sampling_params = server_args.preferred_params or None
-        self.context_len = limits.context_length
+        self.context_len = limits.longest
         """Tokens of prompt and output."""
         self.max_req_input_len = longest_input(limits)
         """Tokens of a prompt."""
@@ -66,7 +66,7 @@ class TokenizerManager:
 
 def longest_input(limits: Limits) -> int:
     """Tokens of the longest prompt, with one place left for an output."""
-    return min(limits.context_length, limits.max_total_tokens) - 1
+    return limits.longest - 1
 
 
 def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> dict[str, Any]:

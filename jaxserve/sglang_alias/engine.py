@@ -1,0 +1,24 @@
+"""The engine that programs written for SGLang get."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import jaxserve.engine
+from jaxserve.server_args import ServerArgs
+
+
+class Engine(jaxserve.engine.Engine):
+    """`jaxserve.Engine` for programs that say device="cuda" because SGLang knows little else:
+    here that is CUDA where JAX has it, and the CPU, with a warning, elsewhere."""
+
+    def __init__(self, model_path: str | None = None, **kwargs: Any) -> None:
+        given = kwargs.get("server_args")
+        if isinstance(given, ServerArgs) and given.device == "cuda":
+            given = copy.copy(given)
+            given.device = "cuda,cpu"
+            kwargs["server_args"] = given
+        elif kwargs.get("device") == "cuda":
+            kwargs["device"] = "cuda,cpu"
+        super().__init__(model_path, **kwargs)
