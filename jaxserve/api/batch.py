@@ -63,9 +63,9 @@ def _texts(prompt: Any) -> tuple[bool, Sequence[Any]]:
     )
 
 
-def _id_rows(input_ids: Any) -> tuple[bool, Sequence[Any]]:
+def _id_rows(input_ids: Any) -> tuple[bool, Any]:
     """Whether there is one row of token ids, and the rows."""
-    rows: Any = input_ids
+    rows = input_ids
     if not isinstance(rows, np.ndarray) or not rows.ndim:
         rows = checks.listed(rows)
         if not isinstance(rows, list | tuple):

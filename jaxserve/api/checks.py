@@ -125,11 +125,11 @@ def number(
     except OverflowError:
         result = float("inf")
     too_low = low is not None and (result <= low if above else result < low)
-    if not abs(result) <= FLOAT32_MAX or too_low or (high is not None and result > high):
+    if not -FLOAT32_MAX <= result <= FLOAT32_MAX or too_low or (high is not None and result > high):
         raise InvalidRequestError(
             f"{name} must be finite in float32{_and_interval(low, high, above)}, got {shown(value)}"
         )
-    if abs(result) < FLOAT32_TINY and result:
+    if -FLOAT32_TINY < result < FLOAT32_TINY and result:
         return FLOAT32_TINY if above else 0.0
     return result
 

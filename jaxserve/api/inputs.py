@@ -82,8 +82,8 @@ class RequestBuilder:
         the row), NotSupportedError and UnknownOptionError; nothing has happened then."""
         created = time.perf_counter()
         prompts = batch.Prompts.of(given.prompt, given.input_ids)
-        single = prompts.single
-        params, explicit = self._sampling_params(given.sampling_params, prompts.count)
+        single, count = prompts.single, prompts.count
+        params, explicit = self._sampling_params(given.sampling_params, count)
         samples = params[0].n if params else 1
         for index, row in enumerate(params):
             if row.n != samples:
@@ -91,7 +91,7 @@ class RequestBuilder:
                     "parallel_sample_num should be the same for all prompts of a batch, got "
                     f"n={samples} in row 0 and n={row.n} in row {index}"
                 )
-        batch.check_count(prompts.count, samples, self._most_queued)
+        batch.check_count(count, samples, self._most_queued)
         ids = self._prompt_ids(prompts)
         logprobs = self._logprob_specs(given, len(ids), single, samples)
         rids = batch.request_ids(given.rid, len(ids), single, samples)
