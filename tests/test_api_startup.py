@@ -18,7 +18,7 @@ TOKENIZER = byte_level_tokenizer()
 CONFIG = types.SimpleNamespace(
     vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
 )
-LOOP = types.SimpleNamespace(limits=types.SimpleNamespace(longest=512))
+LOOP = types.SimpleNamespace(limits=types.SimpleNamespace(context_length=512))
 
 
 @pytest.fixture

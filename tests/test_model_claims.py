@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ class TestContext:
 
     def test_the_first_key_that_is_present_counts(self):
         keys = ["max_sequence_length", "seq_length", "max_seq_len", "model_max_length"]
-        stated = {key: 100 + i for i, key in enumerate(keys)}
+        stated: dict[str, Any] = {key: 100 + i for i, key in enumerate(keys)}
         for i, key in enumerate(keys):
             assert config_of(**stated).context_length == 100 + i
             stated[key] = None

@@ -51,7 +51,7 @@ class TokenizerManager:
         self.model_path = server_args.model_path
         self.served_model_name = server_args.served_model_name or server_args.model_path
         self.preferred_sampling_params = server_args.preferred_params or None
-        self.context_len = limits.longest
+        self.context_len = limits.context_length
         """Tokens of prompt and output."""
         self.max_req_input_len = longest_input(limits)
         """Tokens of a prompt."""

@@ -16,8 +16,7 @@ class ModelFacts:
 
     model_path: str
     context_len: int
-    """Most tokens of prompt and output: the option context_length or the model's, as far as
-    the KV pool holds it."""
+    """Most tokens of prompt and output: the option context_length, or the model's."""
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int

@@ -89,7 +89,7 @@ def _start(args: ServerArgs) -> Started:
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
     loop = EngineLoop.start(args, loaded)
-    facts = ModelFacts.of(args.model_path, loaded, loop.limits.longest, eos_ids)
+    facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
     return Started(
         loop,
         tokenizer,
