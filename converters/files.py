@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from converters.messages import shown
 from jaxserve.errors import ModelLoadError
+from jaxserve.shown import quoted
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 """O_NONBLOCK: opening a pipe that took a file's place must not wait for a writer."""
@@ -165,7 +165,9 @@ def plain_name(name: str) -> str:
         or separators & set(name)
         or len(name.encode("utf-8", "replace")) > 255
     ):
-        raise ModelLoadError(f"{shown(name)} is not the plain name of a file in the model's folder")
+        raise ModelLoadError(
+            f"{quoted(name)} is not the plain name of a file in the model's folder"
+        )
     return name
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.files import OpenFile, open_named
-from converters.messages import plain, shown
+from converters.messages import plain
 from converters.stored_array import StoredArray
 from jaxserve.errors import ModelLoadError, NotSupportedError
+from jaxserve.shown import quoted
 
 _VERSIONS = (2, 3)
 _SCALARS = {
@@ -121,7 +122,7 @@ class GGUFFile:
             return default
         value = self.metadata[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            given = shown(value) if isinstance(value, (int, float, str)) else type(value).__name__
+            given = quoted(value) if isinstance(value, (int, float, str)) else type(value).__name__
             raise ModelLoadError(
                 f"{self.path}: metadata key {plain(key)} must be {what}, got {given}"
             )
@@ -203,7 +204,7 @@ class _Header:
             rows[name] = TensorInfo(shape, self._unsigned(_U32, what), self._unsigned(_U64, what))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment={shown(alignment)} is not a power of two")
+            raise self._damaged(f"general.alignment={quoted(alignment)} is not a power of two")
         start = -(-self.at // alignment) * alignment
         tensors = {name: row._replace(offset=start + row.offset) for name, row in rows.items()}
         for name, row in tensors.items():

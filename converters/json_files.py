@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from converters import files
-from converters.messages import plain, shown
+from converters.messages import plain
 from jaxserve.errors import ModelLoadError
+from jaxserve.shown import quoted
 
 MAX_BYTES = 32 << 20
 _MAX_ELEMENTS = 1_000_000
@@ -59,7 +60,7 @@ class JsonObject:
 
     def _wrong(self, key: str, what: str, value: Any, verb: str) -> ModelLoadError:
         return ModelLoadError(
-            f"{self.where}: {plain(key)} must be {what}, {verb} {shown(value)}"
+            f"{self.where}: {plain(key)} must be {what}, {verb} {quoted(value)}"
             f" ({type(value).__name__})"
         )
 

@@ -23,6 +23,7 @@ from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import registry, values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration
+from jaxserve.shown import quoted
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -149,7 +150,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _refuse_quantized(hf_config: dict[str, Any]) -> None:
     quantization = values.table(hf_config, "quantization_config")
     if quantization:
-        method = values.shown(quantization.get("quant_method", quantization))
+        method = quoted(quantization.get("quant_method", quantization))
         raise NotSupportedError(
             f"config.json: quantized checkpoints are not supported yet (quant_method={method}); "
             "use the unquantized checkpoint or a GGUF file"

@@ -13,10 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from converters import files
 from converters.companions import COMPANIONS
-from converters.messages import plain, shown, some_of
+from converters.messages import plain, some_of
 from converters.orbax_format import is_orbax_folder
 from converters.sources import INDEX_NAME, SINGLE_NAME, indexed_names
 from jaxserve.errors import ModelLoadError, NotSupportedError
+from jaxserve.shown import quoted
 
 FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 _UPSTREAM_FORMATS = (
@@ -61,11 +62,11 @@ def find_local(
         if os.path.lexists(path):
             return path
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a zero byte
-        raise ModelLoadError(f"model_path={shown(model_path)}: {error}") from error
+        raise ModelLoadError(f"model_path={quoted(model_path)}: {error}") from error
     # One slash is how a Hub id is written; so is a relative path, hence "looked for" names both.
     if not _HUB_ID.fullmatch(model_path) or path.suffix == ".gguf":
         raise ModelLoadError(
-            f"model_path={shown(model_path)}: no such file or folder (looked for "
+            f"model_path={quoted(model_path)}: no such file or folder (looked for "
             f"{plain(str(path.absolute()))}). "
             "Give a folder with config.json and *.safetensors, a .gguf file, a folder written by "
             "`python -m converters`, or a Hugging Face id like 'owner/name'."
@@ -81,7 +82,7 @@ def find_local(
         reason = str(error).strip().splitlines()
         wanted = f" at revision {revision!r}" if revision else ""
         raise ModelLoadError(
-            f"model_path={shown(model_path)}: there is no file or folder "
+            f"model_path={quoted(model_path)}: there is no file or folder "
             f"{plain(str(path.absolute()))}, and as a "
             f"Hugging Face id{wanted} its config.json and weights could not be fetched: "
             f"{reason[0][:300] if reason else type(error).__name__}. Download the model where the "

@@ -27,11 +27,12 @@ from jax.sharding import Sharding
 from converters import files, finite, json_files, quantize, sizes
 from converters.convert import aligned_empty, place_rows
 from converters.json_files import JsonObject
-from converters.messages import plain, shown, some_of
+from converters.messages import plain, some_of
 from converters.placement import Placement, on_cpu
 from converters.stored_array import StoredArray
 from jaxserve.errors import InvalidRequestError, ModelLoadError
 from jaxserve.models.registry import Declaration
+from jaxserve.shown import quoted
 
 MARKER = "jaxserve.json"
 _PARAMS = "params"
@@ -62,7 +63,7 @@ def stored_quantization(folder: Path, wanted: str | None) -> str | None:
     stored = _read_marker(folder).string("quantization", None)
     if stored is not None and wanted not in (None, stored):
         raise InvalidRequestError(
-            f"{folder} holds weights quantized as {shown(stored)}, quantization={wanted!r} cannot "
+            f"{folder} holds weights quantized as {quoted(stored)}, quantization={wanted!r} cannot "
             "be made of them: leave the option out, or load the checkpoint they were made from"
         )
     return stored
@@ -170,7 +171,7 @@ def _read_header(folder: Path, path: str) -> tuple[tuple[int, ...], np.dtype[Any
         raise ModelLoadError(f"{file}: should be one uncompressed chunk; convert again")
     if code not in _TYPES or len(shape) > 8 or any(size < 0 for size in shape):
         raise ModelLoadError(
-            f"{file}: no parameter of ours has dtype {shown(code)} and shape {shown(list(shape))}"
+            f"{file}: no parameter of ours has dtype {quoted(code)} and shape {quoted(list(shape))}"
         )
     return shape, _TYPES[code]
 

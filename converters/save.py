@@ -14,10 +14,10 @@ import numpy as np
 from converters import companions, files, orbax_format
 from converters.convert import parts_of, to_hf
 from converters.load import LoadedModel
-from converters.messages import shown
 from converters.tables import table_for
 from converters.tokenizer import load_tokenizer
 from jaxserve.errors import InvalidRequestError, NotSupportedError
+from jaxserve.shown import quoted
 
 FORMATS = ("orbax", "safetensors")
 
@@ -33,7 +33,7 @@ def check_empty(folder: Path) -> None:
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:  # a name too long, no permission, a zero byte
-        raise InvalidRequestError(f"{shown(str(folder))}: cannot be written: {error}") from error
+        raise InvalidRequestError(f"{quoted(str(folder))}: cannot be written: {error}") from error
     if taken:
         raise InvalidRequestError(f"{folder} exists and is not an empty folder; give another OUT")
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from converters import files, json_files
 from converters.json_files import JsonObject
-from converters.messages import plain, shown, some_of
+from converters.messages import plain, some_of
 from converters.stored_array import Check, StoredArray
 from jaxserve.errors import ModelLoadError
+from jaxserve.shown import quoted
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -83,11 +84,11 @@ class SafetensorsFile:
         shape = tuple(entry.list_of("shape", int, "integers"))
         offsets = entry.list_of("data_offsets", int, "integers")
         if any(length < 0 for length in shape) or len(shape) > 8:
-            raise ModelLoadError(f"{entry.where}: shape {shown(list(shape))} is impossible")
+            raise ModelLoadError(f"{entry.where}: shape {quoted(list(shape))} is impossible")
         if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= size - data:
             raise ModelLoadError(
-                f"{entry.where}: data_offsets {shown(offsets)} do not lie within the {size - data} "
-                "bytes of data that the file has"
+                f"{entry.where}: data_offsets {quoted(offsets)} do not lie within the "
+                f"{size - data} bytes of data that the file has"
             )
         length = offsets[1] - offsets[0]
         dtype = _DTYPES.get(code, np.dtype(np.uint8))

@@ -79,7 +79,7 @@ def _transformers() -> Any:
 def _load(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
     transformers = _transformers()  # quietly, before the imports below do it
     from converters import gguf_tokenizer
-    from converters.tokenizer_checks import check_added_tokens, check_growth
+    from converters.tokenizer_checks import check_added_tokens, check_growth, check_vocabulary
 
     if path.suffix == ".gguf":
         return gguf_tokenizer.build_tokenizer(str(path))
@@ -89,6 +89,7 @@ def _load(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(path), use_fast=use_fast, local_files_only=True
     )
+    check_vocabulary(path, tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         check_growth(path, backend)

@@ -57,6 +57,18 @@ def check_count(where: str, count: int, most: int = MOST_ADDED) -> None:
         raise ModelLoadError(f"{where} has {count} tokens; at most {most} are taken")
 
 
+def check_vocabulary(path: Path, tokenizer: Any) -> None:
+    """Raises ModelLoadError for a transformers tokenizer that knows nothing but its special tokens:
+    some classes make one where all their files are missing."""
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if not set(tokenizer.get_vocab()) - special:
+        raise ModelLoadError(
+            f"{path}: the tokenizer ({type(tokenizer).__name__}) has no vocabulary but "
+            f"{len(special)} special tokens: its tokenizer.json, or whatever it was made of, is "
+            "missing. Give tokenizer_path, or skip_tokenizer_init and pass input_ids"
+        )
+
+
 def check_growth(path: Path, backend: Any) -> None:
     """Raises ModelLoadError if a part of a tokenizers.Tokenizer may grow text without bound."""
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 9_000
+"""Characters. Libraries put whole files into what they raise."""
+
 
 class JaxserveError(Exception):
     """Base of every exception that jaxserve raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        more = len(message) - LONGEST_MESSAGE
+        if more > 0:
+            message = f"{message[:LONGEST_MESSAGE]}... and {more} characters more"
+        super().__init__(message)
 
 
 class InvalidRequestError(JaxserveError, ValueError):

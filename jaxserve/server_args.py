@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -204,6 +205,18 @@ class ServerArgs(KnownOptions):
         return cls(**{name: value for name, value in vars(args).items() if name in known})
 
 
+def _signature() -> inspect.Signature:
+    """What `inspect.signature(ServerArgs)` says. Clients look there for a release's options."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    names = [field.name for field in dataclasses.fields(ServerArgs) if field.name != "model_path"]
+    return inspect.Signature(
+        [
+            inspect.Parameter("model_path", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(inspect.Parameter(name, keyword, default=None) for name in names),
+        ]
+    )
+
+
 def default(field: dataclasses.Field[Any]) -> Any:
     """An option's default, which the environment may say."""
     if field.name in ENVIRONMENT:
@@ -294,3 +307,6 @@ def _suggestion(name: str) -> str:
     if name in HINTS:
         return f" (did you mean {HINTS[name]!r}?)"
     return checks.near_matches(name, (*OPTIONS, *UPSTREAM))
+
+
+ServerArgs.__signature__ = _signature()  # pyright: ignore[reportAttributeAccessIssue]

@@ -448,8 +448,12 @@ def test_weights_that_do_not_fit_the_config(refuses_to_load, copied):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     refuses_to_load(
-        ModelLoadError, "layers.2.self_attn.q_proj.weight", "layers.2.mlp.down_proj.weight",
-        model_path=str(folder),
+        ModelLoadError, "num_hidden_layers=3", "tensors of 2 layers", model_path=str(folder),
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    refuses_to_load(
+        ModelLoadError, "layers.1.mlp.gate_proj.weight is [128, 64], should be [96, 64]",
+        "layers.0.mlp.down_proj.weight", "intermediate_size=96", model_path=str(folder),
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHead"]}))
     refuses_to_load(NotSupportedError, "GPT2LMHead", "LlamaForCausalLM", model_path=str(folder))

@@ -195,11 +195,11 @@ def test_changes_to_the_tokenizer_reach_no_request(fakes):
 @pytest.mark.parametrize("prompts", [["fine", "bad \ud800"], ["fine", "\udfff"]])
 def test_text_that_is_no_unicode_is_refused_by_row(fakes, prompts):
     engine = fakes.engine()
-    with pytest.raises(InvalidRequestError, match=r"prompt 1 of the batch .* U\+D"):
+    with pytest.raises(InvalidRequestError, match="prompt 1 of the batch has half of a"):
         engine.generate(prompts)
-    with pytest.raises(InvalidRequestError, match="prompt is not Unicode"):
+    with pytest.raises(InvalidRequestError, match="prompt has half of a surrogate"):
         engine.generate(prompts[1])
-    with pytest.raises(InvalidRequestError, match="messages is not Unicode"):
+    with pytest.raises(InvalidRequestError, match="messages has half of a surrogate"):
         engine.chat([{"role": "user", "content": prompts[1]}])
     python = Codec(slow())
     with pytest.raises(InvalidRequestError, match="prompt 1 of the batch"):

@@ -18,10 +18,11 @@ import pytest
 import converters
 from converters import cli, files, json_files, locate
 from converters.gguf_reader import GGUFFile
-from converters.messages import shown, some_of
+from converters.messages import some_of
 from converters.sources import SafetensorsSource
 from converters.stored_array import StoredArray
 from jaxserve.errors import InvalidRequestError, ModelLoadError, NotSupportedError
+from jaxserve.shown import quoted
 from tests.checkpoints import make_checkpoint
 from tests.fuzz.files import Peak
 from tests.gguf_files import write_model
@@ -438,7 +439,7 @@ class TestBombs:
             b"x" * 1000,
             2.0**1000,
         ):
-            assert len(shown(value)) < 400
+            assert len(quoted(value)) < 400
         assert some_of(str(i) for i in range(30)).endswith(", 19, and 10 more")
         assert some_of(["a", "b"]) == "a, b"
         assert len(some_of(["n" * 10**6] * 10**5)) < 10_000
@@ -476,7 +477,7 @@ class TestWrongTypes:
         refused(folder, INDEX, "weight_map" if value != {"a": 1} else "a must be a string, is 1")
         (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": value}}))
         if value != "x":
-            refused(folder, INDEX, "model.norm.weight must be a string", shown(value))
+            refused(folder, INDEX, "model.norm.weight must be a string", quoted(value))
 
     @pytest.mark.parametrize("value", ["x", 1.5, [1, "2"], {"a": 1}, True, [[1]], [None]])
     def test_end_tokens(self, folder, value):

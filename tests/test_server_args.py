@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import inspect
 import pickle
 import warnings
 from pathlib import Path
@@ -267,3 +268,10 @@ def test_numbers_that_are_none(value):
     with pytest.raises(InvalidRequestError, match="mem_fraction_static") as caught:
         ServerArgs("m", mem_fraction_static=value)
     assert len(str(caught.value)) < 1000
+
+
+def test_its_signature_names_every_option():
+    """ms-swift asks it which options a release has."""
+    names = inspect.signature(ServerArgs).parameters
+    assert {"pp_size", "tokenizer_backend", "cuda_graph_bs", "precompile"} <= set(names)
+    assert set(names) == {field.name for field in dataclasses.fields(ServerArgs)}

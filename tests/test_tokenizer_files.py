@@ -175,3 +175,12 @@ def test_files_of_another_shape_are_load_errors(folder, name, text):
         converters.load_tokenizer(str(folder))
     except ModelLoadError as error:
         assert str(folder) in str(error) and len(str(error)) < 10_000
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_class_without_its_files_is_no_tokenizer(folder, kind):
+    """transformers makes an empty one, and every prompt would be unknown tokens."""
+    (folder / "tokenizer.json").unlink()
+    change(folder, "tokenizer_config.json", tokenizer_class=kind)
+    with pytest.raises(ModelLoadError, match=r"no vocabulary but .* special tokens"):
+        converters.load_tokenizer(str(folder))

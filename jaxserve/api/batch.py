@@ -107,7 +107,6 @@ def check_prompts(prompts: list[Any]) -> None:
             raise InvalidRequestError(f"{where} must be a string, got {checks.shown(prompt)}")
         if not prompt:
             raise InvalidRequestError(f"{where} is empty, got ''")
-        checks.encodable(where, prompt)
 
 
 def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.api.shown import quoted, shown
 from jaxserve.errors import InvalidRequestError
+from jaxserve.shown import quoted, shown
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)

@@ -8,6 +8,7 @@ from typing import Any
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import values
 from jaxserve.models.rope_config import RopeConfig
+from jaxserve.shown import quoted
 
 __all__ = ["ModelConfig", "RopeConfig"]
 
@@ -147,7 +148,7 @@ def _dtype(hf: dict[str, Any]) -> str:
     name = values.text(hf, key, "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise NotSupportedError(
-            f"config.json: {key} {values.shown(name)} is not one of {', '.join(DTYPES)}"
+            f"config.json: {key} {quoted(name)} is not one of {', '.join(DTYPES)}"
         )
     return name
 
@@ -171,6 +172,6 @@ def layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
     if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
         raise NotSupportedError(
             f"config.json: layer_types must be {num_layers} of 'full_attention' or "
-            f"'sliding_attention', got {len(types)}: {values.shown(types)}"
+            f"'sliding_attention', got {len(types)}: {quoted(types)}"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

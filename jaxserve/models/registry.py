@@ -18,6 +18,7 @@ from jaxserve.models.llama import Llama
 from jaxserve.models.mistral import Mistral
 from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
+from jaxserve.shown import quoted
 
 _FAMILIES: tuple[tuple[str, str, type[Llama]], ...] = (
     # architecture in config.json, its model_type, class
@@ -43,7 +44,7 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
             return architecture
     key, found = ("architectures", given) if given else ("model_type", hf.get("model_type"))
     raise NotSupportedError(
-        f"config.json: {key}={values.shown(found)} is not supported; supported architectures: "
+        f"config.json: {key}={quoted(found)} is not supported; supported architectures: "
         f"{', '.join(supported_architectures())}"
     )
 

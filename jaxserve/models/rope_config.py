@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import values
+from jaxserve.shown import quoted
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _BY_ORIGINAL = ("yarn", "llama3")
@@ -60,18 +61,17 @@ class RopeConfig:
         if any(isinstance(value, dict) for value in given.values()):
             raise NotSupportedError(
                 f"config.json: RoPE parameters by kind of layer are not supported, got "
-                f"{values.shown(given)}"
+                f"{quoted(given)}"
             )
         kind = given.get("rope_type") or given.get("type") or "default"
         if kind not in ROPE_TYPES:
             raise NotSupportedError(
-                f"config.json asks for rope type {values.shown(kind)}; supported: "
-                f"{', '.join(ROPE_TYPES)}"
+                f"config.json asks for rope type {quoted(kind)}; supported: {', '.join(ROPE_TYPES)}"
             )
         partial = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
         if partial not in (None, 1, 1.0):
             raise NotSupportedError(
-                f"partial_rotary_factor={values.shown(partial)} is not supported, only 1.0"
+                f"partial_rotary_factor={quoted(partial)} is not supported, only 1.0"
             )
         # A `rope_scaling` given as an override keeps the base that the file states elsewhere.
         stated = next((x for x in (given, hf, parameters) if x.get("rope_theta") is not None), {})
@@ -87,8 +87,7 @@ class RopeConfig:
         missing = [key for key in needed if given.get(key) is None]
         if missing:
             raise ModelLoadError(
-                f"config.json: rope type {kind!r} needs {', '.join(missing)}, got "
-                f"{values.shown(given)}"
+                f"config.json: rope type {kind!r} needs {', '.join(missing)}, got {quoted(given)}"
             )
         factor = values.number(given, "factor", least=1)
         own = given.get(_ORIGINAL) is not None or kind == "llama3"

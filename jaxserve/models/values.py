@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxserve.errors import ModelLoadError
+from jaxserve.shown import quoted
 
 logger = logging.getLogger(__name__)
 MOST_INT = 2**31 - 1
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
-
-
-def shown(value: Any) -> str:
-    """The repr of a value as messages show it: long ones are shortened, whatever they hold."""
-    return _REPR.repr(value)
 
 
 def bad(key: str, must: str, value: Any) -> ModelLoadError:
     """The error of a key whose value is none that it can have."""
-    return ModelLoadError(f"config.json: {key} must be {must}, got {shown(value)}")
+    return ModelLoadError(f"config.json: {key} must be {must}, got {quoted(value)}")
 
 
 def size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST_INT) -> int:
@@ -110,12 +103,12 @@ def token_ids(
     ids = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
         raise ModelLoadError(
-            f"{file}: {key} must be a token id or a list of token ids, got {shown(value)}"
+            f"{file}: {key} must be a token id or a list of token ids, got {quoted(value)}"
         )
     known = tuple(dict.fromkeys(id_ for id_ in ids if 0 <= id_ < vocab_size))
     if len(known) < len(set(ids)):
         logger.warning(
             "%s: %s=%s has ids outside the vocabulary of %d tokens; they are left out",
-            file, key, shown(value), vocab_size,
+            file, key, quoted(value), vocab_size,
         )  # fmt: skip
     return known

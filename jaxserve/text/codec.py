@@ -12,6 +12,7 @@ import functools
 import json
 from typing import Any, Protocol
 
+from jaxserve.api.checks import encodable
 from jaxserve.errors import InvalidRequestError, ModelLoadError, RequestFailedError, is_panic
 
 SPLITTING = frozenset(("ByteLevel", "Split", "Digits", "Metaspace"))
@@ -56,7 +57,7 @@ class Codec:
         except BaseException as error:
             _reraise_unless_failure(error)
             for row, text in enumerate(texts):
-                check_unicode(f"{name} {row} of the batch" if len(texts) > 1 else name, text)
+                encodable(f"{name} {row} of the batch" if len(texts) > 1 else name, text)
             raise _failed("encode", error) from error
 
     def decode(
@@ -140,18 +141,6 @@ class _Python:
 
     def special_ids(self) -> list[int]:
         return self.tokenizer.all_special_ids
-
-
-def check_unicode(name: str, text: str) -> None:
-    """Raises InvalidRequestError if `text` has half of a surrogate pair, which no encoding of
-    Unicode can write."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(
-            f"{name} is not Unicode text: character {error.start} is the lone surrogate "
-            f"U+{ord(text[error.start]):04X}"
-        ) from error
 
 
 def _is_plain(tokenizer: Any) -> bool:
