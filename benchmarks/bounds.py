@@ -5,8 +5,9 @@ process of its own, and how long others wait meanwhile.
 
 header: a safetensors header of 10**6 tensors. samples: n=10**6. prompt: 5 MB of text against a
 context of 128 tokens. template: a chat template that loops. stop_regex: one that backtracks.
-waits_*: while another thread encodes or renders such a thing, the longest of the calls of
-`generate(input_ids=..., max_new_tokens=1)` that began meanwhile.
+waits_*: while another thread encodes 5 MB (with allow_auto_truncate, which needs all tokens) or
+renders such a template, the longest of the calls of `generate(input_ids=..., max_new_tokens=1)` that
+began meanwhile.
 """
 
 from __future__ import annotations
@@ -94,8 +95,11 @@ def case(name: str, folder: Path) -> dict[str, Any]:
         copy = million_tensors(folder)
         load(folder).shutdown()  # what any engine costs
         return cost(lambda: load(copy))
-    slow = name.endswith("template")
-    with load(folder, chat_template=LOOP if slow else None) as engine:
+    options = {
+        "chat_template": LOOP if name.endswith("template") else None,
+        "allow_auto_truncate": name == "waits_prompt",
+    }
+    with load(folder, **options) as engine:
         engine.generate("a", SHORT)
         text = "The quick brown fox jumps. " * (5_000_000 // 27)
         chat = [{"role": "user", "content": "hi"}]
