@@ -6,8 +6,8 @@ process of its own, and how long others wait meanwhile.
 header: a safetensors header of 10**6 tensors. samples: n=10**6. prompt: 5 MB of text against a
 context of 128 tokens. template: a chat template that loops. stop_regex: one that backtracks.
 waits_*: while another thread encodes 5 MB (with allow_auto_truncate, which needs all tokens) or
-renders such a template, the longest of the calls of `generate(input_ids=..., max_new_tokens=1)` that
-began meanwhile.
+renders such a template, the longest of the calls of `generate(input_ids=..., max_new_tokens=1)`
+that began meanwhile.
 """
 
 from __future__ import annotations
