@@ -72,6 +72,15 @@ def deep(depth: int = 3000) -> list[Any]:
     return nested
 
 
+GOOD: dict[str, tuple[Any, ...]] = {
+    "temperature": (0, 0.7, 1.3), "top_p": (0.5, 0.95, 1), "top_k": (-1, 1, 20), "min_p": (0, 0.1),
+    "frequency_penalty": (0.5, -1), "presence_penalty": (0.5, 1), "repetition_penalty": (0.9, 1.2),
+    "max_new_tokens": (0, 1, 8), "min_new_tokens": (0,), "n": (1, 2), "sampling_seed": (3, -7),
+    "stream_interval": (1, 4), "ignore_eos": (True, False), "skip_special_tokens": (False,),
+    "no_stop_trim": (True,), "spaces_between_special_tokens": (True,), "custom_params": (None, {}),
+    "json_schema": (None, ""), "regex": (None,),
+}  # fmt: skip
+"""Sampling parameters, and values that they may have."""
 STRANGE = (
     None, True, [], {}, (), set(), object(), Odd(), lambda: 1, b"bytes", bytearray(3), 3.5, 1j,
     range(5), range(10**9), np.zeros((2, 3)), np.zeros(0, np.int32), np.array(["a", "b"]),
@@ -120,7 +129,7 @@ class Calls:
 
     def _ids(self) -> Any:
         pick = self.random
-        length = pick.choice((1, 2, 5, 20, 100, 191, 192, 500))
+        length = pick.choice((1, 2, 5, 20, 100, 191)) if pick.random() < 0.9 else 500
         ids: list[Any] = [pick.randrange(VOCAB) for _ in range(length)]
         if pick.random() < 0.2:
             ids[pick.randrange(length)] = pick.choice((-1, VOCAB, 2**40, 1.5, None, "3", [1], True))
@@ -134,10 +143,10 @@ class Calls:
         pick = self.random
         kind = pick.random()
         if kind < 0.4:
-            return {"prompt": self._maybe(pick.choice(WORDS), STRANGE, 0.1)}
+            return {"prompt": self._maybe(self._maybe("Once upon", WORDS, 0.4), STRANGE, 0.1)}
         if kind < 0.55:
             rows = pick.randrange(5)
-            return {"prompt": [self._maybe(pick.choice(WORDS), STRANGE, 0.05) for _ in range(rows)]}
+            return {"prompt": [self._maybe("She sells", WORDS + STRANGE, 0.1) for _ in range(rows)]}
         if kind < 0.8:
             return {"input_ids": self._ids()}
         if kind < 0.9:
@@ -148,21 +157,15 @@ class Calls:
 
     def _sampling(self) -> Any:
         pick = self.random
-        if pick.random() < 0.1:
+        if pick.random() < 0.05:
             return pick.choice((*STRANGE, deep()))
         params: dict[Any, Any] = {"max_new_tokens": pick.choice((0, 1, 3, 8))}
         for _ in range(pick.randrange(4)):
-            name = pick.choice(
-                ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
-                 "repetition_penalty", "max_new_tokens", "min_new_tokens", "n", "sampling_seed",
-                 "stream_interval", "ignore_eos", "skip_special_tokens", "no_stop_trim",
-                 "spaces_between_special_tokens", "custom_params", "json_schema", "regex")
-            )  # fmt: skip
-            params[name] = pick.choice(NUMBERS)
+            name = pick.choice(tuple(GOOD))
+            params[name] = self._maybe(pick.choice(GOOD[name]), NUMBERS)
         if pick.random() < 0.25:
-            params["stop"] = self._maybe(
-                [pick.choice(WORDS) for _ in range(pick.randrange(4))], STRANGE
-            )
+            stops = [self._maybe(" the", WORDS) for _ in range(pick.randrange(4))]
+            params["stop"] = self._maybe(stops, STRANGE)
         if pick.random() < 0.25:
             params["stop_regex"] = self._maybe(pick.choice(PATTERNS), STRANGE)
         if pick.random() < 0.2:
@@ -193,7 +196,7 @@ class Calls:
             ("return_hidden_states", False), ("routed_dp_rank", 0), ("external_trace_header", None),
             ("no_such_argument", 1),
         ):  # fmt: skip
-            if pick.random() < 0.06:
+            if pick.random() < 0.03:
                 bad = NUMBERS if isinstance(good, int) else STRANGE
                 arguments[name] = self._maybe(good, bad, 0.6)
         return arguments
