@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from packaging.specifiers import SpecifierSet
 
@@ -100,7 +102,7 @@ def child(model):
 
 if __name__ == "__main__":
     model = sys.argv[1]
-    engine = sgl.Engine(model_path=model, device="cuda", max_total_tokens=1024)
+    engine = sgl.Engine(model_path=model, device=sys.argv[2], max_total_tokens=1024)
     print(engine.generate("The capital", {"temperature": 0, "max_new_tokens": 4})["output_ids"])
     print(engine.server_args.device, flush=True)
     engine.shutdown()
@@ -113,16 +115,28 @@ if __name__ == "__main__":
 
 
 def test_a_script_generates_and_its_processes_see_the_alias(tiny_models, tmp_path):
-    """device="cuda" is CUDA where there is one, else the CPU with a warning."""
+    """device="cuda:0" is CUDA where there is one, else the CPU with a warning."""
     model = tiny_models("llama")
     command = [part for part in ALIAS if part not in ("-W", "error")]
     command = [*command, "-W", "ignore:JAX has no cuda device here:UserWarning"]
-    printed = run(*command, script(tmp_path, GENERATE), model).splitlines()
+    printed = run(*command, script(tmp_path, GENERATE), model, "cuda:0").splitlines()
     with jaxserve.Engine(model_path=model, max_total_tokens=1024) as engine:
         params = {"temperature": 0, "max_new_tokens": 4}
         assert printed[0] == str(engine.generate("The capital", params)["output_ids"])
     assert printed[1] == "cuda,cpu"
     assert printed[2:] == [f"{how} {sglang_alias.VERSION}" for how in ("child", "subprocess")]
+
+
+def test_a_server_args_object_keeps_what_its_owner_wrote(tiny_models):
+    """device="cuda" in it is read the same way, in the engine's own copy."""
+    from jaxserve.sglang_alias.engine import Engine
+
+    args = jaxserve.ServerArgs(tiny_models("llama"), device="cuda", max_total_tokens=1024)
+    cpu = jax.default_backend() == "cpu"
+    with pytest.warns(UserWarning, match="no cuda") if cpu else contextlib.nullcontext():
+        engine = Engine(server_args=args)
+    with engine:
+        assert (engine.server_args.device, args.device) == ("cuda,cpu", "cuda")
 
 
 def test_modules_run_too_and_the_exit_status_is_theirs(tmp_path):

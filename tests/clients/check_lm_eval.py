@@ -57,14 +57,18 @@ def write_tasks(folder: Path) -> None:
         )
 
 
-def evaluate(python: list[str], backend: str, options: str, tasks: Path, out: Path) -> Any:
-    """Runs the harness's command line; its results and, by task, its samples."""
+def evaluate(python: list[str], options: list[str], tasks: Path, out: Path) -> None:
+    """Runs the harness's command line, which writes its results into `out`."""
     command = [
-        sys.executable, *python, "-m", "lm_eval", "run", "--model", backend,
-        "--model_args", options, "--tasks", "choices,long,texts,rolling",
-        "--include_path", str(tasks), "--output_path", str(out), "--log_samples",
+        sys.executable, *python, "-m", "lm_eval", "run", *options,
+        "--tasks", "choices,long,texts,rolling", "--include_path", str(tasks),
+        "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
-    subprocess.run(command, check=True, timeout=1500)
+    subprocess.run(command, check=True, timeout=3000)
+
+
+def read(out: Path) -> Any:
+    """The results, and by task the samples in order."""
     [results] = out.rglob("results_*.json")
     samples = {}
     for file in out.rglob("samples_*.jsonl"):
@@ -86,20 +90,23 @@ def likelihoods(rows: list[Any]) -> list[float]:
 
 
 def main(model: str, scratch: str) -> int:
-    tasks = Path(scratch) / "tasks"
+    tasks, theirs, ours = (Path(scratch, name) for name in ("tasks", "hf", "sglang"))
     tasks.mkdir()
     write_tasks(tasks)
-    options = f"pretrained={model},batch_size=auto"
-    hf, hf_rows = evaluate(
-        [], "hf", f"pretrained={model},dtype=float64", tasks, Path(scratch, "hf")
-    )
-    ours, our_rows = evaluate(
-        ALIAS, "sglang", options + ",dtype=float32", tasks, Path(scratch, "sglang")
-    )
+    float64 = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float64"]
+    evaluate([], float64, tasks, theirs)
+    float32 = ["--model", "sglang", "--model_args", f"pretrained={model},dtype=float32"]
+    evaluate(ALIAS, [*float32, "--batch_size", "auto"], tasks, ours)
+    return compare(theirs, ours)
+
+
+def compare(theirs: Path, ours: Path) -> bool:
+    """Prints both sides; whether something differs that must not."""
+    (hf, hf_rows), (ours_results, our_rows) = read(theirs), read(ours)
     failures = []
     print(f"\n{'lm_eval':<28}{'hf, float64':>14}{'sglang: ours':>14}")
     for task in ("choices", "long"):
-        pair = [results[task]["acc,none"] for results in (hf, ours)]
+        pair = [results[task]["acc,none"] for results in (hf, ours_results)]
         print(f"{'accuracy, ' + task:<28}{pair[0]:>14.4f}{pair[1]:>14.4f}")
         if pair[0] != pair[1]:
             failures.append(f"accuracy of {task}")
