@@ -23,7 +23,7 @@ from typing import Any
 
 import converters
 from benchmarks.machine import describe
-from converters.load import read_json
+from converters.load import read_config
 
 MIB = 1 << 20
 
@@ -85,7 +85,7 @@ def prepare(model: str, dtype: str, work: Path) -> dict[str, str]:
         paths["gguf"] = model
     tiny = work / "tiny"
     tiny.mkdir(exist_ok=True)
-    config = read_json(Path(paths["orbax"]) / "config.json")
+    config = read_config(Path(paths["orbax"]))
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     (tiny / "config.json").write_text(json.dumps(config | small), encoding="utf-8")
     return paths

@@ -155,8 +155,9 @@ class Faults:
         runner.prepare, runner.dispatch = failing_prepare, failing_dispatch
         runner.programs = _FailingPrograms(runner.programs, self)  # type: ignore[assignment]
         pages.allocate = failing_allocate
-        tokenizer = _FailingTokenizer(self._engine.tokenizer, self)
-        self._engine.tokenizer = self._engine._builder._tokenizer = tokenizer
+        codec = self._engine._codec
+        assert codec is not None
+        codec._backend = _FailingTokenizer(codec._backend, self)
 
     def step_fails(self, kind: str) -> None:
         """Raises if it is the turn of `kind`."""
@@ -198,17 +199,16 @@ class _FailingPrograms:
 
 
 class _FailingTokenizer:
-    def __init__(self, tokenizer: Any, faults: Faults):
-        self._tokenizer = tokenizer
+    """The backend of a Codec."""
+
+    def __init__(self, backend: Any, faults: Faults):
+        self._backend = backend
         self._faults = faults
 
-    def __call__(self, prompts: Any) -> Any:
+    def encode(self, texts: list[str], special: bool) -> list[list[int]]:
         self._faults.text_fails("encode")
-        return self._tokenizer(prompts)
+        return self._backend.encode(texts, special)
 
-    def decode(self, *args: Any, **options: Any) -> str:
+    def decode(self, ids: list[int], skip: bool, spaces: bool) -> str:
         self._faults.text_fails("decode")
-        return self._tokenizer.decode(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+        return self._backend.decode(ids, skip, spaces)

@@ -1,6 +1,7 @@
 """Seconds until an engine with random weights answers, in fresh processes: cold and warm.
 
     python -m benchmarks.startup --model llama-3.1-8b --out-dir results
+    python -m benchmarks.startup --model demo       # on a CPU: the demo model, with its weights
 
 Cold: nothing is compiled yet (an empty folder of programs). Warm: the same folder again. Files are
 in the page cache either way, but for the first process's imports. Of each start:
@@ -9,13 +10,16 @@ in the page cache either way, but for the first process's imports. Of each start
     weights_s       the device and the weights
     compile_s       programs, compiled in parallel, and the memory pool
     ready_s         from the process's start to a ready engine
-    first_token_s   one token for a prompt of 128, after that
+    first_token_s   one token for a prompt of 128, after that (on a CPU its programs are compiled
+                    or found on disk here)
+    compiled        XLA compilations until then, not counting what JAX's cache had
     compile_thread_s  compile_s added up over the threads that compile
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,9 @@ from benchmarks import workloads
 
 SET_BY_THE_ENVIRONMENT = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
 """Would replace the folder of programs that this benchmark chooses."""
+DEMO = "demo"
+"""examples/demo_model.py's, with a small engine's options."""
+DEMO_OPTIONS = {"context_length": 2048, "max_total_tokens": 16384}
 
 
 def start(model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -43,10 +51,13 @@ def start(model: str, options: dict[str, Any]) -> dict[str, Any]:
     imported = time.perf_counter()
     from benchmarks.engine import dummy_engine, generate
 
-    with dummy_engine(model, options) as (engine, constructor):
+    count = count_compilations()
+    opened = demo_engine(options) if model == DEMO else dummy_engine(model, options)
+    with opened as (engine, constructor):
         ready_at = time.time()
         info = engine.get_server_info()
-        prompt = workloads.requests("lat1", workloads.SHAPES[model]["vocab_size"])[0][0]
+        vocabulary = engine._loop.limits.vocab_size
+        prompt = workloads.requests("lat1", vocabulary)[0][0]
         first = generate(engine, [(prompt, 1)], {"temperature": 0})
     from benchmarks import machine
 
@@ -57,10 +68,42 @@ def start(model: str, options: dict[str, Any]) -> dict[str, Any]:
         "first_token_s": first,
         "compile_thread_s": info["compile_seconds"],
         "programs": info["programs"],
+        "compiled": count(),
         "late_compiles": info["late_compiles"],
         "ready_at": ready_at,
         "machine": machine.describe(),
     }
+
+
+@contextlib.contextmanager
+def demo_engine(options: dict[str, Any]) -> Iterator[tuple[Any, float]]:
+    """(engine, seconds its constructor took), as benchmarks.engine.dummy_engine."""
+    import jaxserve
+    from examples.demo_model import fetch
+
+    path = str(fetch())
+    started = time.perf_counter()
+    with jaxserve.Engine(model_path=path, **{**DEMO_OPTIONS, **options}) as engine:
+        yield engine, time.perf_counter() - started
+
+
+def count_compilations() -> Callable[[], int]:
+    """Counts from now on; what it returns says how many there were, without those that JAX's
+    compilation cache spared."""
+    import jax
+
+    from jaxserve.compat import on_backend_compile
+
+    made: list[float] = []
+    found: list[str] = []
+
+    def event(name: str, **_: Any) -> None:
+        if name == "/jax/compilation_cache/cache_hits":
+            found.append(name)
+
+    on_backend_compile(made.append)
+    jax.monitoring.register_event_listener(event)
+    return lambda: len(made) - len(found)
 
 
 def launch(model: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -100,7 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(workloads.SHAPES))
+    parser.add_argument(
+        "--model", default="llama-3.1-8b", choices=[DEMO, *sorted(workloads.SHAPES)]
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out-dir", type=Path, help="DEVICE_MODEL_startup.json goes here")
     parser.add_argument("--keep", type=Path, help="the programs go here: a compilation_cache_dir")

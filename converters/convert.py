@@ -1,7 +1,7 @@
 """Hugging Face tensors -> our parameters, one at a time, and back.
 
-Host memory: on CPU the parameters themselves plus one source tensor, where the source is not a
-mapped file; elsewhere one source tensor (fusing, transposing and quantizing happen on the device,
+Host memory: on CPU the parameters themselves plus one source tensor, where it is dequantized or
+quantized; elsewhere one source tensor (fusing, transposing and quantizing happen on the device,
 which holds one source tensor beside the parameters).
 """
 
@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from converters import quantize
+from converters import finite, quantize, sizes
+from converters.messages import plain, some_of
 from converters.placement import Placement, on_cpu
 from converters.sources import TensorSource
+from converters.stored_array import StoredArray
 from converters.tables import Table, table_for
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.config import ModelConfig
@@ -27,8 +29,6 @@ from jaxserve.models.registry import Declaration
 
 _ALIGNMENT = 64
 """Bytes; XLA on CPU takes over host buffers aligned like this without a copy."""
-_BLOCK = 64
-"""Rows transposed at a time: both sides of the copy stay in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def convert(
     placement: where each parameter goes. progress: called with the numbers of parameters done and
     in all after each; a kernel and its scale are one.
     Raises ModelLoadError that lists all missing, unexpected and wrongly shaped tensors, before
-    any is read.
+    any is read, and with the name of a tensor that holds infinity or NaN.
     """
     config, specs = declaration.config, declaration.specs
     table = table_for(config)
@@ -80,29 +80,30 @@ def convert(
         for path, spec in specs.items()
         if path not in scales.values()
     }
-    _check(source, [part for parts in plan.values() for part in parts], table)
-    params = {}
+    _check(source, [part for parts in plan.values() for part in parts], table, config)
+    params, flags = {}, {}
     for done, (path, parts) in enumerate(plan.items(), start=1):
         spec, sharding = specs[path], placement(path)
         if path in scales:
             make = _quantize_on_host if on_cpu(sharding) else _quantize_on_device
             kernel, scale = make(source, parts, spec, sharding)
-            quantize.check_finite(path, scale)
             params[path] = kernel
             params[scales[path]] = jax.device_put(scale, placement(scales[path]))
+        elif on_cpu(sharding):
+            params[path] = _fuse_on_host(source, parts, spec, sharding)
         else:
-            fuse = _fuse_on_host if on_cpu(sharding) else _fuse_on_device
-            params[path] = fuse(source, parts, spec, sharding)
+            params[path] = _fuse_on_device(source, parts, spec, sharding, flags)
         if progress is not None:
             progress(done, len(plan))
+    finite.check(flags, declaration.dtype)
     return {path: params[path] for path in specs}
 
 
-def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
+def _check(source: TensorSource, parts: list[Part], table: Table, config: ModelConfig) -> None:
     present = set(source.names())
     wanted = {part.name for part in parts}
     missing = sorted(wanted - present)
-    unexpected = sorted(name for name in present - wanted if not table.ignores(name))
+    unexpected = sorted(plain(name) for name in present - wanted if not table.ignores(name))
     misshaped = [
         f"{part.name} is {list(source.shape(part.name))}, should be {list(part.shape)}"
         for part in parts
@@ -111,11 +112,14 @@ def _check(source: TensorSource, parts: list[Part], table: Table) -> None:
     problems = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshaped))
     if any(found for _, found in problems):
         lines = [
-            f"{len(found)} {kind}:\n    " + "\n    ".join(found)
+            f"{len(found)} {kind}:\n    " + some_of(found, "\n    ")
             for kind, found in problems
             if found
         ]
-        raise ModelLoadError("the checkpoint does not fit its config:\n  " + "\n  ".join(lines))
+        raise ModelLoadError(
+            f"the checkpoint does not fit its config ({sizes.stated(config)}):\n  "
+            + "\n  ".join(lines)
+        )
 
 
 def _fuse_on_host(
@@ -124,25 +128,25 @@ def _fuse_on_host(
     out = aligned_empty(spec.shape, np.dtype(spec.dtype))
     for part in parts:
         columns = out[..., part.start : part.start + part.width]
-        tensor = source.read(part.name)
-        if not part.transpose:
-            columns[...] = tensor
-            continue
-        for row in range(0, part.width, _BLOCK):
-            columns[:, row : row + _BLOCK] = tensor[row : row + _BLOCK].T
+        check = finite.checking(part.name)
+        source.read_into(part.name, columns.T if part.transpose else columns, check)
     return jax.device_put(out, sharding)
 
 
 def _fuse_on_device(
-    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding
-) -> jax.Array:
+    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding,
+    flags: dict[str, jax.Array],
+) -> jax.Array:  # fmt: skip
+    """flags: takes whether each tensor is finite, which the device need not have found out yet."""
     # One device transposes and fuses; the result then goes where it belongs.
     device = min(sharding.device_set, key=lambda d: d.id)
     pieces = []
     for part in parts:
         # One host tensor alive at a time: wait until the device has it.
         piece = jax.block_until_ready(jax.device_put(source.read(part.name), device))
-        pieces.append((piece.T if part.transpose else piece).astype(spec.dtype))
+        piece = piece.astype(spec.dtype)
+        flags[part.name] = finite.on_device(piece)
+        pieces.append(piece.T if part.transpose else piece)
     out = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
     return jax.block_until_ready(jax.device_put(out, sharding))
 
@@ -156,6 +160,7 @@ def _quantize_on_host(
         columns = slice(part.start, part.start + part.width)
         tensor = source.read(part.name)
         quantize.on_host(tensor.T if part.transpose else tensor, kernel[:, columns], scale[columns])
+        quantize.check_finite(part.name, scale[columns])
     return jax.device_put(kernel, sharding), scale
 
 
@@ -170,6 +175,7 @@ def _quantize_on_device(
             quantize.on_device(weights, dtype=np.dtype(spec.dtype), transpose=part.transpose)
         )
         del weights  # before the next one comes
+        quantize.check_finite(part.name, scale)
         kernels.append(kernel)
         scales.append(scale)
     if len(parts) > 1:
@@ -177,20 +183,17 @@ def _quantize_on_device(
     return jax.block_until_ready(jax.device_put(kernels[0], sharding)), scales[0]
 
 
-def place_rows(array: np.ndarray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-    """`array`, which has spec's shape and may be a mapped file, on `sharding` in spec's dtype.
+def place_rows(array: StoredArray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    """`array`, which has spec's shape, on `sharding` in spec's dtype.
 
-    Each shard reads its own part of the file only.
+    Each shard reads its own part of the file only. Raises ModelLoadError where that fails.
     """
     dtype = np.dtype(spec.dtype)
-    copy = on_cpu(sharding)
 
     def shard(index: Any) -> np.ndarray:
-        part = array[index]
-        if part.dtype == dtype and not copy:
-            return part  # goes to the device straight from the file's pages
-        out = aligned_empty(part.shape, dtype)
-        out[...] = part
+        sizes = zip(index, array.shape, strict=True)
+        out = aligned_empty(tuple(len(range(*part.indices(n))) for part, n in sizes), dtype)
+        array.read_into(out, index)
         return out
 
     placed = jax.make_array_from_callback(spec.shape, sharding, shard)

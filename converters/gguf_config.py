@@ -22,6 +22,13 @@ _CHANGES_MATHEMATICS = (
     "attention.temperature_scale", "attn_logit_softcapping", "final_logit_softcapping",
     "logit_scale", "residual_scale", "embedding_scale",
 )  # fmt: skip
+_END_NAMES = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
+     "<|endoftext|>", "<|eom_id|>", "<EOT>")
+)  # fmt: skip
+"""Of llama.cpp's llama-vocab.cpp, where a vocabulary's end-of-generation tokens are collected."""
+_CONTROL = 3
+"""ggml's token type."""
 _PLAIN = {F32: "float32", F16: "float16", BF16: "bfloat16"}
 
 
@@ -47,7 +54,7 @@ def read_config(path: str) -> dict[str, Any]:
         "vocab_size": _vocab_size(file, arch),
         "hidden_size": hidden,
         "intermediate_size": _uniform(file, f"{arch}.feed_forward_length"),
-        "num_hidden_layers": file.integer(f"{arch}.block_count"),
+        "num_hidden_layers": _block_count(file, arch),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -108,6 +115,17 @@ def _uniform(file: GGUFFile, key: str) -> int:
     return value
 
 
+def _block_count(file: GGUFFile, arch: str) -> int:
+    """L. Raises ModelLoadError unless there are tensors of so many layers."""
+    stated = file.integer(f"{arch}.block_count")
+    layers = len({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})
+    if stated != layers:
+        raise ModelLoadError(
+            f"{file.path}: {arch}.block_count={stated}, but there are tensors of {layers} layers"
+        )
+    return stated
+
+
 def _head_dim(file: GGUFFile, arch: str, hidden: int, heads: int) -> int:
     default = file.integer(f"{arch}.rope.dimension_count", hidden // heads)
     key_dim = file.integer(f"{arch}.attention.key_length", default)
@@ -139,12 +157,19 @@ def _special_ids(file: GGUFFile) -> dict[str, Any]:
     ids = {name: special_id(file, name) for name in ("bos", "eos", "padding", "eot", "eom")}
     # A chat model may end its turn with a token of its own.
     ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
-    ends = list(dict.fromkeys(ends))
+    ends = list(dict.fromkeys(ends + _named_ends(file)))
     return {
         "bos_token_id": ids["bos"],
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": ids["padding"],
     }
+
+
+def _named_ends(file: GGUFFile) -> list[int]:
+    """Ids of the control tokens at whose names llama.cpp ends."""
+    tokens = file.strings("tokenizer.ggml.tokens", [])
+    kinds = file.numbers("tokenizer.ggml.token_type", np.zeros(0))[: len(tokens)]
+    return [int(id_) for id_ in np.flatnonzero(kinds == _CONTROL) if tokens[id_] in _END_NAMES]
 
 
 def special_id(file: GGUFFile, name: str) -> int | None:

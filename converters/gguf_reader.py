@@ -2,21 +2,25 @@
 
 Parsed here, without the gguf package: that one takes seconds over a vocabulary of 50,000 tokens
 (this: tens of milliseconds) and answers a truncated file with errors from inside NumPy.
-Format: ggml's docs/gguf.md, versions 2 and 3, little-endian.
+Format: ggml's docs/gguf.md, versions 2 and 3, little-endian. Counts and lengths are checked against
+the file's size, and against what real models have, before anything of that size is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import mmap
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from converters.files import OpenFile, open_named
+from converters.messages import plain
+from converters.stored_array import StoredArray
 from jaxserve.errors import ModelLoadError, NotSupportedError
+from jaxserve.shown import quoted
 
 _VERSIONS = (2, 3)
 _SCALARS = {
@@ -26,6 +30,15 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+_MAX_HEADER = 256 << 20
+"""Bytes. A vocabulary of 250,000 tokens with its merges takes 20 MB."""
+_MAX_STRINGS = 2_000_000
+"""Keys, names and elements of arrays of strings; each takes up to 100 bytes beyond its text."""
+_MAX_TENSORS = 100_000
+_MAX_NAME = 65_535
+"""Bytes of a key or a name, as the format has it for keys."""
+_STEP = 1 << 20
+"""Bytes of the header that are read at a time, at least."""
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _REQUIRED: Any = object()
 
@@ -73,15 +86,13 @@ class GGUFFile:
     def open(cls, path: str) -> GGUFFile:
         """Reads the header. Raises ModelLoadError, naming the file, when it is missing, truncated
         or no GGUF file, NotSupportedError for other versions and for split files."""
-        try:
-            with Path(path).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as error:
-            raise ModelLoadError(f"{path}: no such file (a GGUF model was asked for)") from error
-        except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
-            raise ModelLoadError(f"{path}: cannot be read as a GGUF file: {error}") from error
-        with mapped:
-            return _Header(path, mapped).parse()
+        with open_named(Path(path)) as file:
+            return cls.read(file)
+
+    @classmethod
+    def read(cls, file: OpenFile) -> GGUFFile:
+        """The same of a file that is open."""
+        return _Header(str(file.path), file).parse()
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         """An integer of the metadata. Raises ModelLoadError when it is missing (without a default)
@@ -107,12 +118,14 @@ class GGUFFile:
     def _value(self, key: str, kind: Any, what: str, default: Any) -> Any:
         if key not in self.metadata:
             if default is _REQUIRED:
-                raise ModelLoadError(f"{self.path}: metadata key {key} is missing")
+                raise ModelLoadError(f"{self.path}: metadata key {plain(key)} is missing")
             return default
         value = self.metadata[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            shown = value if isinstance(value, (int, float, str)) else type(value).__name__
-            raise ModelLoadError(f"{self.path}: metadata key {key} must be {what}, got {shown!r}")
+            given = quoted(value) if isinstance(value, (int, float, str)) else type(value).__name__
+            raise ModelLoadError(
+                f"{self.path}: metadata key {plain(key)} must be {what}, got {given}"
+            )
         return value
 
     def read_floats(self, name: str) -> np.ndarray:
@@ -122,35 +135,35 @@ class GGUFFile:
             raise ModelLoadError(
                 f"{self.path}: tensor {name} must be F32, is {type_name(info.type_id)}"
             )
-        count = math.prod(info.shape)
-        self.check_extent(name, 4 * count)
-        return np.fromfile(self.path, "<f4", count, offset=info.offset).reshape(info.shape)
+        self.check_extent(name, 4 * math.prod(info.shape))
+        with open_named(Path(self.path)) as file:
+            return StoredArray(file, info.offset, info.shape, np.dtype("<f4")).read()
 
     def check_extent(self, name: str, size: int) -> None:
         """Raises ModelLoadError unless the file has all `size` bytes of the tensor."""
         end = self.tensors[name].offset + size
         if end > self.size:
             raise ModelLoadError(
-                f"{self.path}: truncated GGUF file: tensor {name} ends at byte {end}, the file has "
-                f"only {self.size}"
+                f"{self.path}: truncated GGUF file: tensor {plain(name)} ends at byte {end}, the "
+                f"file has only {self.size}"
             )
 
 
 class _Header:
-    """A cursor over the mapped file that checks each read against the file's end."""
+    """A cursor over the file's start that checks each read against the file's end."""
 
-    def __init__(self, path: str, mapped: mmap.mmap):
+    def __init__(self, path: str, file: OpenFile):
         self.path = path
-        self.data = mapped
-        self.size = len(mapped)
+        self.file = file
+        self.size = file.size
+        self.data = bytearray()
         self.at = 0
+        self.strings = 0
 
     def parse(self) -> GGUFFile:
-        magic = bytes(self.data[:4])
-        if magic != b"GGUF":
-            raise ModelLoadError(
-                f"{self.path}: not a GGUF file: it starts with {magic!r} instead of b'GGUF'"
-            )
+        self._reserve(min(4, self.size), "the magic")
+        if self.data[:4] != b"GGUF":
+            raise ModelLoadError(f"{self.path}: not a GGUF file: it does not start with b'GGUF'")
         self.at = 4
         version = self._unsigned(_U32, "the version")
         if version not in _VERSIONS:
@@ -161,10 +174,10 @@ class _Header:
         pair_count = self._unsigned(_U64, "the metadata count")
         metadata: dict[str, Any] = {}
         for index in range(pair_count):
-            key = self._string(f"metadata key {index + 1} of {pair_count}")
+            key = self._name(f"metadata key {index + 1} of {pair_count}")
             if key in metadata:
-                raise self._damaged(f"metadata key {key} occurs twice")
-            metadata[key] = self._value(f"metadata key {key}")
+                raise self._damaged(f"metadata key {plain(key)} occurs twice")
+            metadata[key] = self._value(f"metadata key {plain(key)}")
         parts = metadata.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
             raise NotSupportedError(
@@ -176,27 +189,29 @@ class _Header:
 
     def _tensor_table(self, count: int, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
         rows: dict[str, TensorInfo] = {}
+        if count > _MAX_TENSORS:
+            raise self._damaged(f"it claims {count:,} tensors; at most {_MAX_TENSORS:,} are read")
         for index in range(count):
             what = f"entry {index + 1} of {count} of the tensor table"
-            name = self._string(what)
+            name = self._name(what)
             dims = self._unsigned(_U32, what)
             if name in rows or dims > _MAX_DIMS:
                 why = "occurs twice" if name in rows else f"claims {dims} dimensions"
-                raise self._damaged(f"tensor {name} {why}")
+                raise self._damaged(f"tensor {plain(name)} {why}")
             shape = tuple(self._unsigned(_U64, what) for _ in range(dims))[::-1]
             if 0 in shape or not shape:
-                raise self._damaged(f"tensor {name} has shape {shape}")
+                raise self._damaged(f"tensor {plain(name)} has shape {shape}")
             rows[name] = TensorInfo(shape, self._unsigned(_U32, what), self._unsigned(_U64, what))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment={alignment!r} is not a power of two")
+            raise self._damaged(f"general.alignment={quoted(alignment)} is not a power of two")
         start = -(-self.at // alignment) * alignment
         tensors = {name: row._replace(offset=start + row.offset) for name, row in rows.items()}
         for name, row in tensors.items():
             if row.offset >= self.size:
                 raise ModelLoadError(
-                    f"{self.path}: truncated GGUF file: tensor {name} starts at byte {row.offset}, "
-                    f"the file has only {self.size}"
+                    f"{self.path}: truncated GGUF file: tensor {plain(name)} starts at byte "
+                    f"{row.offset}, the file has only {self.size}"
                 )
         return tensors
 
@@ -222,9 +237,18 @@ class _Header:
             raise self._damaged(f"{what} has unknown value type {kind}")
         start = self._reserve(dtype.itemsize * count, what)
         self.at += dtype.itemsize * count
-        return np.frombuffer(self.data[start : self.at], dtype, count)
+        return np.frombuffer(bytes(self.data[start : self.at]), dtype, count)
+
+    def _name(self, what: str) -> str:
+        name = self._string(what)
+        if len(name) > _MAX_NAME:
+            raise self._damaged(f"{what} is {len(name):,} characters long")
+        return name
 
     def _string(self, what: str) -> str:
+        self.strings += 1
+        if self.strings > _MAX_STRINGS:
+            raise self._damaged(f"it has more than {_MAX_STRINGS:,} strings before the tensors")
         length = self._unsigned(_U64, what)
         start = self._reserve(length, what)
         self.at += length
@@ -239,12 +263,23 @@ class _Header:
         return code.unpack_from(self.data, start)[0]
 
     def _reserve(self, size: int, what: str) -> int:
-        """The cursor, when `size` bytes follow it."""
-        if self.at + size > self.size:
+        """The cursor, when `size` bytes follow it; they are then in `data`."""
+        end = self.at + size
+        if end <= len(self.data):
+            return self.at
+        if end > self.size:
             raise ModelLoadError(
-                f"{self.path}: truncated or damaged GGUF file: {what} ends at byte "
-                f"{self.at + size}, the file has only {self.size}"
+                f"{self.path}: truncated or damaged GGUF file: {what} ends at byte {end}, the file "
+                f"has only {self.size}"
             )
+        if end > _MAX_HEADER:
+            raise self._damaged(
+                f"{what} ends at byte {end:,}; what stands before the tensors may have "
+                f"{_MAX_HEADER:,}"
+            )
+        have = len(self.data)
+        more = min(max(end - have, have, _STEP), self.size - have)
+        self.data += self.file.read(have, more)
         return self.at
 
     def _damaged(self, why: str) -> ModelLoadError:

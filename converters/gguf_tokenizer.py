@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from converters.gguf_config import special_id
 from converters.gguf_pretokenizers import splitting
 from converters.gguf_reader import GGUFFile
+from converters.tokenizer_checks import check_count
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _add_tokens(file: GGUFFile, backend: Tokenizer, tokens: list[str]) -> None:
         for token, kind in zip(tokens, _token_types(file, tokens), strict=True)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
+    check_count(f"{file.path}: tokenizer.ggml.token_type, control and user-defined,", len(added))
     backend.add_tokens(added)
 
 

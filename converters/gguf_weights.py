@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +12,11 @@ import ml_dtypes
 import numpy as np
 
 from converters import gguf_config
+from converters.files import open_named
 from converters.gguf_reader import BF16, F16, F32, GGUFFile, type_name
 from converters.gguf_rope import FACTORS
+from converters.messages import plain
+from converters.stored_array import Check, StoredArray, copy_block
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
 _PLAIN: dict[int, np.dtype[Any]] = {
@@ -42,6 +46,8 @@ _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<kind>weight|bi
 _ROTATED = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(?:weight|bias)")
 _PERMUTED = ("llama",)
 """Architectures whose q and k rows llama.cpp's converter reorders; its qwen2, qwen3 keep HF's."""
+_ROWS = 64
+"""Rows transposed at a time: both sides of the copy stay in the cache."""
 _CHUNK = 1 << 22
 """Elements dequantized at a time: bounds the gguf package's own temporary copies."""
 
@@ -63,7 +69,15 @@ class GGUFTensors:
 
     def __init__(self, path: str):
         self._gguf = _gguf_package()
-        self._file = GGUFFile.open(path)
+        self._open = open_named(Path(path))
+        try:
+            self._read_table()
+        except (ModelLoadError, NotSupportedError):
+            self.close()
+            raise
+
+    def _read_table(self) -> None:
+        self._file = GGUFFile.read(self._open)
         arch = gguf_config.architecture(self._file)
         self._heads = {}
         if arch in _PERMUTED:
@@ -76,7 +90,6 @@ class GGUFTensors:
         self._check_types()
         for name in self._file.tensors:
             self._file.check_extent(name, self._size(name))
-        self._map: np.ndarray | None = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -85,41 +98,48 @@ class GGUFTensors:
         return self._file.tensors[self._names[name]].shape
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor: float32 when quantized, else in its own type (float32, float16, bfloat16)
-        as a read-only view of the mapped file. Raises ModelLoadError after `close`."""
-        if self._map is None:
-            raise ModelLoadError(f"{self._file.path}: read of tensor {name} after close")
+        """The tensor: float32 when quantized, else in its own type (float32, float16, bfloat16).
+        Raises ModelLoadError after `close`, and where the file was written to meanwhile."""
         name = self._names[name]
         info = self._file.tensors[name]
-        raw = self._map[info.offset : info.offset + self._size(name)]
         if info.type_id in _PLAIN:
-            values = raw.view(_PLAIN[info.type_id]).reshape(info.shape)
+            dtype = _PLAIN[info.type_id]
+            values = StoredArray(self._open, info.offset, info.shape, dtype).read()
         else:
-            values = self._dequantize(raw, info.type_id, info.shape)
+            values = self._dequantize(name)
         rotated = _ROTATED.fullmatch(name)
         if rotated and self._heads:
             heads = self._heads[rotated["which"]]
             if info.shape[0] % (2 * heads):
                 raise ModelLoadError(
-                    f"{self._file.path}: tensor {name} of shape {info.shape} does not hold pairs "
-                    f"of rows for {heads} heads"
+                    f"{self._file.path}: tensor {plain(name)} of shape {info.shape} does not hold "
+                    f"pairs of rows for {heads} heads"
                 )
             values = unpermute(values, heads)
         return values
 
-    def close(self) -> None:
-        """Drops the map; views of it that are still alive keep it."""
-        self._map = None
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        """The same into `out`, which has the tensor's shape. check: sees each block of rows."""
+        values = self.read(name)
+        for row in range(0, len(values), _ROWS):
+            copy_block(values[row : row + _ROWS], out[row : row + _ROWS], check)
 
-    def _dequantize(self, raw: np.ndarray, kind: int, shape: tuple[int, ...]) -> np.ndarray:
+    def close(self) -> None:
+        self._open.close()
+
+    def _dequantize(self, name: str) -> np.ndarray:
+        shape, kind, offset = self._file.tensors[name]
         code = self._gguf.GGMLQuantizationType(kind)
-        columns = shape[-1]
-        rows = math.prod(shape[:-1])
-        raw = raw.reshape(rows, -1)
+        columns, rows = shape[-1], math.prod(shape[:-1])
+        row_bytes = self._size(name) // rows
         values = np.empty((rows, columns), np.float32)
         step = max(1, _CHUNK // columns)
-        for start in range(0, rows, step):
-            values[start : start + step] = self._gguf.dequantize(raw[start : start + step], code)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            chunk = (count, row_bytes)
+            at = offset + row * row_bytes
+            raw = StoredArray(self._open, at, chunk, np.dtype(np.uint8)).read()
+            values[row : row + count] = self._gguf.dequantize(raw, code)
         return values.reshape(shape)
 
     def _size(self, name: str) -> int:
@@ -128,24 +148,26 @@ class GGUFTensors:
         block, size = self._gguf.GGML_QUANT_SIZES[self._gguf.GGMLQuantizationType(kind)]
         if (shape[-1] if shape else 1) % block:
             raise ModelLoadError(
-                f"{self._file.path}: damaged GGUF file: tensor {name} of shape {shape} has rows "
-                f"that are not a multiple of its {block}-element blocks"
+                f"{self._file.path}: damaged GGUF file: tensor {plain(name)} of shape {shape} has "
+                f"rows that are not a multiple of its {block}-element blocks"
             )
         return math.prod(shape) // block * size
 
     def _check_types(self) -> None:
         """Raises NotSupportedError before anything is converted, rather than halfway."""
-        for name, info in self._file.tensors.items():
-            if info.type_id in _PLAIN:
+        one_of_each = {info.type_id: name for name, info in self._file.tensors.items()}
+        for type_id, name in one_of_each.items():
+            if type_id in _PLAIN:
                 continue
             try:
-                code = self._gguf.GGMLQuantizationType(info.type_id)
+                code = self._gguf.GGMLQuantizationType(type_id)
                 blank = np.zeros((1, self._gguf.GGML_QUANT_SIZES[code][1]), np.uint8)
                 self._gguf.dequantize(blank, code)
             except (ValueError, NotImplementedError) as error:
                 raise NotSupportedError(
-                    f"{self._file.path}: tensor {name} has ggml type {type_name(info.type_id)}, "
-                    f"which the installed gguf package cannot dequantize: {error}"
+                    f"{self._file.path}: tensor {plain(name)} has ggml type "
+                    f"{type_name(type_id)}, which the installed gguf package cannot "
+                    f"dequantize: {error}"
                 ) from error
 
 

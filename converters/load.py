@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
-from converters import locate
+from converters import files, json_files, locate, sizes
 from converters.convert import convert
 from converters.dummy import dummy_params
-from converters.orbax_format import restore, stored_quantization
+from converters.orbax_format import parameter_names, restore, stored_quantization
 from converters.placement import Placement, placement_for, resolve_dtype
 from converters.sources import SafetensorsSource, TensorSource
 from jaxserve.errors import ModelLoadError, NotSupportedError
-from jaxserve.models import registry
-from jaxserve.models.config import ModelConfig, token_ids
+from jaxserve.models import registry, values
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration
+from jaxserve.shown import quoted
+
+CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,19 +84,28 @@ def load(
     )
     path, kind = locate.detect_format(local, load_format)
     hf_config = read_config(path) | (config_overrides or {})
-    _refuse_quantized(hf_config)
-    config = ModelConfig.from_hf(hf_config)
+    try:
+        _refuse_quantized(hf_config)
+        config = ModelConfig.from_hf(hf_config)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from error
     if kind == "orbax":
         quantization = stored_quantization(path, quantization) or quantization
     resolved = resolve_dtype(dtype, placement("embed.embedding"))
-    declaration = registry.declare(config, resolved, quantization)
+    declare = functools.partial(registry.declare, config, resolved, quantization)
     if kind == "dummy":
+        sizes.check_room(config, np.dtype(resolved).itemsize, placement("embed.embedding"))
+        declaration = declare()
         params = dummy_params(declaration, placement, seed)
     elif kind == "orbax":
+        sizes.check_layers(config, parameter_names(path))
+        declaration = declare()
         params = restore(path, declaration, placement)
     else:
         source = open_source(path, kind)
         try:
+            sizes.check_layers(config, source.names())
+            declaration = declare()
             params = convert(source, declaration, placement, progress)
         except ModelLoadError as error:
             raise ModelLoadError(f"{path}: {error}") from error
@@ -122,38 +136,33 @@ def open_source(path: Path, kind: str) -> TensorSource:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a folder, or the same made from a GGUF file's metadata."""
-    if path.is_file():
+    if files.is_file(path):
         from converters import gguf_config
 
         return gguf_config.read_config(str(path))
-    file = path / "config.json"
-    if not file.exists():
-        raise ModelLoadError(f"{file} does not exist: the model's folder must hold its config")
-    return read_json(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelLoadError naming the file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{file}: should hold a JSON object, holds {type(value).__name__}")
-    return value
+    if not files.has(path, CONFIG_NAME):
+        raise ModelLoadError(
+            f"{path / CONFIG_NAME} does not exist: the model's folder must hold its config"
+        )
+    return json_files.read(path, CONFIG_NAME).values
 
 
 def _refuse_quantized(hf_config: dict[str, Any]) -> None:
-    quantization = hf_config.get("quantization_config")
+    quantization = values.table(hf_config, "quantization_config")
     if quantization:
-        method = quantization.get("quant_method", quantization)
+        method = quoted(quantization.get("quant_method", quantization))
         raise NotSupportedError(
-            f"config.json: quantized checkpoints are not supported yet (quant_method={method!r}); "
+            f"config.json: quantized checkpoints are not supported yet (quant_method={method}); "
             "use the unquantized checkpoint or a GGUF file"
         )
 
 
 def _eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
-    file = path / "generation_config.json"
-    more = token_ids(read_json(file).get("eos_token_id")) if file.exists() else ()
+    """Of config.json, then of generation_config.json. Raises ModelLoadError for what is no id."""
+    generation: dict[str, Any] = {}
+    if not files.is_file(path) and files.has(path, GENERATION_NAME):
+        generation = json_files.read(path, GENERATION_NAME).values
+    more = values.token_ids(
+        generation, "eos_token_id", config.vocab_size, str(path / GENERATION_NAME)
+    )
     return tuple(dict.fromkeys(config.eos_token_ids + more))

@@ -26,7 +26,8 @@ def on_host(weights: np.ndarray, kernel: np.ndarray, scale: np.ndarray) -> None:
         # rows are channels, which is how Hugging Face stores them
         channels = np.ascontiguousarray(weights[:, columns].T).astype(np.float32, copy=False)
         steps = quantization.step_of(np.abs(channels).max(axis=1), kernel.dtype, np)
-        kernel[:, columns] = quantization.round_to(channels, steps[:, None], kernel.dtype, np).T
+        with np.errstate(invalid="ignore"):  # of infinity, which `check_finite` finds
+            kernel[:, columns] = quantization.round_to(channels, steps[:, None], kernel.dtype, np).T
         scale[columns] = steps
 
 
@@ -39,9 +40,8 @@ def on_device(
     return quantization.quantize(weights.T if transpose else weights, dtype)
 
 
-def check_finite(path: str, scale: jax.Array | np.ndarray) -> None:
-    """Raises ModelLoadError when the weights behind `scale` hold infinity or NaN."""
+def check_finite(name: str, scale: jax.Array | np.ndarray) -> None:
+    """Raises ModelLoadError when the weights behind `scale`, of tensor `name`, hold infinity or
+    NaN."""
     if not np.isfinite(np.asarray(scale)).all():
-        raise ModelLoadError(
-            f"parameter {path} cannot be quantized: the checkpoint's weights hold infinity or NaN"
-        )
+        raise ModelLoadError(f"tensor {name} cannot be quantized: it holds infinity or NaN")

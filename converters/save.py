@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters import orbax_format
+from converters import companions, files, orbax_format
 from converters.convert import parts_of, to_hf
 from converters.load import LoadedModel
 from converters.tables import table_for
 from converters.tokenizer import load_tokenizer
 from jaxserve.errors import InvalidRequestError, NotSupportedError
+from jaxserve.shown import quoted
 
 FORMATS = ("orbax", "safetensors")
-
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that go with the weights unchanged."""
 
 _CODES = {
     np.dtype(np.float32): "F32",
@@ -44,7 +30,11 @@ _CODES = {
 
 def check_empty(folder: Path) -> None:
     """Raises InvalidRequestError when `folder` exists and is not an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError) as error:  # a name too long, no permission, a zero byte
+        raise InvalidRequestError(f"{quoted(str(folder))}: cannot be written: {error}") from error
+    if taken:
         raise InvalidRequestError(f"{folder} exists and is not an empty folder; give another OUT")
 
 
@@ -66,12 +56,20 @@ def save(loaded: LoadedModel, folder: str | Path, save_format: str = "orbax") ->
 
     Any format that `load` reads can be the origin. save_format: one of FORMATS. A checkpoint
     without a tokenizer is saved without one. Raises InvalidRequestError when `folder` is not empty
-    or the format is unknown, NotSupportedError for quantized weights as safetensors.
+    or cannot be written, or the format is unknown, NotSupportedError for quantized weights as
+    safetensors, ModelLoadError for files of the origin that are links out of it, or no files.
     """
     folder = Path(folder)
     check_save_format(save_format, loaded.declaration.quantization)
     check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(loaded, folder, save_format)
+    except OSError as error:
+        raise InvalidRequestError(f"{folder}: cannot be written: {error}") from error
+
+
+def _write(loaded: LoadedModel, folder: Path, save_format: str) -> None:
     dtype = str(loaded.declaration.dtype)
     _write_json(folder / "config.json", _config(loaded.hf_config, dtype))
     _write_companions(loaded, folder)
@@ -88,9 +86,10 @@ def _config(hf_config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def _write_companions(loaded: LoadedModel, folder: Path) -> None:
     origin = Path(loaded.path)
     if origin.is_dir():
-        for name in _COMPANIONS:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
+        for name in companions.COMPANIONS:
+            if files.has(origin, name):
+                content = files.read_inside(origin, name, limit=companions.MAX_BYTES)
+                (folder / name).write_bytes(content)
     else:  # a GGUF file, whose tokenizer lies in its metadata
         load_tokenizer(str(origin)).save_pretrained(str(folder))
     if not (folder / "generation_config.json").exists():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
 from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from converters import files, json_files
+from converters.json_files import JsonObject
+from converters.messages import plain, some_of
+from converters.stored_array import Check, StoredArray
 from jaxserve.errors import ModelLoadError
+from jaxserve.shown import quoted
 
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -21,88 +25,106 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_MAX_HEADER = 100 << 20
 
 
 class TensorSource(Protocol):
-    """Tensors under their Hugging Face names, read one at a time."""
+    """Tensors under their Hugging Face names, read one at a time. Reading raises ModelLoadError."""
 
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, read-only (it may be a view of a mapped file)."""
+        """The tensor, in an array of its own."""
+        ...
+
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        """The same into `out`, which has the tensor's shape, and any strides and float dtype.
+        check: sees each block of rows as `out` gets it."""
         ...
 
     def close(self) -> None: ...
 
 
 class SafetensorsFile:
-    """One memory-mapped .safetensors file: 8 bytes of header length, JSON header, raw data.
+    """One .safetensors file: 8 bytes of header length, JSON header, raw data.
 
-    Raises ModelLoadError, naming the file, when header and length do not fit each other.
+    Raises ModelLoadError, naming the file, when header and length do not fit each other, or the
+    header is larger than json_files allows (room for 100,000 tensors).
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, folder: Path, name: str):
+        self._file = files.open_inside(folder, name)
+        self.path = self._file.path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # mmap raises ValueError on an empty file
-            raise ModelLoadError(f"{path}: cannot be read as safetensors: {error}") from error
-        try:
-            self._tensors, self._data_start = self._read_header()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self._map.close()
-            raise ModelLoadError(f"{path}: damaged safetensors file: {error}") from error
+            self._tensors = self._read_header()
+        except ModelLoadError:
+            self.close()
+            raise
 
-    def _read_header(self) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
-        size = len(self._map)
+    def _read_header(self) -> dict[str, tuple[str, StoredArray]]:
+        size = self._file.size
         if size < 8:
-            raise ValueError(f"{size} bytes long, too short for a header")
-        length = int.from_bytes(self._map[:8], "little")
-        if length > min(_MAX_HEADER, size - 8):
-            raise ValueError(f"its header claims {length} bytes; the file has {size}")
-        header = json.loads(self._map[8 : 8 + length])
-        header.pop("__metadata__", None)
-        tensors = {}
-        data_size = size - 8 - length
-        for name, entry in header.items():
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
-            start, stop = entry["data_offsets"]
-            if not 0 <= start <= stop <= data_size:
-                raise ValueError(
-                    f"tensor {name} should end at byte {8 + length + stop}, the file ends at {size}"
-                )
-            if dtype in _DTYPES and stop - start != _DTYPES[dtype].itemsize * math.prod(shape):
-                raise ValueError(f"tensor {name}: {stop - start} bytes do not fit shape {shape}")
-            tensors[name] = (dtype, shape, start)
-        return tensors, 8 + length
+            raise self._damaged(f"{size} bytes long, too short for a header")
+        length = int.from_bytes(self._file.read(0, 8), "little")
+        if length > size - 8:
+            raise self._damaged(f"its header claims more bytes than the {size - 8:,} that follow")
+        if length > json_files.MAX_BYTES:
+            raise self._damaged(f"its header is longer than {json_files.MAX_BYTES:,} bytes")
+        header = json_files.parse(self._file.read(8, length), f"{self.path}: damaged header")
+        data = 8 + length
+        return {
+            name: self._entry(header.object(name), data, size)
+            for name in header.values
+            if name != "__metadata__"
+        }
+
+    def _entry(self, entry: JsonObject, data: int, size: int) -> tuple[str, StoredArray]:
+        code = entry.string("dtype")
+        shape = tuple(entry.list_of("shape", int, "integers"))
+        offsets = entry.list_of("data_offsets", int, "integers")
+        if any(length < 0 for length in shape) or len(shape) > 8:
+            raise ModelLoadError(f"{entry.where}: shape {quoted(list(shape))} is impossible")
+        if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= size - data:
+            raise ModelLoadError(
+                f"{entry.where}: data_offsets {quoted(offsets)} do not lie within the "
+                f"{size - data} bytes of data that the file has"
+            )
+        length = offsets[1] - offsets[0]
+        dtype = _DTYPES.get(code, np.dtype(np.uint8))
+        if code in _DTYPES and length != dtype.itemsize * math.prod(shape):
+            raise ModelLoadError(
+                f"{entry.where}: {length} bytes do not fit shape {list(shape)} of {code}"
+            )
+        return code, StoredArray(self._file, data + offsets[0], shape, dtype)
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name][1]
+        return self._tensors[name][1].shape
 
     def read(self, name: str) -> np.ndarray:
-        """A view of the mapped file. Raises ModelLoadError for anything but floats of 16 to 64
-        bits (quantized checkpoints)."""
-        code, shape, start = self._tensors[name]
+        return self._stored(name).read()
+
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        self._stored(name).read_into(out, check=check)
+
+    def _stored(self, name: str) -> StoredArray:
+        """Raises ModelLoadError for anything but floats of 16 to 64 bits (quantized ones)."""
+        code, stored = self._tensors[name]
         if code not in _DTYPES:
             raise ModelLoadError(
-                f"{self.path}: tensor {name} has dtype {code}; supported: {', '.join(_DTYPES)}"
+                f"{self.path}: tensor {plain(name)} has dtype {plain(code)}; supported: "
+                f"{', '.join(_DTYPES)}"
             )
-        count = math.prod(shape)
-        flat = np.frombuffer(self._map, _DTYPES[code], count, self._data_start + start)
-        return flat.reshape(shape)
+        return stored
 
     def close(self) -> None:
-        try:
-            self._map.close()
-        except BufferError:
-            return  # a view is still alive; the map goes with it
+        self._file.close()
+
+    def _damaged(self, why: str) -> ModelLoadError:
+        return ModelLoadError(f"{self.path}: damaged safetensors file: {why}")
 
 
 class SafetensorsSource:
@@ -110,14 +132,22 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path):
         self._where: dict[str, SafetensorsFile] = {}
-        self._files = [SafetensorsFile(path) for path in _shard_paths(folder)]
-        for file in self._files:
-            for name in file.names():
-                if name in self._where:
-                    raise ModelLoadError(
-                        f"tensor {name} is in both {self._where[name].path} and {file.path}"
-                    )
-                self._where[name] = file
+        self._files: list[SafetensorsFile] = []
+        try:
+            for name in shard_names(folder):
+                self._add(SafetensorsFile(folder, name))
+        except ModelLoadError:
+            self.close()
+            raise
+
+    def _add(self, file: SafetensorsFile) -> None:
+        self._files.append(file)
+        for name in file.names():
+            if name in self._where:
+                raise ModelLoadError(
+                    f"tensor {plain(name)} is in both {self._where[name].path} and {file.path}"
+                )
+            self._where[name] = file
 
     def names(self) -> list[str]:
         return list(self._where)
@@ -128,23 +158,37 @@ class SafetensorsSource:
     def read(self, name: str) -> np.ndarray:
         return self._where[name].read(name)
 
+    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
+        self._where[name].read_into(name, out, check)
+
     def close(self) -> None:
         for file in self._files:
             file.close()
 
 
-def _shard_paths(folder: Path) -> list[Path]:
-    """The files of the index, else model.safetensors, else every .safetensors of the folder."""
-    index = folder / INDEX_NAME
-    if not index.exists():
-        single = folder / "model.safetensors"
-        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        paths = [folder / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(f"{index}: damaged index: {error!r}") from error
-    missing = [str(path) for path in paths if not path.exists()]
+def shard_names(folder: Path) -> list[str]:
+    """The files of the index, else model.safetensors, else every .safetensors of the folder.
+
+    Raises ModelLoadError where the index is damaged, or names what is no file of the folder.
+    """
+    if not files.has(folder, INDEX_NAME):
+        single = files.has(folder, SINGLE_NAME)
+        return [SINGLE_NAME] if single else files.entries(folder, ".safetensors")
+    names = indexed_names(folder)
+    missing = [plain(name) for name in names if not files.has(folder, name)]
     if missing:
-        raise ModelLoadError(f"{index} names files that do not exist: {', '.join(missing)}")
-    return paths
+        raise ModelLoadError(
+            f"{folder / INDEX_NAME} names files that do not exist: {some_of(missing)}"
+        )
+    return names
+
+
+def indexed_names(folder: Path) -> list[str]:
+    """The plain names of the files that the folder's index names. Raises ModelLoadError."""
+    index = json_files.read(folder, INDEX_NAME)
+    weight_map = index.object("weight_map")
+    found = {weight_map.string(tensor) for tensor in weight_map.values}
+    try:
+        return sorted(files.plain_name(name) for name in found)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{weight_map.where}: {error}") from None

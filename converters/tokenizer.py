@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters import companions, files
 from converters.locate import find_local
-from jaxserve.errors import InvalidRequestError, ModelLoadError
+from jaxserve.errors import InvalidRequestError, JaxserveError, ModelLoadError, is_panic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,15 +36,24 @@ def load_tokenizer(
         )
     path = find_local(model_path, revision=revision, download_dir=download_dir, weights=False)
     if path.is_dir() and not (path / "tokenizer.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
-        path = ggufs[0] if len(ggufs) == 1 else path
-    if path.suffix == ".gguf":
-        _transformers()  # quietly, before the next import does it
-        from converters import gguf_tokenizer
-
-        tokenizer = gguf_tokenizer.build_tokenizer(str(path))
-    else:
-        tokenizer = _from_folder(path, use_fast=tokenizer_mode == "auto")
+        ggufs = files.entries(path, ".gguf")
+        if len(ggufs) == 1:
+            files.open_inside(path, ggufs[0]).close()
+            path = path / ggufs[0]
+    try:
+        tokenizer = _load(path, use_fast=tokenizer_mode == "auto")
+    except JaxserveError:
+        raise
+    except BaseException as error:
+        # transformers and tokenizers raise whatever Python can for bad files, and Rust may panic.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        reason = " ".join(str(error)[:1000].split()).rstrip(".")
+        raise ModelLoadError(
+            f"{path}: no usable tokenizer (looked for tokenizer.json or what "
+            f"tokenizer_config.json names): {reason}. Give tokenizer_path, or skip_tokenizer_init "
+            "and pass input_ids."
+        ) from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
@@ -66,18 +76,24 @@ def _transformers() -> Any:
     return transformers
 
 
-def _from_folder(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(
-            str(path), use_fast=use_fast, local_files_only=True
-        )
-    except Exception as error:  # transformers and tokenizers raise bare Exception for bad files
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ModelLoadError(
-            f"{path}: no usable tokenizer (looked for tokenizer.json or what "
-            f"tokenizer_config.json names): {reason}. Give tokenizer_path, or skip_tokenizer_init "
-            "and pass input_ids."
-        ) from error
+def _load(path: Path, *, use_fast: bool) -> PreTrainedTokenizerBase:
+    transformers = _transformers()  # quietly, before the imports below do it
+    from converters import gguf_tokenizer
+    from converters.tokenizer_checks import check_added_tokens, check_growth, check_vocabulary
+
+    if path.suffix == ".gguf":
+        return gguf_tokenizer.build_tokenizer(str(path))
+    companions.check(path)
+    if path.is_dir():
+        check_added_tokens(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(path), use_fast=use_fast, local_files_only=True
+    )
+    check_vocabulary(path, tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        check_growth(path, backend)
+    return tokenizer
 
 
 def _read_template(chat_template: str) -> str:

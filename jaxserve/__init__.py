@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import jaxserve.process  # noqa: F401  (from now on, forks are noted)
+
 VERSION = "0.1.0"
 __version__ = VERSION
 
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
     from jaxserve import utils
     from jaxserve.engine import Engine
     from jaxserve.errors import (
+        CopyError,
         EngineDeadError,
         EngineShutdownError,
+        ForkedProcessError,
         InvalidRequestError,
         JaxserveError,
         ModelLoadError,
@@ -29,9 +33,11 @@ if TYPE_CHECKING:
     from jaxserve.server_args import ServerArgs
 
 __all__ = [
+    "CopyError",
     "Engine",
     "EngineDeadError",
     "EngineShutdownError",
+    "ForkedProcessError",
     "InvalidRequestError",
     "JaxserveError",
     "ModelLoadError",

@@ -3,12 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+
+OWN_SETTINGS: dict[str, Any] = {
+    "enable_x64": False,
+    "numpy_rank_promotion": "allow",
+    "numpy_dtype_promotion": "standard",
+    "disable_jit": False,
+    "default_prng_impl": "threefry2x32",
+    "enable_custom_prng": False,
+    "threefry_partitionable": True,
+    "transfer_guard": "allow",
+    "thread_guard": False,
+    "no_tracing": False,
+    "no_execution": False,
+    "check_tracer_leaks": False,
+    "debug_nans": False,
+    "debug_infs": False,
+    "debug_key_reuse": False,
+}
+"""What the engine's code is written for: JAX's defaults, by the context managers of these names."""
+USER_SETTINGS = ("default_device", "default_matmul_precision")
+"""The user's choice as it is when the engine is built."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """JAX's settings for everything that one engine runs, whatever the program around it sets, when
+    and for which thread."""
+
+    values: dict[str, Any]
+
+    @classmethod
+    def here(cls) -> Settings:
+        """OWN_SETTINGS, and USER_SETTINGS as they are for the calling thread."""
+        return cls(
+            {**OWN_SETTINGS, **{name: getattr(jax.config, f"jax_{name}") for name in USER_SETTINGS}}
+        )
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """In force on the calling thread alone, for the block. (Which of these context managers
+        there are depends on the version; 0.10.2 has all.)"""
+        with contextlib.ExitStack() as stack:
+            for name, value in self.values.items():
+                if hasattr(jax, name):
+                    stack.enter_context(getattr(jax, name)(value))
+            yield
 
 
 def reserve_device_memory(fraction: float) -> None:
@@ -50,14 +98,38 @@ def on_backend_compile(callback: Callable[[float], None]) -> Callable[[], None]:
     return target.clear
 
 
-def enable_compilation_cache(folder: str) -> None:
-    """Keep every compiled program on disk, small ones and GPU autotuning results included. A
-    directory that the user configured stays."""
-    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if configured is None:
+def cache_configured() -> bool:
+    """Whether the program has given JAX a folder for its compilation cache, or turned it off."""
+    config: Any = jax.config
+    return config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache
+
+
+CACHE_DEFAULTS = {
+    "jax_compilation_cache_max_size": -1,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+"""JAX's own (0.10.2 to 0.12)."""
+
+
+def cache_limited() -> bool:
+    """Whether the program has decided how large JAX's compilation cache may become."""
+    return _chosen("jax_compilation_cache_max_size")
+
+
+def enable_compilation_cache(folder: str | None) -> None:
+    """Keep every compiled program on disk, small ones and GPU autotuning results included. None:
+    where the program has configured it. Limits that it has set stay too."""
+    if folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    for name in ("min_compile_time_secs", "min_entry_size_bytes"):
+        if not _chosen(f"jax_persistent_cache_{name}"):
+            jax.config.update(f"jax_persistent_cache_{name}", 0)
+
+
+def _chosen(name: str) -> bool:
+    """Whether a setting has another value than JAX's default, or has one by the environment."""
+    return getattr(jax.config, name) != CACHE_DEFAULTS[name] or name.upper() in os.environ
 
 
 CUBLAS_ROWS = 128
@@ -106,15 +178,22 @@ def find_mosaic_runtime() -> None:
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
+def platforms() -> str | None:
+    """What the program allows JAX to use; None is everything."""
+    return jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def versions() -> str:
     """Of JAX and its compiler: programs of one are not those of another."""
     return f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}"
 
 
 def settings() -> str:
-    """JAX's settings, which may change programs, but for those of caches, folders and logs."""
+    """JAX's settings for the calling thread, which may change programs, but for those of caches,
+    folders, logs and guards. With `Settings` in force its values are among them, so that the
+    program's own ones make no other programs."""
     values = jax.config.values  # pyright: ignore[reportAttributeAccessIssue]
-    apart = ("cache", "dir", "log", "traceback", "profil")
+    apart = ("cache", "dir", "log", "traceback", "profil", "guard", "platform")
     return repr(sorted((k, str(v)) for k, v in values.items() if not any(a in k for a in apart)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 GPU_PAGE, CPU_PAGE = 64, 16
 GPU_ROWS, CPU_ROWS = 512, 32
 GPU_TOKENS, CPU_TOKENS = 8192, 1024
+GPU_TABLES, CPU_TABLES = 64 << 20, 16 << 20
+"""Bytes of all page tables; a context that needs more is cut, as by a pool that has fewer pages."""
 DISPATCH_SECONDS = 1.2e-3
 """What queueing a program costs the host of a GPU (0.65-1.2 ms)."""
 READ_BANDWIDTH = 3.0e12
@@ -27,6 +30,10 @@ READ_BANDWIDTH = 3.0e12
 FIXED_GPU, FIXED_CPU = (64, 1024), (32, 256)
 """Rows of the one decode bucket and tokens of the one extend bucket of deterministic inference,
 unless the user says: every step costs as much as a full one."""
+WIDE_TOP, WIDE_IDS = 1024, 4096
+"""Columns of the best logprobs and of named ids in the programs for requests that want more than
+max_top_logprobs or max_logprob_ids. They are compiled when first wanted: in every program these
+columns would be copied in each step that reports logprobs, and of each prompt token."""
 MOST_STEPS = 4
 """In one decode program, unless the user asks for more: tokens arrive that many at a time."""
 
@@ -54,16 +61,18 @@ class HostMemory:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Sizes of one engine. page_size S; max_rows R: requests that run at once; table_width W:
-    pages a row can have; steps_per_dispatch: decode steps in one program where possible, 1 to 8 and
-    so never more than S (each row bucket then has two decode programs, with one step and with
-    these); deterministic: a request's numbers depend on nothing but itself: there is one bucket of
-    each kind, chunks and cached prefixes end at multiples of chunk_alignment tokens, and outputs
-    are always decoded; bias_capacity, max_logprob_ids, max_top_logprobs: per-request limits of the
-    sparse lists and of top logprobs."""
+    pages a row can have (a runner's tables are no wider than its pool); steps_per_dispatch: decode
+    steps in one program where possible, 1 to 8 and so never more than S (each row bucket then has
+    two decode programs, with one step and with these); deterministic: a request's numbers depend
+    on nothing but itself: there is one bucket of each kind, chunks and cached prefixes end at
+    multiples of chunk_alignment tokens, and outputs are always decoded; bias_capacity,
+    max_logprob_ids, max_top_logprobs: per-request limits of the sparse lists and of top logprobs,
+    beyond which a request needs the wide programs."""
 
     platform: str
     page_size: int
     context_length: int
+    table_width: int
     max_rows: int
     buckets: Buckets
     steps_per_dispatch: int
@@ -100,9 +109,11 @@ class EngineConfig:
         """Implementation of everything else: XLA's where attention is, or the default."""
         return "xla" if self.attention == "xla" else None
 
-    @property
-    def table_width(self) -> int:
-        return -(-self.context_length // self.page_size)
+    def logprob_columns(self, wide: bool) -> tuple[int, int]:
+        """Of the best logprobs and of named ids, in the usual programs or in those for more."""
+        if not wide:
+            return self.max_top_logprobs, self.max_logprob_ids
+        return max(self.max_top_logprobs, WIDE_TOP), max(self.max_logprob_ids, WIDE_IDS)
 
     @classmethod
     def resolve(
@@ -110,7 +121,13 @@ class EngineConfig:
     ) -> EngineConfig:
         """Fill in what the user left open. InvalidRequestError names an option that cannot be."""
         gpu = platform != "cpu"
-        context = args.context_length or model.max_position_embeddings
+        context = args.context_length or model.context_length
+        if context > model.context_length:
+            warnings.warn(
+                f"context_length={context} is more than the model's {model.context_length} tokens; "
+                "what it writes beyond those may make no sense",
+                stacklevel=6,  # of Engine's caller
+            )
         page_size = args.page_size or (GPU_PAGE if gpu else CPU_PAGE)
         if page_size % 8:
             raise InvalidRequestError(
@@ -132,6 +149,7 @@ class EngineConfig:
         rows = args.max_running_requests or default_rows
         if args.max_total_tokens is not None:
             rows = min(rows, max(args.max_total_tokens // page_size, 1))
+        widest = max((GPU_TABLES if gpu else CPU_TABLES) // (4 * (rows + 1)), 1)
         attention = args.attention_implementation or (None if gpu else "xla")
         if not gpu and attention != "xla":
             raise InvalidRequestError(f"attention_backend={attention!r} needs a CUDA device")
@@ -166,6 +184,7 @@ class EngineConfig:
             platform=platform,
             page_size=page_size,
             context_length=context,
+            table_width=min(-(-context // page_size), widest),
             max_rows=rows,
             buckets=buckets,
             max_prefill_tokens=step_tokens,
@@ -208,16 +227,18 @@ def steps_per_dispatch(weight_bytes: int) -> int:
 
 
 def cache_folder(option: str | None) -> str:
-    """Where compiled programs are kept; "" is nowhere, None the user's cache folder."""
+    """Where compiled programs are kept; "" is nowhere, None the user's cache folder, if they have a
+    home."""
     if option is not None:
         return os.path.expanduser(option)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "jaxserve" / "programs")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return "" if base.startswith("~") else str(Path(base) / "jaxserve" / "programs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a single request may ask of the running engine."""
+    """What a single request may ask of the running engine. Of logprobs: up to the first pair the
+    usual programs report them, up to the second the wide ones."""
 
     vocab_size: int
     context_length: int
@@ -225,3 +246,10 @@ class Limits:
     logit_bias_capacity: int
     max_top_logprobs: int
     max_logprob_ids: int
+    most_top_logprobs: int
+    most_logprob_ids: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output together: what the context allows and the pool can hold."""
+        return min(self.context_length, self.max_total_tokens)

@@ -25,7 +25,10 @@ from jaxserve.api.startup import start
 from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
+from jaxserve.process import Home, Uncopyable
 from jaxserve.server_args import ServerArgs
+from jaxserve.text.chat import ChatPrompts
+from jaxserve.text.codec import Codec
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-class Engine(UnsupportedMethods):
+class Engine(Uncopyable, UnsupportedMethods):
     """A language model that generates text in this process.
 
         with Engine(model_path="path/to/model") as engine:
@@ -63,6 +66,7 @@ class Engine(UnsupportedMethods):
         args = args.locked()
         logging.getLogger("jaxserve").setLevel(args.log_level.upper())
         self.server_args = args
+        self._home = Home()
         started = start(args)
         self._loop = started.loop
         # Collected engines stop their thread, and so does the interpreter's end: JAX is still
@@ -75,11 +79,18 @@ class Engine(UnsupportedMethods):
         self.tokenizer_manager = TokenizerManager(
             args, started.tokenizer, self._loop.abort, self._loop.limits, started.model_config
         )
-        self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, started.tokenizer)
+        self._codec: Codec | None = None
+        chats: ChatPrompts | None = None
+        if started.tokenizer is not None:
+            # What requests are encoded with is nobody else's: users may change their tokenizer.
+            self._codec, chats = Codec(started.tokenizer), ChatPrompts.of(started.tokenizer)
+        self._builder = RequestBuilder(
+            args, self._loop.limits, started.eos_ids, self._codec, chats
+        )  # fmt: skip
         self._live_ids = LiveIds()
         self._request_log: RequestLog | None = None
         if args.log_requests:
-            self._request_log = RequestLog(args.log_requests_level, started.tokenizer)
+            self._request_log = RequestLog(args.log_requests_level, self._codec)
 
     # -- generation -------------------------------------------------------------------------------
 
@@ -150,6 +161,7 @@ class Engine(UnsupportedMethods):
         The tokenizer's chat template makes the prompt; `tools` and `chat_template_kwargs` go to
         it. Everything else is as in `generate`.
         """
+        self._home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return self.generate(sampling_params=sampling_params, input_ids=ids, **options)
 
@@ -163,15 +175,17 @@ class Engine(UnsupportedMethods):
         **options: Unpack[GenerateOptions],
     ) -> Any:
         """`chat` for coroutines, see `async_generate`."""
+        self._home.check()
         ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
         return await self.async_generate(sampling_params=sampling_params, input_ids=ids, **options)
 
     def _begin(self, given: Arguments) -> tuple[Call, bool]:
         """Checks and submits a call; whether its result is a single dict."""
+        self._home.check()  # before any lock, which a forked process may never get
         inputs = self._builder.build(given)
         args = self.server_args
         options = ResultOptions(
-            tokenizer=self.tokenizer,
+            codec=self._codec,
             deltas=args.stream_output,
             indexed=not inputs.single,
             return_text_in_logprobs=given.return_text_in_logprobs,

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 9_000
+"""Characters. Libraries put whole files into what they raise."""
+
 
 class JaxserveError(Exception):
     """Base of every exception that jaxserve raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        more = len(message) - LONGEST_MESSAGE
+        if more > 0:
+            message = f"{message[:LONGEST_MESSAGE]}... and {more} characters more"
+        super().__init__(message)
 
 
 class InvalidRequestError(JaxserveError, ValueError):
@@ -43,5 +52,19 @@ class EngineDeadError(JaxserveError, RuntimeError):
     """The engine thread has stopped after a failure; `__cause__` is that failure."""
 
 
+class ForkedProcessError(JaxserveError, RuntimeError):
+    """An engine, or JAX, was used in a process forked from the one that started it."""
+
+
+class CopyError(JaxserveError, TypeError):
+    """Engines and streams can neither be pickled nor copied."""
+
+
 class EngineShutdownError(JaxserveError, RuntimeError):
     """The engine was shut down before or during the call."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code behind Python has panicked. pyo3's PanicException is no Exception, and
+    has no module to import it from."""
+    return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from jaxserve.errors import EngineDeadError, EngineShutdownError
+from jaxserve.process import Home
 from jaxserve.signals import Signal
 
 
@@ -28,13 +29,16 @@ class Inbox:
     """
 
     def __init__(self) -> None:
+        self._home = Home()
         self._lock = threading.RLock()
         self._signal = Signal()
         self._tasks: list[Task] = []
         self._closed: BaseException | None = None
 
     def put(self, task: Task) -> None:
-        """Raises EngineShutdownError or EngineDeadError once the inbox is closed."""
+        """Raises EngineShutdownError or EngineDeadError once the inbox is closed, and
+        ForkedProcessError where nobody reads it."""
+        self._home.check()
         with self._lock:
             if self._closed is not None:
                 raise stop_error(self._closed)

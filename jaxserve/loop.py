@@ -21,16 +21,19 @@ from jaxserve.batch.batch import Batch
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
+from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Inbox, Task, stop_error
 from jaxserve.output import commit as output
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
+from jaxserve.process import Home, Uncopyable, abandon
 from jaxserve.request import Request, Update
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.step.profiler import Profiler
-from jaxserve.step.runner import Runner, StepResult, phase
+from jaxserve.step.result import StepResult
+from jaxserve.step.runner import Runner, phase
 
 if TYPE_CHECKING:
     from jaxserve.api.profile import ProfileSpec
@@ -41,8 +44,9 @@ MOST_FAILURES = 2
 """Failed steps, with no sampled token in between, after which the engine gives up."""
 
 
-class EngineLoop:
-    """Runs requests on one engine thread. All public methods are thread-safe."""
+class EngineLoop(Uncopyable):
+    """Runs requests on one engine thread. All public methods are thread-safe. In a process forked
+    from this one they raise ForkedProcessError; `shutdown` and aborts have nothing to do there."""
 
     def __init__(self, config: EngineConfig, runner: Runner):
         self.config = config
@@ -76,6 +80,8 @@ class EngineLoop:
         self._in_flight: deque[StepResult] = deque()
         self._depth = 1 if config.overlap else 0
         self._failures = 0
+        self._home = Home()
+        self._settings = Settings.here()
         self._inbox = Inbox()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
@@ -92,6 +98,7 @@ class EngineLoop:
         if config.precompile:
             runner.precompile()
         loop = cls(config, runner)
+        loop._warn_of_a_short_pool()
         loop._thread.start()
         loop.startup_seconds = time.perf_counter() - started
         return loop
@@ -100,15 +107,25 @@ class EngineLoop:
     def limits(self) -> Limits:
         """What one request may ask for."""
         config, runner = self.config, self._runner
-        pool = runner.num_pages * config.page_size
+        most = runner.num_pages if self._window is None else runner.config.table_width
         return Limits(
             runner.model_config.vocab_size,
             config.context_length,
-            pool if self._window is None else max(pool, config.context_length),
+            most * config.page_size,
             config.bias_capacity,
-            config.max_top_logprobs,
-            config.max_logprob_ids,
+            *config.logprob_columns(wide=False),
+            *config.logprob_columns(wide=True),
         )
+
+    def _warn_of_a_short_pool(self) -> None:
+        limits = self.limits
+        if limits.longest < limits.context_length:
+            asked = self.config.max_total_tokens is not None
+            logger.log(
+                logging.INFO if asked else logging.WARNING,
+                "the context of %d tokens is cut to %d: the KV cache holds no more (see "
+                "max_total_tokens, context_length)", limits.context_length, limits.longest,
+            )  # fmt: skip
 
     # -- from any thread --------------------------------------------------------------------------
 
@@ -205,6 +222,9 @@ class EngineLoop:
 
     def shutdown(self) -> None:
         """Stop the thread, fail waiting requests with EngineShutdownError, free device memory."""
+        if self._home.left:
+            abandon(self)
+            return
         self._inbox.close(EngineShutdownError("the engine was shut down"))
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -213,11 +233,15 @@ class EngineLoop:
         try:
             self._inbox.put(task)
         except RuntimeError:
-            logger.debug("an abort came after the engine had stopped")
+            logger.debug("an abort came after the engine had stopped, or in a forked process")
 
     # -- the engine thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with self._settings.applied():
+            self._serve()
+
+    def _serve(self) -> None:
         self._runner.programs.watch_this_thread()
         try:
             while self._admit():
@@ -357,6 +381,7 @@ class EngineLoop:
             "cached_prefix_tokens": scheduler.pages.cached * size,
             **self._host_stats(),
             "max_total_num_tokens": pages * size,
+            "context_length": self.limits.longest,
             "max_running_requests": self.config.max_rows,
             "num_continuous_decode_steps": self.config.steps_per_dispatch,
             "late_compiles": programs.late_compiles,

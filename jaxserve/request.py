@@ -21,11 +21,13 @@ class LogprobSpec:
     start: first prompt position whose logprob is reported; -1 is output tokens only.
     top: how many of the best tokens are reported at each position.
     ids: token ids whose logprobs are reported at each position.
+    wide: more of one of them than the usual programs have columns for, see `config.WIDE_TOP`.
     """
 
     start: int = -1
     top: int = 0
     ids: tuple[int, ...] = ()
+    wide: bool = False
 
 
 @dataclasses.dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -104,12 +105,13 @@ class ServerArgs(KnownOptions):
         return vars(self) == vars(other)
 
     def __repr__(self) -> str:
-        """The options that are not at their defaults."""
-        plain = ServerArgs(self.model_path)
+        """The options that are not at their defaults, shortened where they are long."""
+        plain = vars(ServerArgs(self.model_path))
+        shown = {name: checks.quoted(value) for name, value in vars(self).items()}
         given = (
-            f"{name}={value!r}"
-            for name, value in vars(self).items()
-            if name not in ALIASES and (name == "model_path" or value != getattr(plain, name))
+            f"{name}={text}"
+            for name, text in shown.items()
+            if name not in ALIASES and (name == "model_path" or text != checks.quoted(plain[name]))
         )
         return f"ServerArgs({', '.join(given)})"
 
@@ -182,9 +184,12 @@ class ServerArgs(KnownOptions):
         """Where SGLang's server with these options would listen. (jaxserve has none: clients print
         and compare it.)"""
         values = vars(self)
-        host = str(values["host"])
-        scheme = "https" if values["ssl_certfile"] else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{values['port']}"
+        host, port = (
+            value if isinstance(value, str) else checks.quoted(value)
+            for value in (values["host"], values["port"])
+        )
+        scheme = "https" if values["ssl_certfile"] is not None else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +203,18 @@ class ServerArgs(KnownOptions):
         """The options of parsed flags; attributes of `args` that are no options are left alone."""
         known = {**OPTIONS, **UPSTREAM}
         return cls(**{name: value for name, value in vars(args).items() if name in known})
+
+
+def _signature() -> inspect.Signature:
+    """What `inspect.signature(ServerArgs)` says. Clients look there for a release's options."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    names = [field.name for field in dataclasses.fields(ServerArgs) if field.name != "model_path"]
+    return inspect.Signature(
+        [
+            inspect.Parameter("model_path", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(inspect.Parameter(name, keyword, default=None) for name in names),
+        ]
+    )
 
 
 def default(field: dataclasses.Field[Any]) -> Any:
@@ -290,3 +307,6 @@ def _suggestion(name: str) -> str:
     if name in HINTS:
         return f" (did you mean {HINTS[name]!r}?)"
     return checks.near_matches(name, (*OPTIONS, *UPSTREAM))
+
+
+ServerArgs.__signature__ = _signature()  # pyright: ignore[reportAttributeAccessIssue]

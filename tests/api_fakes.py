@@ -288,7 +288,7 @@ class Fakes:
         **options: Any,
     ) -> Engine:
         """An Engine whose loop is a FakeLoop, reachable as `engine._loop`."""
-        limits = Limits(len(self.tokenizer), context_length, max_total_tokens, 64, 5, 4)
+        limits = Limits(len(self.tokenizer), context_length, max_total_tokens, 64, 5, 4, 8, 6)
         loop = FakeLoop(limits, script, pause)
 
         def start(args: Any) -> Started:

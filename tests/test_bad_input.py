@@ -247,11 +247,11 @@ def test_bad_prompts(watched, arguments, fragments):
          ["logprob_start_len", "50"]),
         (InvalidRequestError, {"logprob_start_len": -2}, ["logprob_start_len", "-2"]),
         (InvalidRequestError, {"top_logprobs_num": -1}, ["top_logprobs_num", "-1"]),
-        (InvalidRequestError, {"top_logprobs_num": 33}, ["top_logprobs_num", "33", "at most 32"]),
+        (InvalidRequestError, {"top_logprobs_num": 1025}, ["top_logprobs_num", "1025", "1024"]),
         (InvalidRequestError, {"token_ids_logprob": 5}, ["token_ids_logprob", "flat list of int"]),
         (InvalidRequestError, {"token_ids_logprob": ["a"]}, ["token_ids_logprob", "'a'"]),
         (InvalidRequestError, {"token_ids_logprob": [VOCAB]}, ["out-of-vocabulary", str(VOCAB)]),
-        (InvalidRequestError, {"token_ids_logprob": [1] * 129}, ["token_ids_logprob", "129"]),
+        (InvalidRequestError, {"token_ids_logprob": [1] * 4097}, ["token_ids_logprob", "4097"]),
         (InvalidRequestError, {"progress": 2}, ["progress", "2"]),
         (InvalidRequestError, {"routed_dp_rank": 1}, ["routed_dp_rank", "1"]),
         (NotSupportedError, {"image_data": "cat.png"}, ["image_data", "cat.png"]),
@@ -448,8 +448,12 @@ def test_weights_that_do_not_fit_the_config(refuses_to_load, copied):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     refuses_to_load(
-        ModelLoadError, "layers.2.self_attn.q_proj.weight", "layers.2.mlp.down_proj.weight",
-        model_path=str(folder),
+        ModelLoadError, "num_hidden_layers=3", "tensors of 2 layers", model_path=str(folder),
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    refuses_to_load(
+        ModelLoadError, "layers.1.mlp.gate_proj.weight is [128, 64], should be [96, 64]",
+        "layers.0.mlp.down_proj.weight", "intermediate_size=96", model_path=str(folder),
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHead"]}))
     refuses_to_load(NotSupportedError, "GPT2LMHead", "LlamaForCausalLM", model_path=str(folder))

@@ -268,6 +268,7 @@ def test_pages_beyond_32_bit_offsets(tmp_path):
     """A pool whose arrays have more than 2**31 numbers gives the tokens that a small one gives."""
     overrides = {
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 256,
+        "max_position_embeddings": 65536,
     }  # fmt: skip
     folder = make_checkpoint(str(tmp_path), "llama", **overrides)
     options = {**OPTIONS, "dtype": "bfloat16", "page_size": 64, "max_running_requests": 64}

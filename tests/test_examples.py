@@ -24,13 +24,17 @@ def command(name, *arguments):
     return [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
 
 
+COMPILING = "jaxserve: compiling "
+
+
 def run(name, *arguments):
-    """What the script prints; it must succeed and say nothing on stderr."""
+    """What the script prints; it must succeed and say nothing on stderr, but that it compiles."""
     fetch()
     done = subprocess.run(
         command(name, *arguments), capture_output=True, text=True, timeout=400, check=False
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-4000:]
+    said = [line for line in done.stderr.splitlines() if not line.startswith(COMPILING)]
+    assert (done.returncode, said) == (0, []), done.stderr[-4000:]
     return done.stdout
 
 
@@ -220,7 +224,10 @@ def test_server_answers_and_streams(server):
 
 
 BAD_BODIES = [
-    ({"prompt": "x", "sampling_params": {"top_p": 1.5}}, "top_p must be finite and in (0, 1]"),
+    (
+        {"prompt": "x", "sampling_params": {"top_p": 1.5}},
+        "top_p must be finite in float32 and in (0, 1]",
+    ),
     ({"prompt": "x", "sampling_params": {"max_tokens": 5}}, "parameter 'max_tokens'"),
     ({"prompt": "x", "sampling_params": {"regex": "a"}}, "'regex' is not yet supported"),
     ({"prompt": ["x", ""]}, "prompt 1 of the batch is empty"),

@@ -142,14 +142,15 @@ def test_a_prompt_that_always_fails_at_its_second_part_does_not_run_for_ever(eng
 
 def test_stops_that_cannot_be_checked_fail_their_request_alone(engine, monkeypatch):
     expected = engine.generate(input_ids=PROMPT, sampling_params=LONG)["output_ids"]
-    real, thread = engine.tokenizer.decode, engine._loop._thread
+    backend = engine._codec._backend
+    real, thread = backend.decode, engine._loop._thread
 
     def decode(*args, **kwargs):
         if threading.current_thread() is thread:
             raise ZeroDivisionError("injected")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(engine.tokenizer, "decode", decode)
+    monkeypatch.setattr(backend, "decode", decode)
     beside, outcome = in_thread(lambda: engine.generate(input_ids=PROMPT, sampling_params=LONG))
     for params in ({**LONG, "stop": "never"}, {**LONG, "stop_regex": "never"}):
         with pytest.raises(RequestFailedError, match="ZeroDivisionError: injected") as caught:
@@ -163,16 +164,9 @@ def test_stops_that_cannot_be_checked_fail_their_request_alone(engine, monkeypat
 
 @pytest.mark.parametrize("where", ["encode", "decode"])
 def test_a_tokenizer_that_fails_in_a_call_fails_that_call(engine, monkeypatch, where):
-    if where == "encode":
-
-        class Tokenizer:
-            def __call__(self, prompts):
-                raise ZeroDivisionError("injected")
-
-        monkeypatch.setattr(engine._builder, "_tokenizer", Tokenizer())
-    else:
-        fail_at(monkeypatch, engine.tokenizer, "decode", 2, ZeroDivisionError)
-    with pytest.raises(ZeroDivisionError, match="injected"):
+    number = 0 if where == "encode" else 1
+    fail_at(monkeypatch, engine._codec._backend, where, number, ZeroDivisionError)
+    with pytest.raises(RequestFailedError, match=f"{where}: ZeroDivisionError: injected"):
         list(engine.generate(["hello", "world"], LONG, stream=True))
     monkeypatch.undo()
     assert_works(engine)

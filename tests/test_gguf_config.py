@@ -18,7 +18,7 @@ from tests import gguf_files
 SHARED = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_act",
+    "tie_word_embeddings", "bos_token_id", "pad_token_id", "hidden_act",
 )  # fmt: skip
 
 
@@ -26,6 +26,7 @@ def assert_equals_transformers(config, path, *keys):
     theirs = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     for key in SHARED + keys:
         assert config[key] == getattr(theirs, key), key
+    assert np.ravel(config["eos_token_id"])[0] == theirs.eos_token_id  # the one that it knows
     assert np.float32(config["rms_norm_eps"]) == np.float32(theirs.rms_norm_eps)
     assert config["rope_parameters"] == theirs.rope_parameters
 
@@ -44,7 +45,11 @@ def test_smollm2():
     assert config["rms_norm_eps"] == 1e-5
     assert config["_gguf"]["tensor_types"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     ours = ModelConfig.from_hf(config)
-    assert (ours.num_layers, ours.head_dim, ours.eos_token_ids) == (30, 64, (2,))
+    assert (ours.num_layers, ours.head_dim, ours.eos_token_ids) == (
+        30,
+        64,
+        (2, 0),
+    )  # <|im_end|>, <|endoftext|>
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -103,7 +103,7 @@ def test_missing_file_and_folder(tmp_path):
 def test_wrong_magic(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGML" + bytes(100))
-    with pytest.raises(ModelLoadError, match=r"x\.gguf: not a GGUF file: .*GGML"):
+    with pytest.raises(ModelLoadError, match=r"x\.gguf: not a GGUF file"):
         gguf_config.read_config(str(path))
 
 

@@ -156,12 +156,11 @@ def test_unknown_tensors_keep_their_names_and_rope_factors_are_no_parameter(tmp_
     assert "blk.0.strange.weight" in names and "rope_freqs.weight" not in names
 
 
-def test_plain_tensors_are_views_of_the_file_and_survive_close(tmp_path):
+def test_plain_tensors_survive_close(tmp_path):
     path = tmp_path / "tiny.gguf"
     written = gguf_files.write_model(path)
     source = gguf_weights.tensors(str(path))
     value = source.read("model.norm.weight")
-    assert not value.flags.owndata and not value.flags.writeable
     source.close()
     np.testing.assert_array_equal(value, written["model.norm.weight"])
     with pytest.raises(ModelLoadError, match="after close"):

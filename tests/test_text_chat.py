@@ -6,21 +6,21 @@ import pytest
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.text import chat
+from jaxserve.text.chat import ChatPrompts
 from tests.api_fakes import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
+CHATS = ChatPrompts.of(TOKENIZER)
 HELLO = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+TEXT = "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
 
 
-def test_ids_are_those_of_the_rendered_text():
-    text = "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
-    text += "<|im_start|>assistant\n"
-    assert chat.render(TOKENIZER, HELLO) == TOKENIZER(text)["input_ids"]
+def test_the_prompt_ends_where_the_answer_begins():
+    assert CHATS.render(HELLO) == f"{TEXT}<|im_start|>assistant\n"
 
 
 def test_template_variables_reach_the_template():
-    ids = chat.render(TOKENIZER, HELLO, template_kwargs={"add_generation_prompt": False})
-    assert TOKENIZER.decode(ids).endswith("hi<|im_end|>\n")
+    assert CHATS.render(HELLO, template_kwargs={"add_generation_prompt": False}) == TEXT
 
 
 def test_batches_are_told_from_conversations():
@@ -33,13 +33,10 @@ def test_wrong_messages_are_named(messages):
         chat.is_batch(messages)
 
 
-def test_errors_of_template_and_tokenizer_are_clear():
-    with pytest.raises(InvalidRequestError, match="skip_tokenizer_init"):
-        chat.render(None, HELLO)
-    tokenizer = byte_level_tokenizer()
-    tokenizer.chat_template = None
+def test_errors_of_templates_are_clear():
     with pytest.raises(InvalidRequestError, match="no chat template"):
-        chat.render(tokenizer, HELLO)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        ChatPrompts(None, {}).render(HELLO)
     with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        chat.render(tokenizer, HELLO)
+        ChatPrompts("{{ raise_exception('roles must alternate') }}", {}).render(HELLO)
+    with pytest.raises(InvalidRequestError, match=r"\['other'\] and none of them is the default"):
+        ChatPrompts({"other": "x"}, {}).render(HELLO)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.text.codec import Codec
 from jaxserve.text.detokenize import CONTEXT_TOKENS, WINDOW_TOKENS, Detokenizer
 from tests.api_fakes import EOS, byte_level_tokenizer, chunks, metaspace_tokenizer
 
@@ -23,7 +24,7 @@ seeds = st.integers(0, 1 << 30)
 
 def pieces(tokenizer, ids, seed, prompt=(), **options) -> list[str]:
     """The text as it appears, its last part from `finish`."""
-    detokenizer = Detokenizer(tokenizer, prompt, **options)
+    detokenizer = Detokenizer(Codec(tokenizer), prompt, **options)
     rng = np.random.default_rng(seed)
     shown = [detokenizer.append(part) for part in chunks(ids, rng)]
     return [*shown, detokenizer.finish()]
@@ -75,13 +76,13 @@ def test_word_tokenizers_keep_their_spaces_after_a_prompt(tokens, seed):
 def test_the_first_word_of_an_answer_keeps_its_space():
     paris = WORDS.convert_tokens_to_ids("▁Paris")
     prompt = WORDS.convert_tokens_to_ids(["▁France", "▁is"])
-    assert Detokenizer(WORDS, prompt).append([paris]) == " Paris"
-    assert Detokenizer(WORDS, []).append([paris]) == "Paris"
+    assert Detokenizer(Codec(WORDS), prompt).append([paris]) == " Paris"
+    assert Detokenizer(Codec(WORDS), []).append([paris]) == "Paris"
 
 
 def test_a_window_of_special_tokens_loses_no_space():
     paris, end = WORDS.convert_tokens_to_ids(["▁Paris", "</s>"])
-    detokenizer = Detokenizer(WORDS)
+    detokenizer = Detokenizer(Codec(WORDS))
     detokenizer.append([*[paris] * WINDOW_TOKENS, *[end] * (CONTEXT_TOKENS + 1)])
     assert detokenizer.append([paris]) == " Paris"
 
@@ -93,9 +94,9 @@ def test_a_character_is_withheld_until_its_last_byte(tokenizer):
     else:
         ids = WORDS.convert_tokens_to_ids(["a", *(f"<0x{b:02X}>" for b in "𓂀".encode())])
     assert len(ids) == 5
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(Codec(tokenizer))
     assert [detokenizer.append([token]) for token in ids][1:] == ["", "", "", "𓂀"]
-    half = Detokenizer(tokenizer)
+    half = Detokenizer(Codec(tokenizer))
     assert half.append(ids[:3]) in ("x", "a")
     assert set(half.finish()) == {"\ufffd"}
 
@@ -103,7 +104,7 @@ def test_a_character_is_withheld_until_its_last_byte(tokenizer):
 def test_an_output_completes_the_character_that_the_prompt_began():
     crab = BYTES("𓂀")["input_ids"]
     assert len(crab) == 4
-    detokenizer = Detokenizer(BYTES, crab[:2])
+    detokenizer = Detokenizer(Codec(BYTES), crab[:2])
     assert "".join(detokenizer.append([token]) for token in crab[2:]) == "𓂀"
 
 
@@ -128,7 +129,7 @@ def test_the_cost_per_token_is_bounded(kind):
         "special tokens first": [*[eos] * 20, *BYTES("ha ha 日本 " * size)["input_ids"][:size]],
         "garbage": [garbage] * size,
     }[kind]
-    counting = Counting(BYTES)
+    counting = Counting(Codec(BYTES))
     detokenizer = Detokenizer(counting)
     shown = "".join(detokenizer.append([token]) for token in ids) + detokenizer.finish()
     assert shown == BYTES.decode(ids, skip_special_tokens=True)

@@ -9,18 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.text.detokenize import Detokenizer
-from jaxserve.text.stop import (
-    MAX_REGEX_HOLD,
-    MAX_REGEX_WINDOW,
-    TAIL_SLACK,
-    StopMatcher,
-    StopRegex,
-    held_back,
-)
+from jaxserve.text.codec import Codec
+from jaxserve.text.pattern import MAX_REGEX_WINDOW, StopRegex
+from jaxserve.text.stop import MAX_REGEX_HOLD, TAIL_SLACK, StopMatcher, held_back
+from jaxserve.text.transcript import Transcript
 from tests.api_fakes import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
+CODEC = Codec(TOKENIZER)
 PATTERNS = ["a+b", r"\d\d", "(?:ab)+a", r"b\b", "(?<=a)c", "a(?=bc)", "^ab", "[^ab]c", "é|日b"]
 
 letters = st.text("abc é日1", max_size=40)
@@ -29,7 +25,7 @@ patterns = st.lists(st.sampled_from(PATTERNS), max_size=2)
 
 
 def matcher_of(strings, regexes=()) -> StopMatcher:
-    return StopMatcher(strings, [StopRegex(regex) for regex in regexes], Detokenizer(TOKENIZER))
+    return StopMatcher(strings, [StopRegex(regex) for regex in regexes], Transcript(CODEC))
 
 
 def brute_force(ids, strings, regexes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -52,50 +53,35 @@ class Prompts(NamedTuple):
 
 def _texts(prompt: Any) -> tuple[bool, Sequence[Any]]:
     """Whether there is one prompt, and the prompts."""
-    prompt = checks.plain(prompt)
+    prompt = checks.listed(checks.plain(prompt))
     if isinstance(prompt, str):
         return True, [prompt]
     if isinstance(prompt, list | tuple):
         return False, prompt
-    if isinstance(prompt, np.ndarray):
-        return False, prompt.tolist()
     raise InvalidRequestError(
         f"prompt must be a string or a list of strings, got {checks.shown(prompt)}"
     )
 
 
-def _id_rows(input_ids: Any) -> tuple[bool, Sequence[Any]]:
+def _id_rows(input_ids: Any) -> tuple[bool, Any]:
     """Whether there is one row of token ids, and the rows."""
-    if not isinstance(input_ids, list | tuple):
-        input_ids = _array("input_ids", input_ids)
-        if input_ids.ndim not in (1, 2):
+    rows = input_ids
+    if not isinstance(rows, np.ndarray) or not rows.ndim:
+        rows = checks.listed(rows)
+        if not isinstance(rows, list | tuple):
             raise InvalidRequestError(
-                f"input_ids must have one or two dimensions, got {input_ids.ndim}"
+                "input_ids must be a list of token ids or a list of such lists, got "
+                + checks.shown(input_ids)
             )
-    if not len(input_ids):
+    if not len(rows):
         raise InvalidRequestError("input_ids is empty, got []")
-    first = input_ids[0]
+    first = rows[0]
     nested = isinstance(first, list | tuple) or getattr(first, "ndim", 0) > 0
-    return not nested, input_ids if nested else [input_ids]
+    return not nested, rows if nested else [rows]
 
 
 def _shape(single: bool, rows: Sequence[Any]) -> str:
     return "one prompt" if single else f"a list of {len(rows)}"
-
-
-def _array(name: str, values: Any) -> np.ndarray:
-    """Numbers in an array of NumPy, JAX or PyTorch (of any device), or in lists, as NumPy has
-    them."""
-    if not isinstance(values, list | tuple) and not hasattr(values, "__array__"):
-        raise InvalidRequestError(f"{name} must be a list of token ids, got {checks.shown(values)}")
-    try:
-        detach = getattr(values, "detach", None)
-        # NumPy takes no array of PyTorch's that a GPU has.
-        return np.asarray(values if detach is None else detach().cpu())
-    except Exception as error:  # ragged rows, freed buffers, whatever `__array__` raises
-        raise InvalidRequestError(
-            f"{name} must be a list of integers, got {checks.shown(values)}"
-        ) from error
 
 
 def check_count(prompts: int, n: int, most_queued: int | None) -> None:
@@ -128,8 +114,10 @@ def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
     short = type(values) is list and len(values) <= SHORT and set(map(type, values)) == {int}
     if short and min(values) >= 0 and max(values) < vocab_size:
         return list(values)
-    array = _array(name, values)
-    if array.ndim == 1 and not len(array):
+    array: Any = values
+    if not isinstance(values, np.ndarray) or values.dtype == object:
+        array = _flat(name, checks.listed(values))
+    if not array.size:
         raise InvalidRequestError(f"{name} is empty, got []")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidRequestError(f"{name} must be a list of integers, got {checks.shown(values)}")
@@ -140,6 +128,24 @@ def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
             f"{vocab_size} tokens"
         )
     return array.tolist()
+
+
+def _flat(name: str, values: Any) -> np.ndarray:
+    """A list of integers (or arrays without dimensions) as an array."""
+    if not isinstance(values, list | tuple):
+        raise InvalidRequestError(f"{name} must be a list of token ids, got {checks.shown(values)}")
+    for kind in set(map(type, values)):
+        # Lists within are not NumPy's to look at: it would follow them to any depth.
+        if not issubclass(kind, numbers.Integral) and not hasattr(kind, "ndim"):
+            raise InvalidRequestError(
+                f"{name} must be a list of integers, got {checks.shown(values)}"
+            )
+    try:
+        return np.asarray(values)
+    except Exception as error:  # ragged arrays, freed buffers, whatever `__array__` raises
+        raise InvalidRequestError(
+            f"{name} must be a list of integers, got {checks.shown(values)}"
+        ) from error
 
 
 def request_ids(rid: Any, prompts: int, single: bool, n: int) -> list[list[str]]:
@@ -179,8 +185,7 @@ def request_ids(rid: Any, prompts: int, single: bool, n: int) -> list[list[str]]
 def per_row(name: str, value: Any, prompts: int) -> list[Any]:
     """A value for each prompt: a list (or array) as it is, if its length fits, anything else
     repeated."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        value = list(value)
+    value = checks.listed(value)
     if not isinstance(value, list | tuple):
         return [value] * prompts
     if len(value) != prompts:

@@ -12,6 +12,7 @@ from jaxserve.api.request_log import RequestLog
 from jaxserve.errors import InvalidRequestError
 from jaxserve.output.mailbox import Mailbox
 from jaxserve.output.result import Output
+from jaxserve.process import Uncopyable
 from jaxserve.request import Request, Update
 
 
@@ -47,7 +48,7 @@ class LiveIds:
                     del self._holders[rid]
 
 
-class Call:
+class Call(Uncopyable):
     """Submits requests on construction and collects their updates.
 
     Whoever stops reading before the end must call `close`, which aborts what still runs; the
@@ -98,7 +99,12 @@ class Call:
         return len(self._outputs)
 
     def close(self) -> None:
-        """Aborts the requests that have not finished. May be called at any time."""
+        """Aborts the requests that have not finished. May be called at any time. A forked process
+        only forgets them: they are not its own."""
+        if self._mailbox.home.left:
+            self._unfinished.clear()
+            self._owner = None
+            return
         left = list(self._unfinished)
         if left:
             # Before anything is forgotten: Ctrl-C may come here too, and `close` again.
@@ -176,7 +182,7 @@ class Call:
             raise
 
 
-class Stream(Generator[dict[str, Any], Any, None]):
+class Stream(Uncopyable, Generator[dict[str, Any], Any, None]):
     """Chunks of a call for `for`. Closing or dropping it aborts the requests."""
 
     def __init__(self, call: Call) -> None:
@@ -200,7 +206,7 @@ class Stream(Generator[dict[str, Any], Any, None]):
         self._call.close()
 
 
-class AsyncStream(AsyncGenerator[dict[str, Any], Any]):
+class AsyncStream(Uncopyable, AsyncGenerator[dict[str, Any], Any]):
     """Chunks of a call for `async for`. Closing, dropping or cancelling aborts the requests."""
 
     def __init__(self, call: Call) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.api.shown import quoted, shown
 from jaxserve.errors import InvalidRequestError
+from jaxserve.shown import quoted, shown
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
@@ -30,9 +30,11 @@ DEEPEST = 64
 __all__ = [
     "absent",
     "boolean",
+    "encodable",
     "integer",
     "integers",
     "json_value",
+    "listed",
     "near_matches",
     "number",
     "plain",
@@ -47,7 +49,21 @@ def plain(value: Any) -> Any:
     """A scalar or 0-d array of NumPy, JAX or PyTorch as the Python value it holds, anything else
     as it is."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
+        try:
+            return value.item()
+        except Exception:  # a buffer that was freed, say: the value is none of ours then
+            return value
+    return value
+
+
+def listed(value: Any) -> Any:
+    """An array of NumPy, JAX or PyTorch (of any device) as a list, nested as its dimensions,
+    anything else as it is."""
+    if getattr(value, "ndim", 0) and hasattr(value, "tolist"):
+        try:
+            return value.tolist()
+        except Exception:  # as in `plain`
+            return value
     return value
 
 
@@ -109,11 +125,11 @@ def number(
     except OverflowError:
         result = float("inf")
     too_low = low is not None and (result <= low if above else result < low)
-    if not abs(result) <= FLOAT32_MAX or too_low or (high is not None and result > high):
+    if not -FLOAT32_MAX <= result <= FLOAT32_MAX or too_low or (high is not None and result > high):
         raise InvalidRequestError(
             f"{name} must be finite in float32{_and_interval(low, high, above)}, got {shown(value)}"
         )
-    if abs(result) < FLOAT32_TINY and result:
+    if -FLOAT32_TINY < result < FLOAT32_TINY and result:
         return FLOAT32_TINY if above else 0.0
     return result
 
@@ -134,6 +150,11 @@ def text(name: str, value: Any, most: int = LONGEST_STRING) -> str:
         raise InvalidRequestError(
             f"{name} may have {most} characters, got {len(value)}: {shown(value)}"
         )
+    return encodable(name, value)
+
+
+def encodable(name: str, value: str) -> str:
+    """`value` if UTF-8 can encode it: no half of a surrogate pair is in it."""
     if not value.isascii():
         try:
             value.encode()
@@ -147,16 +168,14 @@ def text(name: str, value: Any, most: int = LONGEST_STRING) -> str:
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """A string or a sequence of at most MOST_STRINGS strings as a tuple; empty strings are
     refused."""
-    items = (value,) if isinstance(value, str) else value
-    if isinstance(items, np.ndarray) and items.ndim == 1:
-        items = items[: MOST_STRINGS + 1].tolist()
+    items = (value,) if isinstance(value, str) else listed(value)
     if not isinstance(items, list | tuple):
         raise InvalidRequestError(
             f"{name} must be a string or a list of strings, got {shown(value)}"
         )
     if len(items) > MOST_STRINGS:
         raise InvalidRequestError(
-            f"{name} may have {MOST_STRINGS} strings, got {len(value)}: {shown(value)}"
+            f"{name} may have {MOST_STRINGS} strings, got {len(items)}: {shown(value)}"
         )
     for item in items:
         if not isinstance(item, str):

@@ -66,7 +66,7 @@ class TokenizerManager:
 
 def longest_input(limits: Limits) -> int:
     """Tokens of the longest prompt, with one place left for an output."""
-    return min(limits.context_length, limits.max_total_tokens) - 1
+    return limits.longest - 1
 
 
 def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> dict[str, Any]:

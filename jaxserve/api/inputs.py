@@ -19,14 +19,18 @@ from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from jaxserve.server_args import ServerArgs
 from jaxserve.text import chat
-from jaxserve.text.detokenize import Detokenizer
+from jaxserve.text.chat import ChatPrompts
+from jaxserve.text.codec import Codec
 from jaxserve.text.stop import StopMatcher
+from jaxserve.text.transcript import Transcript
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
 
 SEEDS = 1 << 32
 """Request seeds lie in [0, SEEDS); a larger or negative sampling_seed is taken modulo this."""
+SHORT_TOKEN = 8
+"""Bytes that the longest token of any vocabulary has: shorter texts need no look at it."""
 SEEDS_AT_ONCE = 256
 """Drawn together: numpy's generator is slow to wake for a single one."""
 
@@ -44,10 +48,17 @@ class RequestBuilder:
     """Makes the requests of calls to one engine. Thread-safe."""
 
     def __init__(
-        self, args: ServerArgs, limits: Limits, eos_ids: frozenset[int], tokenizer: Any
+        self,
+        args: ServerArgs,
+        limits: Limits,
+        eos_ids: frozenset[int],
+        codec: Codec | None,
+        chats: ChatPrompts | None,
     ) -> None:
+        """codec, chats: None with skip_tokenizer_init."""
         self._limits = limits
-        self._tokenizer = tokenizer
+        self._codec = codec
+        self._chats = chats
         self._stream_interval = args.stream_interval
         self._preferred = args.preferred_params
         self._refuse_priority = (
@@ -58,22 +69,21 @@ class RequestBuilder:
         self._rules = Rules(
             limits=limits,
             eos_ids=eos_ids,
-            has_tokenizer=tokenizer is not None,
+            has_tokenizer=codec is not None,
             auto_truncate=args.allow_auto_truncate,
         )
         self._seeds = np.random.default_rng(args.random_seed)
         self._drawn: list[int] = []
-        # Neither numpy's generators nor the settings of a fast tokenizer may be used by two
-        # threads at a time.
-        self._lock = threading.Lock()
+        # Of the generator alone. A signal handler may draw while its own thread does.
+        self._lock = threading.RLock()
 
     def build(self, given: Arguments) -> Inputs:
         """The requests of a call, in result order. Raises InvalidRequestError (for a batch, naming
         the row), NotSupportedError and UnknownOptionError; nothing has happened then."""
         created = time.perf_counter()
         prompts = batch.Prompts.of(given.prompt, given.input_ids)
-        single = prompts.single
-        params, explicit = self._sampling_params(given.sampling_params, prompts.count)
+        single, count = prompts.single, prompts.count
+        params, explicit = self._sampling_params(given.sampling_params, count)
         samples = params[0].n if params else 1
         for index, row in enumerate(params):
             if row.n != samples:
@@ -81,7 +91,7 @@ class RequestBuilder:
                     "parallel_sample_num should be the same for all prompts of a batch, got "
                     f"n={samples} in row 0 and n={row.n} in row {index}"
                 )
-        batch.check_count(prompts.count, samples, self._most_queued)
+        batch.check_count(count, samples, self._most_queued)
         ids = self._prompt_ids(prompts)
         logprobs = self._logprob_specs(given, len(ids), single, samples)
         rids = batch.request_ids(given.rid, len(ids), single, samples)
@@ -103,14 +113,42 @@ class RequestBuilder:
     ) -> list[int] | list[list[int]]:
         """Prompt token ids of a conversation, or of each of a list of them."""
         conversations = messages if chat.is_batch(messages) else [messages]
-        with self._lock:
-            rows = [
-                chat.render(
-                    self._tokenizer, conversation, tools=tools, template_kwargs=template_kwargs
+        if self._chats is None:
+            raise InvalidRequestError(
+                "messages need a tokenizer, and skip_tokenizer_init=True is set"
+            )
+        texts = []
+        for index, conversation in enumerate(conversations):
+            with _NamingRow(index, conversations is messages):
+                texts.append(
+                    self._chats.render(conversation, tools=tools, template_kwargs=template_kwargs)
                 )
-                for conversation in conversations
-            ]
+        # The template writes the special tokens itself, the first one included.
+        rows = self._encode("messages", texts, add_special_tokens=False)
         return rows if conversations is messages else rows[0]
+
+    def _encode(
+        self, name: str, texts: list[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text. Those that must be too long, by their bytes, are refused first:
+        encoding takes a second for each megabyte or two. (What is cut is encoded: where a text is
+        cut decides its last tokens.)"""
+        codec, context = self._codec, self._limits.context_length
+        if codec is None:
+            raise InvalidRequestError(
+                f"{name} needs a tokenizer, and skip_tokenizer_init=True is set: give input_ids"
+            )
+        for index, text in enumerate(texts):
+            if len(text) < SHORT_TOKEN * context or self._rules.auto_truncate:
+                continue
+            least = codec.least_tokens(text)
+            if least >= context:
+                with _NamingRow(index, len(texts) > 1):
+                    raise InvalidRequestError(
+                        f"The {name} ({len(text)} characters, at least {least} tokens) is longer "
+                        f"than the model's context length ({context} tokens)"
+                    )
+        return codec.encode(name, texts, add_special_tokens=add_special_tokens)
 
     def _prompt_ids(self, given: batch.Prompts) -> list[list[int]]:
         if given.ids is not None:
@@ -124,18 +162,13 @@ class RequestBuilder:
         batch.check_prompts(prompts)
         if not prompts:
             return []
-        if self._tokenizer is None:
-            raise InvalidRequestError(
-                "prompt needs a tokenizer, and skip_tokenizer_init=True is set: give input_ids"
-            )
-        with self._lock:
-            encoded = self._tokenizer(prompts)["input_ids"]
-        return [
-            batch.token_ids(
-                f"the tokens of prompt {checks.shown(prompt)}", row, self._limits.vocab_size
-            )
-            for prompt, row in zip(prompts, encoded, strict=True)
-        ]
+        encoded = self._encode("prompt", prompts)
+        size = self._limits.vocab_size
+        for prompt, row in zip(prompts, encoded, strict=True):
+            # (Those of a tokenizer are integers; arrays of millions would hold others up.)
+            if not row or max(row) >= size:
+                batch.token_ids(f"the tokens of prompt {checks.shown(prompt)}", row, size)
+        return encoded
 
     def _sampling_params(self, given: Any, prompts: int) -> tuple[list[SamplingParams], list[bool]]:
         """Each prompt's parameters, and whether they say max_new_tokens themselves."""
@@ -228,22 +261,26 @@ class RequestBuilder:
         ]
 
     def _draw_seed(self) -> int:
-        with self._lock:
-            if not self._drawn:
-                self._drawn = self._seeds.integers(SEEDS, size=SEEDS_AT_ONCE).tolist()[::-1]
-            return self._drawn.pop()
+        while True:
+            try:
+                return self._drawn.pop()
+            except IndexError:
+                with self._lock:
+                    if not self._drawn:
+                        drawn = self._seeds.integers(SEEDS, size=SEEDS_AT_ONCE).tolist()
+                        self._drawn.extend(reversed(drawn))
 
     def _stop_matcher(self, row: Row) -> StopMatcher | None:
         params = row.params
-        if not (params.stop or row.stop_regexes):
+        if self._codec is None or not (params.stop or row.stop_regexes):
             return None
-        detokenizer = Detokenizer(
-            self._tokenizer,
+        transcript = Transcript(
+            self._codec,
             row.prompt_ids,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
-        return StopMatcher(params.stop, row.stop_regexes, detokenizer)
+        return StopMatcher(params.stop, row.stop_regexes, transcript)
 
 
 class _NamingRow:

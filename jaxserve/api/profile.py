@@ -15,6 +15,8 @@ from jaxserve.errors import InvalidRequestError, NotSupportedError
 
 FOLDER_VARIABLE = "JAXSERVE_PROFILER_DIR"
 ACTIVITIES = ("CPU", "GPU")
+LONGEST_PATH, LONGEST_NAME = 4096, 128
+"""Characters, of a folder and of what is put into the name of one."""
 FOREIGN_ACTIVITIES = ("MEM", "RPD", "CUDA_PROFILER", "XPU")
 
 
@@ -89,7 +91,8 @@ def _activities(given: Any) -> tuple[str, ...]:
 
 def _name(argument: str, value: Any) -> str:
     """A part of the name of a folder."""
-    if not isinstance(value, str) or not value or value in (".", "..") or {*"/\\"} & {*value}:
+    checks.text(argument, value, LONGEST_NAME)
+    if not value or value in (".", "..") or {*"/\\\0"} & {*value}:
         raise InvalidRequestError(
             f"{argument} must be a string that can name a file, got {checks.shown(value)}"
         )
@@ -97,16 +100,19 @@ def _name(argument: str, value: Any) -> str:
 
 
 def _folder(output_dir: Any) -> str:
-    given = output_dir or os.environ.get(FOLDER_VARIABLE)
+    name, given = "output_dir", output_dir
+    if given is None or (isinstance(given, str) and not given):
+        name, given = FOLDER_VARIABLE, os.environ.get(FOLDER_VARIABLE)
     if given is None:
         return tempfile.mkdtemp(prefix="jaxserve-profile-")
-    name = "output_dir" if output_dir else FOLDER_VARIABLE
-    if not isinstance(given, str | os.PathLike):
+    path = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    if not isinstance(path, str):
         raise InvalidRequestError(f"{name} must be a path, got {checks.shown(given)}")
-    folder = os.path.abspath(os.path.expanduser(os.fspath(given)))
+    checks.text(name, path, LONGEST_PATH)
+    folder = os.path.abspath(os.path.expanduser(path))
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
         raise InvalidRequestError(f"{name}={folder!r} cannot be written to: {error}") from error

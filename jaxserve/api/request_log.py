@@ -9,6 +9,7 @@ from typing import Any
 from jaxserve.output.result import Output
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.text.codec import Codec
 
 logger = logging.getLogger("jaxserve.requests")
 COUNTS, PARAMETERS, PARTIAL, EVERYTHING = range(4)
@@ -21,12 +22,12 @@ class RequestLog:
     """Logs requests at level INFO on the logger `jaxserve.requests`, which this turns on whatever
     the engine's log_level.
 
-    level: one of the above. tokenizer: shows inputs as text; None shows token ids.
+    level: one of the above. codec: shows inputs as text; None shows token ids.
     """
 
-    def __init__(self, level: int, tokenizer: Any) -> None:
+    def __init__(self, level: int, codec: Codec | None) -> None:
         self._level = level
-        self._tokenizer = tokenizer
+        self._codec = codec
         logger.setLevel(logging.INFO)
 
     def received(self, request: Request) -> None:
@@ -41,9 +42,7 @@ class RequestLog:
             facts["sampling_params"] = _given(request.params)
         if self._level >= PARTIAL:
             ids = request.prompt_ids
-            facts["input"] = self._shown(
-                ids if self._tokenizer is None else self._tokenizer.decode(ids)
-            )
+            facts["input"] = self._shown(ids if self._codec is None else self._codec.decode(ids))
         _log("Receive", facts)
 
     def finished(self, output: Output) -> None:

@@ -7,13 +7,11 @@ import numbers
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxserve.api import checks
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import LogprobSpec
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.text.stop import StopRegex
+from jaxserve.text.pattern import StopRegex
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
@@ -53,7 +51,7 @@ class Rules:
         if logprobs is not None and logprobs.start > len(prompt_ids):
             raise InvalidRequestError(
                 f"logprob_start_len must not exceed the prompt's {len(prompt_ids)} tokens, got "
-                f"{logprobs.start}"
+                f"{checks.shown(logprobs.start)}"
             )
         longest = self._fit_output(len(prompt_ids), params, explicit_length)
         if longest != params.max_new_tokens:  # a copy is checked anew
@@ -142,19 +140,19 @@ def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) ->
     wanted = checks.boolean("return_logprob", False if wanted is None else wanted)
     start = checks.integer("logprob_start_len", -1 if start is None else start, -1)
     top = checks.integer("top_logprobs_num", 0 if top is None else top, 0)
-    if top > limits.max_top_logprobs:
+    if top > limits.most_top_logprobs:
         raise InvalidRequestError(
-            f"top_logprobs_num must be at most {limits.max_top_logprobs} "
+            f"top_logprobs_num must be at most {limits.most_top_logprobs} "
             f"(Engine(max_top_logprobs=...)), got {checks.shown(top)}"
         )
-    ids = [] if ids is None else ids
-    if not isinstance(ids, list | tuple | np.ndarray):
+    ids = [] if ids is None else checks.listed(ids)
+    if not isinstance(ids, list | tuple):
         raise InvalidRequestError(
             f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"
         )
-    if len(ids) > limits.max_logprob_ids:
+    if len(ids) > limits.most_logprob_ids:
         raise InvalidRequestError(
-            f"token_ids_logprob may have {limits.max_logprob_ids} ids "
+            f"token_ids_logprob may have {limits.most_logprob_ids} ids "
             f"(Engine(max_logprob_ids=...)), got {len(ids)}"
         )
     named: list[Any] = [checks.plain(token) for token in ids]
@@ -169,4 +167,8 @@ def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) ->
                 f"token_ids_logprob has the out-of-vocabulary id {checks.quoted(token)}; the "
                 f"vocabulary has {limits.vocab_size} tokens"
             )
-    return LogprobSpec(start, top, tuple(map(int, named))) if wanted else None
+    if not wanted:
+        return None
+    top = min(top, limits.vocab_size)
+    wide = top > limits.max_top_logprobs or len(ids) > limits.max_logprob_ids
+    return LogprobSpec(start, top, tuple(map(int, named)), wide)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.api.model_facts import ModelFacts
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError
+from jaxserve.folders import PrivateFolder
+from jaxserve.process import check_jax
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -18,7 +22,11 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = {"half": "float16", "float": "float32"}
 EXTRA_STOP_TOKENS = ("<|eom_id|>",)
-"""Tokens that end a model's turn though no config says so (Llama 3's tool calls)."""
+"""Special tokens that end a model's turn though no config says so (Llama 3's tool calls). Those of
+a GGUF file are in its config (converters.gguf_config)."""
+MOST_CACHE_BYTES = 2 << 30
+"""Of JAX's compilation cache, checked at each start. JAX's own limit does the same at every program
+that it writes, needs another package, and fails on files that were written without it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -39,16 +47,24 @@ def start(args: ServerArgs) -> Started:
     """Loads tokenizer and model and starts the engine thread.
 
     Raises ModelLoadError (missing or damaged files), NotSupportedError (architecture),
-    InvalidRequestError (an option that does not fit the model or the machine).
+    InvalidRequestError (an option that does not fit the model or the machine), ForkedProcessError.
     """
+    check_jax()
     # JAX and transformers take seconds to import; scripts that only parse options wait for none.
+    from jaxserve.compat import Settings
+
+    with Settings.here().applied():
+        return _start(args)
+
+
+def _start(args: ServerArgs) -> Started:
     import converters
     from jaxserve.loop import EngineLoop
 
     if args.trust_remote_code:
         warnings.warn(
             "trust_remote_code=True is ignored: jaxserve never runs a checkpoint's code",
-            stacklevel=3,
+            stacklevel=4,
         )
     sharding = _prepare_jax(args)
     tokenizer = None
@@ -85,11 +101,14 @@ def start(args: ServerArgs) -> Started:
 
 
 def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
-    """The end-of-text ids that a tokenizer knows."""
+    """The end-of-text ids that a tokenizer knows. A plain token with the text of one is none."""
     if tokenizer is None:
         return frozenset()
-    added = tokenizer.get_added_vocab()
-    ids = {added[token] for token in EXTRA_STOP_TOKENS if token in added}
+    ids = {
+        id_
+        for id_, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content in EXTRA_STOP_TOKENS
+    }
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return frozenset(ids)
@@ -106,25 +125,55 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
     compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
     if args.enable_hierarchical_cache:
         compat.allow_pinned_memory(pinned_limit(int(args.hicache_size * 1e9)))
-    folder = cache_folder(args.compilation_cache_dir)
-    if folder:
-        compat.enable_compilation_cache(folder)
-    if args.device is None:
-        return None
-    return jax.sharding.SingleDeviceSharding(_device(args.device))
+    device = _device(args.device)
+    if args.compilation_cache_dir != "":
+        configured = compat.cache_configured()
+        folder = None if configured else _cache_folder(args.compilation_cache_dir)
+        if configured or folder:
+            compat.enable_compilation_cache(folder)
+    return None if args.device is None else jax.sharding.SingleDeviceSharding(device)
 
 
-def _device(option: str) -> Any:
-    """The first jax.Device of the first platform in `option` ("cuda", "cuda,cpu") that JAX has."""
+def _device(option: str | None) -> Any:
+    """The first jax.Device of the first platform in `option` ("cuda", "cuda,cpu") that JAX has, and
+    JAX's default for None."""
     import jax
 
-    first, *others = option.split(",")
+    from jaxserve import compat
+
+    first, *others = (None,) if option is None else option.split(",")
     try:
         return jax.devices(first)[0]
     except RuntimeError as error:
         if not others:
             raise InvalidRequestError(
-                f"device={option!r} is not available to JAX: {error}"
+                f"device={option!r} is not available to JAX, whose jax_platforms is "
+                f"{compat.platforms()!r}: {error}"
             ) from error
     warnings.warn(f"JAX has no {first} device here: running on {others[0]}", stacklevel=5)
     return _device(",".join(others))
+
+
+def _cache_folder(option: str | None) -> str | None:
+    """The folder for JAX's compilation cache, made if need be; None where it cannot be used, which
+    a warning says."""
+    from jaxserve import compat
+
+    folder = cache_folder(option)
+    try:
+        if not folder:
+            raise FileNotFoundError("this user has no home folder")
+        private = PrivateFolder(Path(folder))
+        private.create()
+        if not compat.cache_limited():
+            private.prune(suffix="-cache", most_bytes=MOST_CACHE_BYTES)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to")
+    except OSError as error:
+        warnings.warn(
+            "compiled programs are not kept, and every start compiles them anew: "
+            f"{error}. compilation_cache_dir chooses another folder ('' is none)",
+            stacklevel=6,
+        )
+        return None
+    return folder

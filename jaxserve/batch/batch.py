@@ -52,6 +52,12 @@ class ExtendBatch:
         return any(row.sequence.request.logprobs is not None for row in self.rows)
 
     @property
+    def wants_wide(self) -> bool:
+        """Whether any row wants more logprobs than the usual programs have columns for."""
+        specs = (row.sequence.request.logprobs for row in self.rows)
+        return any(spec.wide for spec in specs if spec is not None)
+
+    @property
     def samples(self) -> bool:
         """Whether any row samples a token."""
         return any(row.samples for row in self.rows)
@@ -96,6 +102,11 @@ class DecodeBatch:
     def wants_logprobs(self) -> bool:
         """Whether any row wants the logprobs of its outputs."""
         return self.rows.wants_logprobs
+
+    @property
+    def wants_wide(self) -> bool:
+        """As of an ExtendBatch."""
+        return self.rows.wants_wide
 
 
 Batch = ExtendBatch | DecodeBatch

@@ -164,9 +164,11 @@ class SparseArrays(NamedTuple):
 
 
 def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArrays | None:
-    """The slot's lists, or None for a request that has none."""
+    """The slot's lists, or None for a request that has none. Named ids that are more than `max_ids`
+    are not in them: see step.wide."""
     bias = request.params.logit_bias or {}
-    named = request.logprobs.ids if request.logprobs else ()
+    spec = request.logprobs
+    named = spec.ids if spec is not None and len(spec.ids) <= max_ids else ()
     if not bias and not request.masked_ids and not named:
         return None
     count, total = len(bias), len(bias) + len(request.masked_ids)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxserve.cache.pool import available_host_memory
 from jaxserve.errors import InvalidRequestError
+from jaxserve.memory import available_host_memory
 
 BLOCK_BYTES = 32 << 20
 MOST_PAGES = 16

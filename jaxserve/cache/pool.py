@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,18 +9,25 @@ import jax.numpy as jnp
 from jaxserve.attention.paged import Cache
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
+from jaxserve.memory import available_host_memory
 from jaxserve.models.config import ModelConfig
 
 CPU_SHARE = 0.25
 CPU_MOST = 2 << 30
 """On a CPU the pool is at most a quarter of the free memory, and 2 GiB unless asked for more: the
 zeros are really written, and a laptop has other things to do."""
+CPU_OF_WEIGHTS, CPU_ENOUGH = 4, 256 << 20
+"""Unless asked for more: so many times the weights' bytes, or that many bytes where this is more.
+The weights are what a checkpoint proves of its size; the context is what it claims."""
 CPU_MOST_FP8 = 64 << 20
 """Unless asked for more: XLA's CPU backend scatters and gathers float8 by way of float16, all of
 the pool in every layer (jax 0.10.2; 24 MiB of K take 30 ms to write into, float32 pages 20 us)."""
 GPU_FRACTION = 0.88
 ALLOCATOR_FRACTION = 0.95
 """Share of a GPU's memory that JAX may take: weights, KV pages and the programs' temporaries."""
+GRID = 4
+"""Sizes of a pool per octave on a CPU. Free memory differs from start to start, and a program is
+for one number of pages: without a grid nearly every start would compile anew."""
 FRAGMENTED = 0.02
 """Share of what JAX may take that lies in pieces between larger arrays: a program's temporaries are
 one piece. A step of 100,000 tokens (8.9 GiB) beside a pool of all the rest did not fit (H100)."""
@@ -59,8 +64,10 @@ def count_pages(
 
     GPU: mem_fraction_static of the device, less the weights, and never more than what the largest
     program's temporaries and other users of this process (a second engine, say) leave. CPU: see
-    CPU_SHARE and CPU_MOST_FP8. max_total_tokens caps both, and a pool larger than max_rows whole
-    contexts is not needed. InvalidRequestError when nothing fits.
+    CPU_SHARE, CPU_OF_WEIGHTS, CPU_MOST_FP8 and GRID. max_total_tokens caps both, and a pool larger
+    than max_rows whole contexts is not needed. program_bytes: what else the engine holds, its state
+    included.
+    InvalidRequestError when nothing fits.
     """
     each = page_bytes(model, config.page_size, dtype)
     most = config.max_rows * config.table_width
@@ -68,18 +75,18 @@ def count_pages(
         most = min(most, max(config.max_total_tokens // config.page_size, 1))
     stats = device.memory_stats() if config.platform != "cpu" else None
     if stats is None:
-        free = available_host_memory()
+        left = available_host_memory() * CPU_SHARE - program_bytes
         most_bytes = CPU_MOST_FP8 if dtype.itemsize == 1 else CPU_MOST
+        most_bytes = min(most_bytes, max(CPU_OF_WEIGHTS * weight_bytes, CPU_ENOUGH))
         asked = config.max_total_tokens is not None
-        room = free * CPU_SHARE if asked else min(free * CPU_SHARE, most_bytes)
+        fits = coarse(int((left if asked else min(left, most_bytes)) // each))
     else:
         limit = stats["bytes_limit"]
         fraction = config.mem_fraction or GPU_FRACTION
         total = limit / max(ALLOCATOR_FRACTION, fraction)  # as api.startup asked JAX to take
         others = max(stats.get("bytes_in_use", 0) - weight_bytes, 0)
         left = limit * (1 - FRAGMENTED) - program_bytes - others
-        room = min(total * fraction, left) - weight_bytes
-    fits = int(room // each)
+        fits = int((min(total * fraction, left) - weight_bytes) // each)
     if fits < 1:
         raise InvalidRequestError(
             f"no memory is left for the KV cache: weights take {weight_bytes / 2**30:.2f} GiB, one "
@@ -88,14 +95,10 @@ def count_pages(
     return min(most, fits)
 
 
-def available_host_memory() -> int:
-    """Bytes of memory the operating system would give to a new program."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def coarse(pages: int) -> int:
+    """The largest number of GRID to an octave that is not above `pages`; below 1 as it is."""
+    step = 1 << max(pages.bit_length() - GRID.bit_length(), 0)
+    return pages // step * step
 
 
 def make_cache(

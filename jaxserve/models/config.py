@@ -6,11 +6,20 @@ import dataclasses
 from typing import Any
 
 from jaxserve.errors import ModelLoadError, NotSupportedError
-from jaxserve.models.rope import RopeConfig
+from jaxserve.models import values
+from jaxserve.models.rope_config import RopeConfig
+from jaxserve.shown import quoted
 
-__all__ = ["ModelConfig", "RopeConfig", "token_ids"]
+__all__ = ["ModelConfig", "RopeConfig"]
 
 DTYPES = ("bfloat16", "float16", "float32")
+MOST_LAYERS = 1024
+"""Layers are unrolled, in Python and in every program: nobody would see the end of more."""
+_CONTEXT_KEYS = (
+    "max_sequence_length", "seq_length", "max_seq_len", "model_max_length",
+    "max_position_embeddings",
+)  # fmt: skip
+"""Names under which a config.json states its context, the first that is present counts (SGLang)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +45,9 @@ class ModelConfig:
     rms_norm_eps: float
     rope: RopeConfig
     max_position_embeddings: int
-    """Longest context in tokens, after RoPE scaling as the checkpoint states it."""
+    """As the checkpoint states it; what RoPE scalings are relative to."""
+    context_length: int
+    """Longest sequence in tokens, RoPE scaling included."""
     tie_word_embeddings: bool
     attention_bias: bool
     """q, k and v have a bias."""
@@ -73,85 +84,94 @@ class ModelConfig:
         family = registry.family(architecture)
         # A null in the file is a statement ("no window"), an absent key takes the default.
         hf = {**family.hf_defaults, **hf}
-        num_layers = _size(hf, "num_hidden_layers")
-        num_heads = _size(hf, "num_attention_heads")
-        num_kv_heads = _size(hf, "num_key_value_heads", num_heads)
-        hidden_size = _size(hf, "hidden_size")
+        vocab_size = values.size(hf, "vocab_size")
+        num_layers = values.size(hf, "num_hidden_layers", most=MOST_LAYERS)
+        num_heads = values.size(hf, "num_attention_heads")
+        num_kv_heads = values.size(hf, "num_key_value_heads", num_heads)
+        hidden_size = values.size(hf, "hidden_size")
         if num_heads % num_kv_heads:
             raise ModelLoadError(
                 f"config.json: num_attention_heads={num_heads} is not a multiple of "
                 f"num_key_value_heads={num_kv_heads}"
             )
-        head_dim = _size(hf, "head_dim", hidden_size // num_heads)
+        head_dim = values.size(hf, "head_dim", hidden_size // num_heads)
         if head_dim % 2:
             raise ModelLoadError(f"config.json: head_dim={head_dim} is odd; RoPE needs pairs")
-        max_positions = _size(hf, "max_position_embeddings")
+        max_positions = values.size(hf, "max_position_embeddings")
+        rope = RopeConfig.from_hf(hf, max_positions)
+        if rope.type == "dynamic" and head_dim == 2:
+            raise ModelLoadError("config.json: head_dim=2 has no dynamic RoPE, which needs more")
         fields: dict[str, Any] = {
             "architecture": architecture,
-            "vocab_size": _size(hf, "vocab_size"),
+            "vocab_size": vocab_size,
             "hidden_size": hidden_size,
-            "intermediate_size": _size(hf, "intermediate_size"),
+            "intermediate_size": values.size(hf, "intermediate_size"),
             "num_layers": num_layers,
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
-            "rms_norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
-            "rope": RopeConfig.from_hf(hf, max_positions),
+            "rms_norm_eps": values.number(hf, "rms_norm_eps", 1e-6, least=0),
+            "rope": rope,
             "max_position_embeddings": max_positions,
-            "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+            "context_length": _context_length(hf, rope),
+            "tie_word_embeddings": values.flag(hf, "tie_word_embeddings"),
             "attention_bias": False,
             "attention_out_bias": False,
             "mlp_bias": False,
             "qk_norm": False,
             "windows": (None,) * num_layers,
-            "hidden_act": str(hf.get("hidden_act", "silu")),
-            "bos_token_id": next(iter(token_ids(hf.get("bos_token_id"))), None),
-            "eos_token_ids": token_ids(hf.get("eos_token_id")),
+            "hidden_act": values.text(hf, "hidden_act", "silu"),
+            "bos_token_id": next(iter(values.token_ids(hf, "bos_token_id", vocab_size)), None),
+            "eos_token_ids": values.token_ids(hf, "eos_token_id", vocab_size),
             "dtype": _dtype(hf),
         }
         return cls(**(fields | family.config_fields(hf)))
 
 
-def _size(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = hf.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelLoadError(f"config.json: {key} must be a positive integer, got {value!r}")
-    return value
+def _context_length(hf: dict[str, Any], rope: RopeConfig) -> int:
+    """As SGLang derives it (srt/hf_transformers_utils, `get_context_length`): the first of
+    _CONTEXT_KEYS, multiplied by the factor of a RoPE scaling that states no original context."""
+    key = next(key for key in _CONTEXT_KEYS if hf.get(key) is not None)
+    stated = values.size(hf, key)
+    length = int(stated * rope.context_factor)
+    if length > values.MOST_INT:
+        raise ModelLoadError(
+            f"config.json: {key}={stated} and the RoPE scaling's factor={rope.factor:g} make a "
+            f"context of {length} tokens; at most {values.MOST_INT} can be numbered"
+        )
+    return length
 
 
 def _dtype(hf: dict[str, Any]) -> str:
     """`dtype` (transformers 5) or `torch_dtype` (older); float32 where neither is given."""
-    name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    key = "torch_dtype" if hf.get("dtype") is None else "dtype"
+    name = values.text(hf, key, "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise NotSupportedError(f"config.json: dtype {name!r} is not one of {', '.join(DTYPES)}")
+        raise NotSupportedError(
+            f"config.json: {key} {quoted(name)} is not one of {', '.join(DTYPES)}"
+        )
     return name
-
-
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A config's token id, list of ids or nothing, as a tuple without repetition."""
-    if value is None:
-        return ()
-    return tuple(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else (value,)
 
 
 def window_of(hf: dict[str, Any]) -> int | None:
     """`sliding_window` in tokens; None where it is null."""
-    return None if hf["sliding_window"] is None else _size(hf, "sliding_window")
+    return None if hf["sliding_window"] is None else values.size(hf, "sliding_window")
 
 
 def layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
     """Qwen's per-layer windows: `layer_types` where given, else the layers from
     `max_window_layers` on; none at all unless `use_sliding_window`."""
-    num_layers = _size(hf, "num_hidden_layers")
-    window = window_of(hf) if hf.get("use_sliding_window") else None
-    types = hf.get("layer_types")
-    if types is None:
+    num_layers = values.size(hf, "num_hidden_layers", most=MOST_LAYERS)
+    window = window_of(hf) if values.flag(hf, "use_sliding_window") else None
+    if hf.get("layer_types") is None:
         first = hf["max_window_layers"]
+        if not isinstance(first, int) or isinstance(first, bool):
+            raise values.bad("max_window_layers", "an integer", first)
         return tuple(window if i >= first else None for i in range(num_layers))
+    types = values.strings(hf, "layer_types")
     if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
         raise NotSupportedError(
             f"config.json: layer_types must be {num_layers} of 'full_attention' or "
-            f"'sliding_attention', got {types}"
+            f"'sliding_attention', got {len(types)}: {quoted(types)}"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxserve.errors import NotSupportedError
 from jaxserve.models.ops import Ops, Stream
 from jaxserve.models.quantization import kernel_dtype, quantize
+from jaxserve.shown import quoted
 
 _INIT_STD = 0.02
 
@@ -137,5 +138,6 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
         case "relu":
             return jax.nn.relu
     raise NotSupportedError(
-        f"hidden_act={name!r} is not supported; supported: silu, gelu, gelu_pytorch_tanh, relu"
+        f"hidden_act={quoted(name)} is not supported; supported: silu, gelu, gelu_pytorch_tanh, "
+        "relu"
     )

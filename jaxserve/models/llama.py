@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models import rope
+from jaxserve.models import rope, values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import MLP, Embedding, Linear, RMSNorm
 from jaxserve.models.ops import AttentionSpec, Ops, Stream
@@ -138,11 +138,11 @@ class Llama(nnx.Module):
     @staticmethod
     def config_fields(hf: dict[str, Any]) -> dict[str, Any]:
         """ModelConfig fields that this family reads from config.json in its own way."""
-        bias = bool(hf.get("attention_bias", False))
+        bias = values.flag(hf, "attention_bias")
         return {
             "attention_bias": bias,
             "attention_out_bias": bias,
-            "mlp_bias": bool(hf.get("mlp_bias", False)),
+            "mlp_bias": values.flag(hf, "mlp_bias"),
         }
 
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from jaxserve.models import values
 from jaxserve.models.config import layer_windows
 from jaxserve.models.llama import Llama
 
@@ -20,7 +21,7 @@ class Qwen3(Llama):
 
     @staticmethod
     def config_fields(hf: dict[str, Any]) -> dict[str, Any]:
-        bias = bool(hf.get("attention_bias", False))
+        bias = values.flag(hf, "attention_bias")
         return {
             "attention_bias": bias,
             "attention_out_bias": bias,

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.errors import ModelLoadError, NotSupportedError
+from jaxserve.models import values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
 from jaxserve.models.mistral import Mistral
 from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
+from jaxserve.shown import quoted
 
 _FAMILIES: tuple[tuple[str, str, type[Llama]], ...] = (
     # architecture in config.json, its model_type, class
@@ -34,14 +36,15 @@ def supported_architectures() -> list[str]:
 
 def architecture_of(hf: Mapping[str, Any]) -> str:
     """The architecture that a config.json names: the first supported one of `architectures`, or
-    what `model_type` implies where that list is absent. Raises NotSupportedError."""
-    given = hf.get("architectures") or []
+    what `model_type` implies where that list is absent. Raises NotSupportedError, ModelLoadError
+    for what is no list of strings."""
+    given = values.strings(hf, "architectures")
     for architecture, model_type, _ in _FAMILIES:
         if architecture in given or (not given and hf.get("model_type") == model_type):
             return architecture
-    what = f"architectures={list(given)!r}" if given else f"model_type={hf.get('model_type')!r}"
+    key, found = ("architectures", given) if given else ("model_type", hf.get("model_type"))
     raise NotSupportedError(
-        f"config.json: {what} is not supported; supported architectures: "
+        f"config.json: {key}={quoted(found)} is not supported; supported architectures: "
         f"{', '.join(supported_architectures())}"
     )
 

@@ -8,112 +8,13 @@ YaRN: Peng et al. 2023; llama3: the Llama 3.1 release. The numbers follow
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.errors import ModelLoadError, NotSupportedError
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-_DEFAULT_THETA = 10_000.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """How positions become angles.
-
-    type: one of ROPE_TYPES. theta: base of the geometric series of frequencies.
-    factor: how far the context is stretched; 1 for "default".
-    original_max_positions: tokens that the model was pretrained on, before stretching.
-    low_freq_factor, high_freq_factor: "llama3" only, bounds of the band that is blended.
-    beta_fast, beta_slow, truncate: "yarn" only, bounds of its ramp in rotations.
-    attention_factor: "yarn" multiplies cos and sin by this; 1 elsewhere.
-    """
-
-    type: str = "default"
-    theta: float = _DEFAULT_THETA
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-
-    @classmethod
-    def from_hf(cls, hf: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
-        """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older).
-
-        Raises NotSupportedError for other types and for a partial rotation, ModelLoadError when a
-        key that the type needs is missing.
-        """
-        # transformers lets a `rope_scaling` that is present win over `rope_parameters`.
-        given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-        kind = given.get("rope_type") or given.get("type") or "default"
-        if kind not in ROPE_TYPES:
-            raise NotSupportedError(
-                f"config.json asks for rope type {kind!r}; supported: {', '.join(ROPE_TYPES)}"
-            )
-        partial = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise NotSupportedError(f"partial_rotary_factor={partial!r} is not supported, only 1.0")
-        # A `rope_scaling` given as an override keeps the base that the file states elsewhere.
-        stated = (hf.get("rope_parameters") or {}).get("rope_theta")
-        theta = _first(given.get("rope_theta"), hf.get("rope_theta"), stated, _DEFAULT_THETA)
-        theta = float(theta)
-        if kind == "default":
-            return cls(theta=theta)
-        original = max_position_embeddings
-        if kind in ("yarn", "llama3"):  # "dynamic" goes by max_position_embeddings
-            original = _first(
-                hf.get("original_max_position_embeddings"),
-                given.get("original_max_position_embeddings"),
-                original,
-            )
-        if kind == "yarn" and "factor" in given and given["factor"] is None:
-            given["factor"] = max_position_embeddings / original
-        needed = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
-        missing = [key for key in needed if given.get(key) is None]
-        if missing:
-            raise ModelLoadError(
-                f"config.json: rope type {kind!r} needs {', '.join(missing)}, got {given}"
-            )
-        fields = {key: float(given[key]) for key in needed}
-        if kind == "yarn":
-            fields |= {
-                "beta_fast": float(given.get("beta_fast") or 32),
-                "beta_slow": float(given.get("beta_slow") or 1),
-                "attention_factor": _yarn_attention_factor(given, fields["factor"]),
-            }
-        return cls(
-            type=kind,
-            theta=theta,
-            original_max_positions=int(original),
-            truncate=bool(given.get("truncate", True)),
-            **fields,
-        )
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
-def _yarn_attention_factor(given: dict[str, Any], factor: float) -> float:
-    """YaRN's temperature: 0.1 ln(factor) + 1, or a ratio of two such terms (DeepSeek)."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if given.get("attention_factor") is not None:
-        return given["attention_factor"]
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
-    return mscale(1.0)
+from jaxserve.models.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

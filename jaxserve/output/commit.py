@@ -122,7 +122,8 @@ def _accept(
         reason = finish_reason(request, token)
     except Exception as error:  # of the tokenizer or a pattern: they are this request's alone
         logger.exception("the stops of request %s could not be checked; it fails", request.rid)
-        fail(request, RequestFailedError.caused_by(error), scheduler)
+        named = isinstance(error, RequestFailedError)
+        fail(request, error if named else RequestFailedError.caused_by(error), scheduler)
         return 1
     if reason is not None:
         finish(request, reason, scheduler)

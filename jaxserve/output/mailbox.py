@@ -8,6 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from jaxserve.process import Home
 from jaxserve.signals import Signal
 
 if TYPE_CHECKING:
@@ -19,9 +20,11 @@ class Mailbox:
 
     Updates stay in the box until `get` or `aget` returns them: a reader that times out or is
     cancelled loses nothing, and `put` never fails because a reader's event loop is closed.
+    Reading raises ForkedProcessError in a forked process, into which nobody puts anything.
     """
 
     def __init__(self) -> None:
+        self.home = Home()
         self._lock = threading.Lock()
         self._signal = Signal()
         self._updates: list[Update] = []
@@ -40,6 +43,7 @@ class Mailbox:
 
     def get(self, timeout: float | None = None) -> list[Update]:
         """Takes all updates, waiting for the first. An empty list after `timeout` seconds."""
+        self.home.check()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
@@ -51,6 +55,7 @@ class Mailbox:
 
     async def aget(self) -> list[Update]:
         """Takes all updates, waiting for the first without blocking the running event loop."""
+        self.home.check()
         loop = asyncio.get_running_loop()
         while True:
             with self._lock:

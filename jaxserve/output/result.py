@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxserve.output.text import OutputText
 from jaxserve.request import Logprobs, Request, TopLogprobs, Update
+from jaxserve.text.codec import Codec
 
 LogprobTuple = tuple[float | None, int | None, str | None]
 
@@ -17,11 +18,11 @@ LogprobTuple = tuple[float | None, int | None, str | None]
 class ResultOptions:
     """What all result dicts of one call have in common.
 
-    tokenizer: None leaves out `text`. deltas: stream chunks hold only what is new. indexed: stream
+    codec: None leaves out `text`. deltas: stream chunks hold only what is new. indexed: stream
     chunks carry `index`. The others are the arguments and server options of the same names.
     """
 
-    tokenizer: Any = None
+    codec: Codec | None = None
     deltas: bool = False
     indexed: bool = False
     return_text_in_logprobs: bool = False
@@ -37,7 +38,7 @@ class Output:
         self.request = request
         self.finish_reason: dict[str, Any] | None = None
         self._options = options
-        self._text = OutputText(request, options.tokenizer) if options.tokenizer else None
+        self._text = OutputText(request, options.codec) if options.codec else None
         self._ids: list[int] = []
         self._logprobs = Logprobs()
         self._input_logprobs: Logprobs | None = None
@@ -148,9 +149,8 @@ class Output:
         return [(logprob, token, self._token_text(token)) for logprob, token in pairs]
 
     def _token_text(self, token: int | None) -> str | None:
-        if token is None or self._options.tokenizer is None:
-            return None
-        return self._options.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        codec = self._options.codec
+        return None if token is None or codec is None else codec.decode([token])
 
     def _times(self, end: float) -> dict[str, Any]:
         """Moments in seconds since the epoch, durations in seconds, and tokens per second after the

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.request import Request
+from jaxserve.text.codec import Codec
 from jaxserve.text.detokenize import Detokenizer
 from jaxserve.text.stop import held_back
+from jaxserve.text.transcript import Transcript
 
 
 class OutputText:
@@ -17,16 +19,19 @@ class OutputText:
     `no_stop_trim`.
     """
 
-    def __init__(self, request: Request, tokenizer: Any) -> None:
+    def __init__(self, request: Request, codec: Codec) -> None:
         params = request.params
         self._request = request
-        self._detokenizer = Detokenizer(
-            tokenizer,
-            request.prompt_ids,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-        )
+        options = {
+            "skip_special_tokens": params.skip_special_tokens,
+            "spaces_between_special_tokens": params.spaces_between_special_tokens,
+        }
+        self._detokenizer = Detokenizer(codec, request.prompt_ids, **options)
         self._text = ""
+        # What a stream may show depends on the special tokens that it does not show.
+        self._transcript: Transcript | None = None
+        if request.stop_matcher is not None and request.stream_interval:
+            self._transcript = Transcript(codec, request.prompt_ids, **options)
 
     def append(self, new_ids: tuple[int, ...], finish_reason: dict[str, Any] | None) -> None:
         """Takes the tokens of one update and, with the last one, why the request ended."""
@@ -37,6 +42,9 @@ class OutputText:
         if new_ids:
             self._text += self._detokenizer.append(new_ids)
         if finish_reason is None:
+            if self._transcript is not None:
+                for token in new_ids:
+                    self._transcript.append(token)
             return
         self._text += self._detokenizer.finish()
         matcher = self._request.stop_matcher
@@ -46,7 +54,14 @@ class OutputText:
     def visible(self, finished: bool) -> str:
         """The text so far, as much of it as may be shown."""
         matcher = self._request.stop_matcher
-        if finished or matcher is None:
+        if finished or matcher is None or self._transcript is None:
             return self._text
-        held = held_back(self._text, matcher.strings, matcher.regexes)
-        return self._text[: len(self._text) - held]
+        # A beginning of a stop string may end in either text.
+        transcript = self._transcript
+        whole, shown = transcript.whole, transcript.shown
+        held = held_back(whole.text, matcher.strings, matcher.regexes)
+        end = transcript.shown_at(whole.end - held)
+        if shown is not whole:
+            held = held_back(shown.text, matcher.strings, matcher.regexes)
+            end = min(end, shown.end - held)
+        return self._text[:end]

@@ -23,7 +23,7 @@ class Rows:
     step to step: made anew when one comes or goes.
 
     slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots. watched: one of them
-    streams.
+    streams. wants_logprobs, wants_wide: one of them does, see request.LogprobSpec.
     """
 
     sequences: tuple[Sequence, ...]
@@ -34,6 +34,7 @@ class Rows:
     simple: np.ndarray
     all_simple: bool
     wants_logprobs: bool
+    wants_wide: bool
     watched: bool
 
 
@@ -119,6 +120,7 @@ class Slots:
         """The admitted `sequences` as rows."""
         slots = np.fromiter((s.slot for s in sequences), np.int32, len(sequences))
         simple = self.simple[slots]
+        specs = [s.request.logprobs for s in sequences if s.request.logprobs is not None]
         return Rows(
             sequences=sequences,
             slots=slots,
@@ -127,7 +129,8 @@ class Slots:
             stops=self._stops[slots],
             simple=simple,
             all_simple=bool(simple.all()),
-            wants_logprobs=any(s.request.logprobs is not None for s in sequences),
+            wants_logprobs=bool(specs),
+            wants_wide=any(spec.wide for spec in specs),
             watched=any(s.request.stream_interval for s in sequences),
         )
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from jaxserve.compat import on_backend_compile, without_compilation_cache
+from jaxserve.compat import Settings, on_backend_compile, without_compilation_cache
+from jaxserve.step.notice import Notice
 from jaxserve.step.stored import StoredPrograms
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class Programs:
         self._device = device
         self._options = options
         self._stored = stored
+        self._settings = Settings.here()
+        self._notice = Notice()
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}
         self._expected = threading.local()
@@ -66,7 +69,7 @@ class Programs:
         """Run the program on arrays of its exact shapes."""
         program = self._compiled.get(key)
         if program is None:
-            with self._fresh():
+            with self._fresh(), self._notice.shown([_name(key)]):
                 program = self._compile(key, late=self._complete)
         return program(*args)
 
@@ -88,8 +91,14 @@ class Programs:
         first."""
         missing = [key for key in keys if key not in self._compiled]
         pool = ThreadPoolExecutor(threads, "jaxserve-compile")
-        with self._fresh(), _without_garbage_collection(), pool:
-            list(pool.map(lambda key: self._compile(key, late=False), missing))
+        notice = self._notice.shown([_name(key) for key in missing])
+        with self._fresh(), _without_garbage_collection(), notice as ready, pool:
+
+            def make(key: ProgramKey) -> None:
+                self._compile(key, late=False)
+                ready()
+
+            list(pool.map(make, missing))
 
     def precompile(self, keys: Iterable[ProgramKey], threads: int) -> None:
         """`build` everything there is: what is compiled after this is late."""
@@ -97,31 +106,36 @@ class Programs:
         self._complete = True
 
     def _compile(self, key: ProgramKey, late: bool) -> Any:
+        # On whichever thread: a builder may trace, too, to learn shapes.
+        with self._settings.applied(), jax.default_device(self._device):
+            return self._make(key, late)
+
+    def _make(self, key: ProgramKey, late: bool) -> Any:
         started = time.perf_counter()
         function, abstract, donated = self._builder(key)
-        name = f"{key[0]}_{key[1]}"
+        name = _name(key)
         options = self._options(key[1])
-        path, found = None, None
+        file, found = "", None
         if self._stored is not None:
-            path = self._stored.path(name, abstract, donated, options)
-            found = self._stored.load(path)
+            file = self._stored.name(name, abstract, donated, options)
+            found = self._stored.load(file)
         if found is not None:
             program, self._memory[key] = found
         else:
             self._expected.active = True
             try:
-                with jax.default_device(self._device):
-                    program = jax.jit(_named(function, name), donate_argnums=donated)
-                    # Python, so one at a time at best: in turn, XLA has work after the first
-                    # program; side by side, all threads end late and together
-                    with self._lowering:
-                        lowered = program.lower(*abstract)
+                program = jax.jit(_named(function, name), donate_argnums=donated)
+                # Python, so one at a time at best: in turn, XLA has work after the first program;
+                # side by side, all threads end late and together
+                with self._lowering:
+                    lowered = program.lower(*abstract)
+                with self._notice.compiling():
                     program = lowered.compile(options)
             finally:
                 self._expected.active = False
             self._memory[key] = _memory_beside_arguments(program)
-            if self._stored is not None and path is not None:
-                self._stored.store(path, program, self._memory[key])
+            if self._stored is not None:
+                self._stored.store(file, program, self._memory[key])
         seconds = time.perf_counter() - started
         self._compiled[key] = program
         self.compile_seconds += seconds
@@ -159,6 +173,10 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _name(key: ProgramKey) -> str:
+    return f"{key[0]}_{key[1]}"
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ from jaxserve.config import EngineConfig
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import step
 from jaxserve.step.compile import ProgramKey, Programs
+from jaxserve.step.result import Prepared, StepResult
 from jaxserve.step.state import DeviceState, initial_state
 from jaxserve.step.stored import StoredPrograms
+from jaxserve.step.wide import WIDE, WideIds
 from jaxserve.weights import arrange
 
 phase = jax.profiler.TraceAnnotation
@@ -33,32 +36,6 @@ FEW_HEADS, CLUSTER_HEAD_DIM = 66, 128
 Hopper (paged_decode.mosaic_cluster). Being wrong about it only costs time at the first start."""
 COPY_WIDTH = 16
 """Pages copied by one call of the copy program."""
-
-
-class Prepared(NamedTuple):
-    """A batch and what it sends to the device; nothing has touched the device yet."""
-
-    batch: Batch
-    upload: np.ndarray
-    sparse: tuple[tuple[int, pack.SparseArrays], ...] = ()
-
-
-class StepResult(NamedTuple):
-    """Device arrays that are on their way to the host: tokens [n, B] int32 of n steps, the sampled
-    rows' logprobs [n, B, X] and the packed tokens' input logprobs [T, X] where somebody wants them
-    (see pack.unpack_logprobs). top: columns of the best logprobs."""
-
-    batch: Batch
-    tokens: jax.Array
-    logprobs: jax.Array | None
-    input_logprobs: jax.Array | None
-    top: int
-
-    def wait(self) -> None:
-        """Until the results are on the host. Raises what went wrong on the device."""
-        for array in (self.tokens, self.logprobs, self.input_logprobs):
-            if array is not None:
-                np.asarray(array)  # kept by the array
 
 
 class Runner:
@@ -78,7 +55,7 @@ class Runner:
         self._device = next(iter(self.params[0].devices()))
         self.cache: step.Cache
         self.state: DeviceState
-        self.num_pages = self._count_pages(0)
+        self.num_pages = self._size_pool(0)
         self.programs = self._make_programs()
         if config.platform != "cpu":
             self._fit_pool()
@@ -87,11 +64,18 @@ class Runner:
 
     # -- memory -----------------------------------------------------------------------------------
 
-    def _count_pages(self, program_bytes: int) -> int:
-        return count_pages(
+    def _size_pool(self, program_bytes: int) -> int:
+        """Pages of a pool beside `program_bytes` and the state. Where a sequence cannot be longer
+        than the pool, page tables are no wider than that."""
+        state = jax.eval_shape(lambda: initial_state(self.config, self.model_config.vocab_size))
+        others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        pages = count_pages(
             self.config, self.model_config, self.cache_dtype, self._device, self.weight_bytes,
-            program_bytes,
+            others,
         )  # fmt: skip
+        if self.model_config.window is None and pages < self.config.table_width:
+            self.config = dataclasses.replace(self.config, table_width=pages)
+        return pages
 
     def _fit_pool(self) -> None:
         """Make sure that the largest programs' temporaries fit beside the pool."""
@@ -100,13 +84,11 @@ class Runner:
         largest += [(kind, buckets.decode[-1]) for kind in self._decode_kinds]
         first = self._mosaic_keys + largest if self.config.precompile else largest
         self.programs.build(dict.fromkeys(first), threads=os.cpu_count() or 1)
-        others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state_spec))
-        if self.config.host is not None:
-            others += 2 * (COPYING_BYTES + BLOCK_BYTES)
-        pages = self._count_pages(max(map(self.programs.memory, largest)) + others)
+        copies = 0 if self.config.host is None else 2 * (COPYING_BYTES + BLOCK_BYTES)
+        pages = self._size_pool(max(map(self.programs.memory, largest)) + copies)
         if pages < self.num_pages:
             self.num_pages = pages
-            del self._cache_spec
+            del self._cache_spec, self._state_spec
             self.programs.close()
             self.programs = self._make_programs()
 
@@ -143,6 +125,8 @@ class Runner:
             )  # fmt: skip
             self.state = initial_state(self.config, self.model_config.vocab_size)
         self._upload: tuple[np.ndarray, jax.Array] | None = None
+        _, width = self.config.logprob_columns(wide=True)
+        self._wide_ids = WideIds(self.config.max_rows, width, self._device)
 
     def memory_usage(self) -> dict[str, float]:
         """GiB by use, and the device's own count where it keeps one."""
@@ -196,30 +180,34 @@ class Runner:
         return ("decode",) if self.config.steps_per_dispatch == 1 else ("decode", "decode_many")
 
     def _make_programs(self) -> Programs:
-        stored = None
-        if self.config.program_folder is not None:
-            facts = (self.config, self.model_config)
-            stored = StoredPrograms(self.config.program_folder, self._device, facts)
-            stored.prune()
         options = functools.partial(
             compiler_options, self._device.platform, deterministic=self.config.deterministic,
             quantized=self._quantized,
         )  # fmt: skip
-        return Programs(self._program, self._device, options, stored)
+        return Programs(self._program, self._device, options, self._stored)
+
+    @functools.cached_property
+    def _stored(self) -> StoredPrograms | None:
+        if self.config.program_folder is None:
+            return None
+        facts = (self.config, self.model_config)
+        stored = StoredPrograms(self.config.program_folder, self._device, facts)
+        stored.prune()
+        return stored
 
     def _layout(self, tokens: int) -> ExtendLayout:
         rows = self.config.buckets.extend_rows(tokens)
         return ExtendLayout(tokens, rows, self.config.table_width)
 
-    def _model(self) -> step.StepModel:
-        """The model over a cache of the present size."""
+    def _model(self, top: int) -> step.StepModel:
+        """The model over a cache of the present size; top: columns of the best logprobs."""
         config = self.config
         ops = PagedOps(
             config.attention, config.other_kernels, self.num_pages, config.platform,
             fixed_tiles=config.deterministic,
         )  # fmt: skip
         sampler = Sampler(
-            config.max_top_logprobs, config.raw_logprobs, config.other_kernels,
+            top, config.raw_logprobs, config.other_kernels,
             fixed_split=config.deterministic,
         )  # fmt: skip
         return step.StepModel(
@@ -245,6 +233,9 @@ class Runner:
     def _program(self, key: ProgramKey) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
         """Function, abstract arguments and donated arguments of the program `key`."""
         kind, bucket = key
+        wide = kind.endswith(WIDE)
+        kind = kind.removesuffix(WIDE)
+        top, named = self.config.logprob_columns(wide)
 
         def ints(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -252,21 +243,20 @@ class Runner:
         cache = self._cache_spec
         params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self.params)
         progress, sampled, row_params, sparse = self._state_spec
+        sparse = sparse._replace(logprob_ids=ints(self.config.max_rows + 1, named))
         carried = (cache, progress, sampled, row_params, sparse)
         if kind == "extend":
             layout = self._layout(bucket)
-            function = functools.partial(step.extend_step, self._model(), layout)
+            function = functools.partial(step.extend_step, self._model(top), layout)
             return function, (params, *carried, ints(layout.size)), (1, 2, 3, 4)
         if kind == "input_logprobs":
             layout = self._layout(bucket)
-            function = functools.partial(
-                step.input_logprobs, self._model(), layout, top=self.config.max_top_logprobs
-            )
+            function = functools.partial(step.input_logprobs, self._model(top), layout, top=top)
             hidden = jax.ShapeDtypeStruct((bucket, self.model_config.hidden_size), self.dtype)
             return function, (params, row_params, sparse, ints(layout.size), hidden), ()
         if kind in self._decode_kinds:
             steps = 1 if kind == "decode" else self.config.steps_per_dispatch
-            function = functools.partial(step.decode_steps, self._model(), steps)
+            function = functools.partial(step.decode_steps, self._model(top), steps)
             return function, (params, *carried, ints(2, bucket)), (1, 2, 3)
         if kind == "copy_pages":
             copy = functools.partial(step.copy_pages, self.model_config.num_layers)
@@ -313,15 +303,16 @@ class Runner:
         for array in (output.tokens, logprobs, input_logprobs):
             if array is not None:
                 array.copy_to_host_async()
-        top = self.config.max_top_logprobs
+        top, _ = self.config.logprob_columns(batch.wants_wide)
         return StepResult(batch, output.tokens, logprobs, input_logprobs, top)
 
     def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:
         if self._upload is None or not np.array_equal(self._upload[0], upload):
             self._upload = (upload, jax.device_put(upload, self._device))
         kind = "decode" if batch.steps == 1 else "decode_many"
+        ending, state = self._reporting(batch)
         self.cache, progress, sampled, output = self.programs(
-            (kind, batch.row_bucket), self.params, self.cache, *self.state, self._upload[1]
+            (kind + ending, batch.row_bucket), self.params, self.cache, *state, self._upload[1]
         )
         self.state = self.state._replace(progress=progress, sampled=sampled)
         return output
@@ -330,11 +321,11 @@ class Runner:
         self, batch: ExtendBatch, packed: np.ndarray
     ) -> tuple[step.StepOutput, jax.Array | None]:
         # The call itself takes a NumPy array to the device in a fifth of device_put's time.
+        ending, state = self._reporting(batch)
         self.cache, progress, sampled, row_params, output, hidden = self.programs(
-            ("extend", batch.tokens), self.params, self.cache, *self.state, packed
+            ("extend" + ending, batch.tokens), self.params, self.cache, *state, packed
         )
-        sparse = self.state.sparse
-        self.state = DeviceState(progress, sampled, row_params, sparse)
+        self.state = DeviceState(progress, sampled, row_params, self.state.sparse)
         for start in range(0, len(batch.page_copies), COPY_WIDTH):
             self._copy_pages(batch.page_copies[start : start + COPY_WIDTH])
         if not any(
@@ -342,9 +333,18 @@ class Runner:
         ):
             return output, None
         logprobs = self.programs(
-            ("input_logprobs", batch.tokens), self.params, row_params, sparse, packed, hidden
-        )
+            ("input_logprobs" + ending, batch.tokens), self.params, row_params, state.sparse,
+            packed, hidden,
+        )  # fmt: skip
         return output, logprobs
+
+    def _reporting(self, batch: Batch) -> tuple[str, DeviceState]:
+        """How the kinds of programs end that report all that the batch's rows want, and their
+        state."""
+        if not batch.wants_wide:
+            return "", self.state
+        sparse = self.state.sparse._replace(logprob_ids=self._wide_ids.of(batch))
+        return WIDE, self.state._replace(sparse=sparse)
 
     def _copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
         sources = np.zeros(COPY_WIDTH, np.int32)

@@ -2,19 +2,17 @@
 
 JAX's own compilation cache spares the compilation only; tracing and lowering the kernels holds the
 interpreter lock for seconds a program. Like that cache, the folder holds code that will be run
-(and pickles, which JAX makes of executables): it must be the user's own.
+(and pickles, which JAX makes of executables): nobody else may write to it (`folders.py`), and what
+was damaged is not even unpickled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
 import pickle
-import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,13 @@ import jax
 from jax.experimental import serialize_executable
 
 from jaxserve.compat import find_mosaic_runtime, settings, versions
+from jaxserve.folders import PrivateFolder
 
 logger = logging.getLogger(__name__)
 
 UNUSED_SECONDS = 14 * 24 * 3600
 """Programs that no start has used for so long are deleted."""
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class StoredPrograms:
@@ -35,7 +35,8 @@ class StoredPrograms:
     arguments: everything else that could change what is compiled goes into the file's name."""
 
     def __init__(self, folder: Path, device: Any, facts: Iterable[Any]):
-        self._folder = folder
+        self._folder = PrivateFolder(folder)
+        self._warned = False
         self._device = device
         self._common = "\n".join(
             [
@@ -44,50 +45,63 @@ class StoredPrograms:
             ]
         )  # fmt: skip
 
-    def path(self, name: str, abstract: Any, donated: Any, options: Any) -> Path:
-        """Where the program of these (abstract) arguments is, or would be."""
+    def name(self, name: str, abstract: Any, donated: Any, options: Any) -> str:
+        """Of the file in which the program of these (abstract) arguments is, or would be."""
         leaves, tree = jax.tree.flatten(abstract)
         shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
         text = "\n".join(
             [self._common, name, repr(shapes), str(tree), repr(donated), repr(options)]
         )
-        return self._folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
-    def load(self, path: Path) -> tuple[Any, int] | None:
+    def load(self, name: str) -> tuple[Any, int] | None:
         """(program, bytes of its temporaries), or None where there is none that can be used."""
-        if not path.exists():
-            return None
-        find_mosaic_runtime()
         try:
-            content = path.read_bytes()
-            serialized, in_tree, out_tree, memory = pickle.loads(content)
+            content = self._folder.read(name)
+            if content is None:
+                return None
+            find_mosaic_runtime()
+            serialized, in_tree, out_tree, memory = pickle.loads(_verified(name, content))
             program = serialize_executable.deserialize_and_load(
                 serialized, in_tree, out_tree, backend=self._device.client,
                 execution_devices=[self._device],
             )  # fmt: skip
-            os.utime(path)
+            self._folder.touch(name)
         except Exception as error:
-            logger.warning("a stored program cannot be used and is compiled anew: %s", error)
+            self._warn("a stored program cannot be used and is compiled anew", error)
             return None
         return program, memory
 
-    def store(self, path: Path, program: Any, memory: int) -> None:
+    def store(self, name: str, program: Any, memory: int) -> None:
         """Keep a program. A failure (a full disk, say) is logged: the engine works without."""
         try:
             content = pickle.dumps((*serialize_executable.serialize(program), memory))
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                file.write(content)
-            os.replace(file.name, path)  # never half a program under its name
+            self._folder.write(name, hashlib.sha256(content).digest() + content)
         except Exception as error:
-            logger.warning("a program could not be stored: %s", error)
+            self._warn("a program could not be stored", error)
 
     def prune(self) -> None:
         """Delete what has not been used for long."""
-        with contextlib.suppress(OSError):
-            for path in self._folder.iterdir():
-                if path.stat().st_mtime < time.time() - UNUSED_SECONDS:
-                    path.unlink()
+        try:
+            self._folder.prune(unused_seconds=UNUSED_SECONDS)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._warn("stored programs cannot be used", error)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Once: what is wrong with one program is usually wrong with all."""
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        logger.log(level, "%s: %s (compilation_cache_dir chooses the folder)", what, error)
+
+
+def _verified(name: str, content: bytes) -> bytes:
+    """What follows the SHA-256 at a file's beginning. ValueError: it is not what was stored."""
+    stored, program = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    if hashlib.sha256(program).digest() != stored:
+        raise ValueError(f"{name} is damaged: its SHA-256 is another")
+    return program
 
 
 def _sources() -> str:

@@ -1,14 +1,33 @@
-"""Chat messages to the token ids of a prompt, through the tokenizer's chat template."""
+"""Chat messages to the text of a prompt, through the tokenizer's chat template."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.api import checks
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import InvalidRequestError, NotSupportedError
+
+if TYPE_CHECKING:
+    from jaxserve.text.template import Template
 
 Message = Mapping[str, Any]
+NOT_VARIABLES = frozenset(
+    (
+        "chat_template", "conversation", "conversations", "messages", "tools", "tokenize",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "padding",
+        "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens",
+    )
+)  # fmt: skip
+"""Arguments of transformers' `apply_chat_template` that are no variables of a template."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which an assistant's reasoning is given; templates read one or the other."""
+MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Put behind a message that is to be continued, to find its end. Its space tells whether the
+template strips messages."""
 
 
 def is_batch(messages: Any) -> bool:
@@ -25,40 +44,250 @@ def is_batch(messages: Any) -> bool:
     return batch
 
 
-def render(
-    tokenizer: Any,
-    conversation: Sequence[Message],
-    *,
-    tools: Sequence[Any] | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of one conversation, ending where the assistant's answer begins.
+class ChatPrompts:
+    """Writes conversations as the model's chat template says. Thread-safe, without a lock.
 
-    template_kwargs: further variables of the template, such as `enable_thinking`. Raises
-    InvalidRequestError without a tokenizer or template, or when the template refuses the messages.
+    templates: Jinja text, or several by name; None if the tokenizer has none. special_tokens:
+    texts of the tokenizer's special tokens by role (`bos_token`), which templates read. Templates
+    are compiled when they are first used.
     """
-    import jinja2  # a template engine is not needed by those who never chat
 
-    if tokenizer is None:
-        raise InvalidRequestError("messages need a tokenizer, and skip_tokenizer_init=True is set")
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidRequestError(
-            "the tokenizer has no chat template: give Engine(chat_template=...), or render the "
-            "messages yourself and call generate"
+    def __init__(
+        self, templates: str | Mapping[str, str] | None, special_tokens: Mapping[str, str]
+    ) -> None:
+        named = templates if isinstance(templates, Mapping) else {"default": templates}
+        self._sources = {name: source for name, source in named.items() if source}
+        self._special_tokens = dict(special_tokens)
+        self._compiled: dict[str, Template] = {}
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatPrompts:
+        """What a transformers tokenizer says now; later changes to it do not count."""
+        return cls(getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map)
+
+    def render(
+        self,
+        conversation: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of one conversation, ending where the assistant's answer begins.
+
+        tools: JSON schemas, or functions with types and a docstring. template_kwargs: further
+        variables of the template, such as `enable_thinking`; `add_generation_prompt=False` ends
+        with the last message, `continue_final_message=True` (or the name of a field) within it.
+
+        Parts of the type "text" are joined; a tool call's arguments may be JSON text. Raises
+        InvalidRequestError (without a template, for other messages and variables, and when the
+        template refuses them) and NotSupportedError (images and other media).
+        """
+        variables = _variables(template_kwargs)
+        messages = [_message(message) for message in conversation]
+        continued = variables.pop("continue_final_message", False)
+        if continued:
+            if variables.get("add_generation_prompt"):
+                raise InvalidRequestError(
+                    "continue_final_message and add_generation_prompt are both set: a message that "
+                    "is continued is followed by no other"
+                )
+            variables["add_generation_prompt"] = False
+            field = "content" if continued is True else continued
+            final = _mark_final(messages, field)
+        text = self._template(tools is not None).render(
+            {
+                "add_generation_prompt": True,
+                "documents": None,
+                **self._special_tokens,
+                **variables,
+                "messages": messages,
+                "tools": None if tools is None else _tools(tools),
+            }
         )
+        return _cut_at_mark(text, final) if continued else text
+
+    def _template(self, with_tools: bool) -> Template:
+        from jaxserve.text.template import Template  # Jinja is for those who chat
+
+        if not self._sources:
+            raise InvalidRequestError(
+                "the tokenizer has no chat template: give Engine(chat_template=...), or render the "
+                "messages yourself and call generate"
+            )
+        name = "tool_use" if with_tools and "tool_use" in self._sources else "default"
+        source = self._sources.get(name)
+        if not isinstance(source, str):
+            raise InvalidRequestError(
+                f"the tokenizer has the chat templates {sorted(self._sources)} and none of them is "
+                "the default: give Engine(chat_template=...)"
+            )
+        if name not in self._compiled:
+            self._compiled[name] = Template(source)
+        return self._compiled[name]
+
+
+def plain(name: str, value: Any) -> Any:
+    """A value rebuilt of None, bools, numbers, strings, lists and dicts: what templates may see.
+    Raises InvalidRequestError for a value within itself; other objects become `<type>`."""
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in conversation],
-            tools=list(tools) if tools is not None else None,
-            tokenize=False,
-            **{"add_generation_prompt": True, **(template_kwargs or {})},
-        )
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        return _plain(value)
+    except RecursionError as error:
+        raise InvalidRequestError(f"{name} has values within values without end") from error
+
+
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if callable(getattr(value, "model_dump", None)):  # pydantic's, as OpenAI's client returns them
+        return _plain(value.model_dump())
+    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
+        return _plain(value.item())  # numbers of NumPy and JAX
+    return f"<{type(value).__name__}>"
+
+
+def _variables(given: Any) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidRequestError(f"chat_template_kwargs must be a dict, got {checks.shown(given)}")
+    for name in given or {}:
+        if not isinstance(name, str):
+            raise InvalidRequestError(
+                f"chat_template_kwargs: a variable's name must be a string, got "
+                f"{checks.shown(name)}"
+            )
+        if name in NOT_VARIABLES:
+            raise InvalidRequestError(
+                f"chat_template_kwargs must not have the key {name!r}: only variables of the chat "
+                "template are given there (Engine(chat_template=...) replaces the template)"
+            )
+    return plain("chat_template_kwargs", given or {})
+
+
+def _tools(given: Any) -> list[Any]:
+    if not isinstance(given, list | tuple):
+        raise InvalidRequestError(f"tools must be a list, got {checks.shown(given)}")
+    schemas = []
+    for row, tool in enumerate(given):
+        if isinstance(tool, types.FunctionType) or inspect.ismethod(tool):
+            from transformers.utils.chat_template_utils import get_json_schema
+
+            try:
+                tool = get_json_schema(tool)
+            except Exception as error:  # of its own kinds, for docstrings and annotations
+                raise InvalidRequestError(
+                    f"tools[{row}]={checks.shown(tool)} has no JSON schema: {str(error)[:500]}"
+                ) from error
+        if not isinstance(tool, Mapping):
+            raise InvalidRequestError(
+                f"tools[{row}] must be a JSON schema (a dict) or a function, got "
+                f"{checks.shown(tool)}"
+            )
+        schemas.append(plain(f"tools[{row}]", tool))
+    return schemas
+
+
+def _message(given: Message) -> dict[str, Any]:
+    """A message as templates expect it: its content a string, nothing that is None."""
+    message = {key: value for key, value in given.items() if value is not None}
+    if "content" in message:
+        message["content"] = _content(message["content"])
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message["tool_calls"])
+    message = plain("messages", message)
+    reasoning = [message[name] for name in REASONING if message.get(name) is not None]
+    if reasoning:
+        message = {"thinking": reasoning[0], **message, "reasoning_content": reasoning[0]}
+    return message
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
         raise InvalidRequestError(
-            f"the chat template refuses messages={checks.shown(conversation)}: {error}"
+            "messages: content must be a string or a list of parts, got " + checks.shown(content)
+        )
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str):
+            raise InvalidRequestError(
+                "messages: a part of content must be a dict with the key 'type', got "
+                + checks.shown(part)
+            )
+        if kind != "text":
+            raise NotSupportedError(
+                f"messages: content of the type {kind!r} is not supported, only 'text' is"
+            )
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequestError(
+                "messages: a part of the type 'text' must have a string 'text', got "
+                + checks.shown(part)
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _tool_calls(calls: Any) -> list[Any]:
+    """Tool calls whose arguments are values: clients send them as JSON text, and templates write
+    them as JSON."""
+    if not isinstance(calls, list | tuple):
+        raise InvalidRequestError(f"messages: tool_calls must be a list, got {checks.shown(calls)}")
+    decoded = []
+    for call in plain("messages: tool_calls", calls):
+        if not isinstance(call, dict):
+            raise InvalidRequestError(
+                f"messages: a tool call must be a dict, got {checks.shown(call)}"
+            )
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = _arguments(function["arguments"])
+        decoded.append(call)
+    return decoded
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"messages: the arguments of a tool call are no JSON: {checks.shown(text)}"
         ) from error
-    # The template writes the special tokens itself, the first one included.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _mark_final(messages: list[dict[str, Any]], field: Any) -> str:
+    """Puts MARK behind the field of the last message; what stood there."""
+    final = messages[-1].get(field) if isinstance(field, str) else None
+    if not isinstance(final, str):
+        raise InvalidRequestError(
+            f"continue_final_message={checks.shown(field)}: the last message has no such text, got "
+            + checks.shown(messages[-1])
+        )
+    names = REASONING if field in REASONING else (field,)
+    for name in names:
+        if messages[-1].get(name) == final:
+            messages[-1][name] = final + MARK
+    return final
+
+
+def _cut_at_mark(text: str, final: str) -> str:
+    place = text.rfind(MARK.strip())
+    if place < 0 or final.strip() not in text:
+        raise InvalidRequestError(
+            "continue_final_message: the chat template does not write the last message as it is, "
+            f"got {checks.shown(final)}"
+        )
+    kept = text[:place]
+    return kept if text.startswith(MARK, place) else kept.rstrip()
 
 
 def _check_conversation(conversation: Any) -> None:

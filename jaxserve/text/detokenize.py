@@ -15,14 +15,13 @@ MAX_INCOMPLETE = 3
 
 
 class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
+    """What is needed of a `codec.Codec`."""
 
     def decode(
         self,
         token_ids: list[int],
         *,
         skip_special_tokens: bool,
-        clean_up_tokenization_spaces: bool,
         spaces_between_special_tokens: bool,
     ) -> str: ...
 
@@ -93,8 +92,6 @@ class Detokenizer:
         return self._tokenizer.decode(
             token_ids,
             skip_special_tokens=self._skip_special_tokens,
-            # Cleaning up removes spaces already shown, and transformers skips it for BPE anyway.
-            clean_up_tokenization_spaces=False,
             spaces_between_special_tokens=self._spaces_between_special_tokens,
         )
 

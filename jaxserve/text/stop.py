@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Sequence
 
-from jaxserve.errors import InvalidRequestError
-from jaxserve.text.detokenize import Detokenizer
+from jaxserve.text.pattern import Patience, StopRegex
+from jaxserve.text.transcript import Tail, Transcript
 
-MAX_REGEX_WINDOW = 1024
-"""Characters before the newest text in which a match of an unbounded regex may begin."""
 MAX_REGEX_HOLD = 64
 """Characters that a stream withholds at most because a regex might match them."""
 LOOK_AROUND = 64
@@ -19,44 +15,22 @@ TAIL_SLACK = 4096
 """Characters that the tail grows by before it is cut back, so that cutting costs little."""
 
 
-class StopRegex:
-    """A compiled stop pattern and the length of the longest text that it can match."""
-
-    def __init__(self, pattern: str) -> None:
-        try:
-            self.pattern = re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InvalidRequestError(
-                f"stop_regex {pattern!r} is not a valid regular expression: {error}"
-            ) from error
-        if self.pattern.search(""):
-            raise InvalidRequestError(
-                f"stop_regex {pattern!r} matches the empty string, which would stop every request "
-                "before its first token"
-            )
-        # The parser behind `re` is the only thing that knows a pattern's width; it has had this
-        # name since Python 3.11 and is not documented.
-        width = importlib.import_module("re._parser").parse(pattern).getwidth()[1]
-        self.width = min(int(width), MAX_REGEX_WINDOW)
-        """Longest match in characters, at most MAX_REGEX_WINDOW."""
-
-
 class StopMatcher:
     """Watches one request's output for its stop strings and regexes.
 
-    After each token the strings are tried in the order given, then the regexes. `append` returns
-    the string or pattern that matched, once; `start` and `end` then tell where in the whole output
-    text. Regexes find matches of at most `MAX_REGEX_WINDOW` characters.
+    After each token the strings are tried in the order given, then the regexes; each in the whole
+    text, special tokens included, and then in what the caller is shown, if that is another.
+    `append` returns the string or pattern that matched, once; `start` and `end` then tell where in
+    the shown text. Regexes find matches of at most `MAX_REGEX_WINDOW` characters.
     """
 
     def __init__(
-        self, strings: Sequence[str], regexes: Sequence[StopRegex], detokenizer: Detokenizer
+        self, strings: Sequence[str], regexes: Sequence[StopRegex], transcript: Transcript
     ) -> None:
         self.strings = tuple(strings)
         self.regexes = tuple(regexes)
-        self._detokenizer = detokenizer
-        self._tail = ""
-        self._tail_start = 0
+        self._transcript = transcript
+        self._patience = Patience()
         # One character more than a match needs, so that `^` and lookbehind see a real neighbour.
         self._reach = 1 + max(
             [len(string) for string in self.strings]
@@ -68,33 +42,43 @@ class StopMatcher:
         self.end: int | None = None
 
     def append(self, token_id: int) -> str | None:
-        """Takes the next token. Returns the matched stop string or pattern text, or None."""
-        new = self._detokenizer.append((token_id,))
-        if not new:
+        """Takes the next token. Returns the matched stop string or pattern text, or None. Raises
+        RequestFailedError when a pattern takes too long, or the tokenizer fails."""
+        transcript = self._transcript
+        transcript.append(token_id)
+        tails = [transcript.whole]
+        if transcript.shown.end != transcript.whole.end:
+            tails.append(transcript.shown)
+        tails = [tail for tail in tails if tail.new]
+        if not tails:
             return None
-        old = len(self._tail)
-        self._tail += new
-        matched = self._match(old)
-        if matched is None and len(self._tail) > self._reach + TAIL_SLACK:
-            cut = len(self._tail) - self._reach
-            self._tail = self._tail[cut:]
-            self._tail_start += cut
+        matched = self._match(tails)
+        if matched is None and len(transcript.whole.text) > self._reach + TAIL_SLACK:
+            transcript.forget(self._reach)
         return matched
 
-    def _match(self, old: int) -> str | None:
-        """Looks for a match that ends after the first `old` characters of the tail."""
+    def _match(self, tails: list[Tail]) -> str | None:
+        """Looks for a match that ends in the newest characters."""
         for string in self.strings:
-            place = self._tail.find(string, max(0, old - len(string) + 1))
-            if place >= 0:
-                return self._found(string, place, place + len(string))
+            for tail in tails:
+                old = len(tail.text) - tail.new
+                place = tail.text.find(string, max(0, old - len(string) + 1))
+                if place >= 0:
+                    return self._found(string, tail, place, place + len(string))
         for regex in self.regexes:
-            match = regex.pattern.search(self._tail, max(0, old - regex.width - LOOK_AROUND))
-            if match:
-                return self._found(regex.pattern.pattern, *match.span())
+            for tail in tails:
+                old = len(tail.text) - tail.new
+                first = max(0, old - regex.width - LOOK_AROUND)
+                span = self._patience.search(regex, tail.text, first)
+                if span:
+                    return self._found(regex.text, tail, *span)
         return None
 
-    def _found(self, matched: str, start: int, end: int) -> str:
-        self.start, self.end = self._tail_start + start, self._tail_start + end
+    def _found(self, matched: str, tail: Tail, start: int, end: int) -> str:
+        start, end = tail.start + start, tail.start + end
+        if tail is self._transcript.whole:
+            start, end = self._transcript.shown_at(start), self._transcript.shown_at(end)
+        self.start, self.end = start, end
         return matched
 
 

@@ -106,9 +106,9 @@ def sample(
     the lowest float32, +inf to the highest). Greedy rows (top_k 1) take the first argmax. The
     others divide by the temperature (x = logit * (1 / temperature), clipped to float32's range) and
     keep a token if fewer than top_k tokens are strictly larger, their softmax mass is < top_p
-    (always when top_p >= 1), and x >= max x + log(min_p). Ties stay in. The token is the argmax of
-    x + Gumbel noise over the kept ones, the noise being a function of (seed, sample_index,
-    position, token): see noise.py.
+    (always when top_p >= 1), and x >= max x + log(min_p). Ties stay in, and the largest x always
+    does, however small top_p. The token is the argmax of x + Gumbel noise over the kept ones, the
+    noise being a function of (seed, sample_index, position, token): see noise.py.
 
     top: columns of the best logprobs. raw_logprobs: logprobs of the cleaned logits instead of x
     (greedy rows: x = logits). Logprobs are never below float32's lowest. fixed_split: a row's sums

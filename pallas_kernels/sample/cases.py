@@ -165,6 +165,10 @@ EDGES = (
     Case("top_k of V and more", 5, 70, rows=({"top_k": 70}, {"top_k": 69}, {"top_k": 71})),
     Case("top_k 2", 5, 2101, rows=({"top_k": 2},)),
     Case("tiny top_p", 5, 2101, rows=({"top_p": 1e-6}, {"top_p": 1e-3, "temperature": 1.7})),
+    Case(
+        "top_p below float32's normal numbers", 5, 2101,
+        rows=({"top_p": 1e-38}, {"top_p": 1e-45, "temperature": 1.7}, {"top_p": 0.0}),
+    ),
     Case("nearly all of top_p", 5, 2101, rows=({"top_p": 0.9999}, {"top_p": 1.0})),
     Case("min_p 1", 5, 300, rows=({"min_p": 1.0}, {"min_p": 0.9, "top_k": 50})),
     Case("min_p with others", 5, 2101, rows=({"min_p": 0.05, "top_p": 0.99, "top_k": 500},)),
@@ -176,6 +180,10 @@ EDGES = (
     Case("penalties", 5, 2101, rows=({"frequency": 0.7, "presence": -0.3, "repetition": 1.4},)),
     Case("padding", 5, 300, rows=({"live": 0, **_REPORT}, {"top_p": 0.5}, {"live": 0})),
     Case("no lists, no top", 5, 300, top=0, bias=0, named=0, rows=({"wants_logprob": 1},)),
+    Case(
+        "as many top as chunks have tokens", 3, 2101, top=700,
+        rows=({**_REPORT, "num_top": 700}, _REPORT, {**_REPORT, "num_top": 699, "top_k": 1}),
+    ),
     Case("more top than V", 5, 7, top=20, rows=({**_REPORT, "num_top": 20},)),
 )  # fmt: skip
 

@@ -51,7 +51,7 @@ def keep_mask(x: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarr
     first = np.searchsorted(-x[order], -x, side="left")  # tokens strictly larger
     mass = np.concatenate([[0.0], np.cumsum(p[order])])[first]
     kept = (first < top_k) & (p >= float(min_p) * p.max())
-    return kept & (mass < float(top_p)) if top_p < 1 else kept
+    return kept & ((mass < float(top_p)) | (first == 0)) if top_p < 1 else kept
 
 
 def scores(x: np.ndarray, row: RowParams) -> np.ndarray:

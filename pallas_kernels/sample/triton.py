@@ -62,7 +62,7 @@ from pallas_kernels.sample.tiles import (
     those_after,
     token_ids,
 )
-from pallas_kernels.triton_ops import divmod_by, plt
+from pallas_kernels.triton_ops import plt
 from pallas_kernels.tuning import tuned
 
 LOCK = len(Search._fields) - FLOATS - 1  # column of _Memory.ints
@@ -390,21 +390,34 @@ def _finish_kernel(
             report_top(logprob)
 
     def report_top(logprob):
-        """The best of the chunks' best, one after the other."""
+        """Each chunk's list falls: the best of their heads comes next, and its list moves on."""
         count = jnp.minimum(refs.rows.num_top[b], top)
-        flat, inside = first_ids(chunks * top)
-        written = inside & (divmod_by(flat, top)[1] < count)
-        values = plt.load(at_ids(parts.top_values, b, flat), mask=written, other=NONE)
-        ids = plt.load(at_ids(parts.top_ids, b, flat), mask=written, other=NO_ID)
+        lists, inside = first_ids(chunks)
 
-        def pick(j, last):
-            value, i = smallest_best(those_after(values, ids, last), ids)
-            found = (j < count) & (value > NONE)
+        def head(ref: Any, at: Any, mask: Any, other: Any) -> Any:
+            return plt.load(at_ids(ref, b, lists * top + at), mask=mask & (at < count), other=other)
+
+        def pick(j, heads):
+            at, values, ids = heads
+            value, i = smallest_best(values, ids)
+            found = value > NONE
             out.top_values[b, j] = jnp.where(found, logprob(value), 0.0)
             out.top_ids[b, j] = jnp.where(found, i, 0)
-            return value, i
+            taken = inside & (ids == i)
+            at += taken.astype(jnp.int32)
+            values = jnp.where(taken, head(parts.top_values, at, taken, NONE), values)
+            return at, values, jnp.where(taken, head(parts.top_ids, at, taken, NO_ID), ids)
 
-        lax.fori_loop(0, top, pick, (jnp.float32(jnp.inf), jnp.int32(-1)))
+        first = jnp.zeros_like(lists)
+        heads = [
+            head(parts.top_values, first, inside, NONE),
+            head(parts.top_ids, first, inside, NO_ID),
+        ]
+        lax.fori_loop(0, count, pick, (first, *heads))
+        columns, some = first_ids(top)
+        for array in (out.top_values, out.top_ids):
+            rest = jnp.zeros(columns.shape, array.dtype)
+            plt.store(at_ids(array, b, columns), rest, mask=some & (columns >= count))
 
     def silence():
         """What nobody asked for is still finite."""

@@ -80,6 +80,8 @@ def keep_mask(x: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
     by_count, by_mass = lax.fori_loop(0, 16, narrow, (start, start))
     by_mass = jnp.where(top_p < 1, by_mass, 0)
     threshold = jnp.maximum(by_count, by_mass)[:, None]
+    # a top_p below float32's normal numbers is 0, and no mass is less: the largest stays anyway
+    threshold = jnp.minimum(threshold, ordered_bits(largest))
     return (keys >= threshold) & (x >= largest + jnp.log(min_p)[:, None])
 
 

@@ -37,12 +37,10 @@ def _repr(value: Any, levels: int) -> str:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, Mapping):
         return _collection(value, "{}", lambda item: _item(value, item, levels), levels)
-    if isinstance(value, list):
-        return _collection(value, "[]", lambda item: _repr(item, levels - 1), levels)
-    if isinstance(value, tuple):
-        return _collection(value, "()", lambda item: _repr(item, levels - 1), levels)
-    if isinstance(value, set | frozenset):
-        return _collection(value, "{}", lambda item: _repr(item, levels - 1), levels)
+    if isinstance(value, list | tuple) or (isinstance(value, set | frozenset) and value):
+        brackets = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+        text = _collection(value, brackets, lambda item: _repr(item, levels - 1), levels)
+        return f"{text[:-1]},)" if brackets == "()" and len(value) == 1 else text
     if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "OSU":
         return f"array({_repr(value.ravel()[: MOST_ITEMS + 1].tolist(), levels)})"
     try:

@@ -1,0 +1,81 @@
+"""The process an engine lives in: what a fork leaves behind, and why nothing can be copied. No jax.
+
+A forked child has this process's memory without its threads: neither the engine's nor those of
+JAX's clients, which wait for their threads when they are destroyed (or crash, CPU, jax 0.10.2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import sys
+from typing import Any, NoReturn
+
+from jaxserve.errors import CopyError, ForkedProcessError
+
+inherited_clients: list[Any] = []
+"""JAX's clients that this process has from the one it was forked from."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Home:
+    """The process in which this was made."""
+
+    pid: int = dataclasses.field(default_factory=os.getpid)
+
+    @property
+    def left(self) -> bool:
+        """Whether this is another process, one forked from it: locks may be held for ever there."""
+        return os.getpid() != self.pid
+
+    def check(self) -> None:
+        """Raises ForkedProcessError in another process."""
+        if self.left:
+            raise ForkedProcessError(
+                f"this engine belongs to process {self.pid} and was called in process "
+                f"{os.getpid()}, which was forked from it without its threads. Call it there, or "
+                "build an Engine in a process that multiprocessing starts with 'spawn'"
+            )
+
+
+class Uncopyable:
+    """Cannot be pickled, copied or sent to another process: CopyError."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        name = type(self).__name__
+        raise CopyError(
+            f"{name} cannot be pickled or copied: its threads and its device memory belong to "
+            f"process {os.getpid()}. Build an Engine in each process, and pass prompts and results"
+        )
+
+
+def abandon(thing: Any) -> None:
+    """Never destroy `thing`, not even when the interpreter ends: it would wait for threads."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def check_jax() -> None:
+    """Raises ForkedProcessError where JAX was started by the process that this one was forked from:
+    its first larger program would wait for ever."""
+    if inherited_clients:
+        raise ForkedProcessError(
+            f"Engine() in process {os.getpid()}: JAX was used by process {os.getppid()} before "
+            "it forked this one, without the threads of JAX. Start this process with "
+            "multiprocessing's 'spawn', or fork before anything is computed with JAX"
+        )
+
+
+def _in_forked_child() -> None:
+    # Not imported: where JAX is not loaded, it has no threads. It has no public names for these.
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    lowering = sys.modules.get("jax._src.interpreters.mlir")
+    inherited_clients.extend(getattr(bridge, "_backends", {}).values())
+    for owner in (*inherited_clients, getattr(lowering, "global_thread_pool", None)):
+        abandon(owner)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
