@@ -29,6 +29,8 @@ from jaxserve.models.registry import Declaration
 
 _ALIGNMENT = 64
 """Bytes; XLA on CPU takes over host buffers aligned like this without a copy."""
+_CHANNELS = 64
+"""Output channels read at a time where they are quantized on the host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +159,13 @@ def _quantize_on_host(
     kernel = aligned_empty(spec.shape, np.dtype(spec.dtype))
     scale = aligned_empty(spec.shape[-1:], np.dtype(np.float32))
     for part in parts:
-        columns = slice(part.start, part.start + part.width)
-        tensor = source.read(part.name)
-        quantize.on_host(tensor.T if part.transpose else tensor, kernel[:, columns], scale[columns])
-        quantize.check_finite(part.name, scale[columns])
+        assert part.transpose, part  # a row is an output channel, and has its own scale
+        start = part.start
+        for block in source.blocks(part.name, _CHANNELS):
+            columns = slice(start, start + len(block))
+            quantize.on_host(block.T, kernel[:, columns], scale[columns])
+            start = columns.stop
+        quantize.check_finite(part.name, scale[part.start : start])
     return jax.device_put(kernel, sharding), scale
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,6 +124,12 @@ class GGUFTensors:
         values = self.read(name)
         for row in range(0, len(values), _ROWS):
             copy_block(values[row : row + _ROWS], out[row : row + _ROWS], check)
+
+    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """The same, `rows` of it at a time. (All of it is dequantized first.)"""
+        values = self.read(name)
+        for start in range(0, len(values), rows):
+            yield values[start : start + rows]
 
     def close(self) -> None:
         self._open.close()

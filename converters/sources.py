@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,10 @@ class TensorSource(Protocol):
     def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
         """The same into `out`, which has the tensor's shape, and any strides and float dtype.
         check: sees each block of rows as `out` gets it."""
+        ...
+
+    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """The same, `rows` of it at a time."""
         ...
 
     def close(self) -> None: ...
@@ -110,6 +115,14 @@ class SafetensorsFile:
     def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
         self._stored(name).read_into(out, check=check)
 
+    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        stored = self._stored(name)
+        for start in range(0, stored.shape[0], rows):
+            stop = min(start + rows, stored.shape[0])
+            block = np.empty((stop - start, *stored.shape[1:]), stored.dtype)
+            stored.read_into(block, (slice(start, stop),))
+            yield block
+
     def _stored(self, name: str) -> StoredArray:
         """Raises ModelLoadError for anything but floats of 16 to 64 bits (quantized ones)."""
         code, stored = self._tensors[name]
@@ -160,6 +173,9 @@ class SafetensorsSource:
 
     def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
         self._where[name].read_into(name, out, check)
+
+    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        return self._where[name].blocks(name, rows)
 
     def close(self) -> None:
         for file in self._files:
