@@ -38,8 +38,8 @@ from benchmarks import workloads
 SET_BY_THE_ENVIRONMENT = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
 """Would replace the folder of programs that this benchmark chooses."""
 DEMO = "demo"
-"""examples/demo_model.py's, with a small engine's options."""
-DEMO_OPTIONS = {"context_length": 2048, "max_total_tokens": 16384}
+"""examples/demo_model.py's, with a context that keeps the figures small."""
+DEMO_OPTIONS = {"context_length": 2048}
 
 
 def start(model: str, options: dict[str, Any]) -> dict[str, Any]:
