@@ -12,8 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from tqdm import tqdm
-
 from jaxserve.api import checks, info
 from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.call import AsyncStream, Call, LiveIds, Stream
@@ -23,6 +21,7 @@ from jaxserve.api.profile import ProfileSpec
 from jaxserve.api.request_log import RequestLog
 from jaxserve.api.startup import start
 from jaxserve.api.unsupported import UnsupportedMethods
+from jaxserve.bar import Bar
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
 from jaxserve.process import Home, Uncopyable
@@ -300,16 +299,11 @@ class Engine(Uncopyable, UnsupportedMethods):
         self.shutdown()
 
 
-class _Bar(tqdm):
-    monitor_interval = 0
-    """No monitor: that is a thread which outlives the engine."""
-
-
 @contextlib.contextmanager
 def _progress(call: Call, shown: bool) -> Iterator[Callable[[], object]]:
     """What to call when a request has finished: it moves a bar if one is to be shown."""
     if not shown:
         yield lambda: None
         return
-    with _Bar(total=call.size, desc="Requests", unit="req") as bar:
+    with Bar(total=call.size, desc="Requests", unit="req") as bar:
         yield bar.update

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
+from jaxserve.bar import Bar
 
 logger = logging.getLogger(__name__)
 PATIENCE = 2.0
@@ -18,11 +18,6 @@ PATIENCE = 2.0
 FROM_CACHE = 0.5
 """Seconds a program may take out of JAX's compilation cache: those do not count."""
 TICK = 0.25
-
-
-class _Bar(tqdm):
-    monitor_interval = 0
-    """No monitor: that is a thread which outlives the engine."""
 
 
 class Notice:
@@ -86,9 +81,7 @@ class Notice:
             return
         what = names[0] if len(names) == 1 else f"{len(names)} programs"
         layout = None if len(names) > 1 else "{desc} [{elapsed}]"
-        with _Bar(
-            total=len(names), desc=f"Compiling {what}", bar_format=layout, leave=False
-        ) as bar:
+        with Bar(total=len(names), desc=f"Compiling {what}", bar_format=layout, leave=False) as bar:
             while not over.wait(TICK):
                 bar.update(len(ready) - bar.n)
                 bar.refresh()
