@@ -269,8 +269,9 @@ def test_nobody_waits_for_anothers_prompt(fakes, slow_call):
         engine.generate(input_ids=[1, 2, 3], sampling_params=ONE)
         waited.append(time.perf_counter() - start)
     thread.join()
-    # On a busy machine everybody waits; whoever waited for the call would wait all of its time.
-    assert len(waited) > 3 and sorted(waited)[-2] < max(0.3, (times[1] - times[0]) / 3)
+    # Where other programs keep the cores busy the call takes more than its two seconds, and
+    # everybody waits longer.
+    assert len(waited) > 3 and max(waited) < max(0.3, (times[1] - times[0]) / 8)
 
 
 def test_a_signal_handler_may_generate_at_any_moment(tiny_models):
