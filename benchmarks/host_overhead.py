@@ -26,8 +26,8 @@ from jaxserve.batch import pack
 from jaxserve.batch.batch import DecodeBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import PageAllocator
+from jaxserve.mailbox import Mailbox
 from jaxserve.output.commit import commit
-from jaxserve.output.mailbox import Mailbox
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.scheduler import Scheduler

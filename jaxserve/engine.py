@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from jaxserve.api import checks, info
+from jaxserve import checks
+from jaxserve.api import info
 from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.call import AsyncStream, Call, LiveIds, Stream
 from jaxserve.api.info import FlushResult, TokenizerManager

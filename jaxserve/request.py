@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxserve.output.mailbox import Mailbox
+    from jaxserve.mailbox import Mailbox
     from jaxserve.sampling_params import SamplingParams
 
 TopLogprobs = list[tuple[float, int]] | None

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxserve.api import checks
+from jaxserve import checks
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 
 TOP_K_ALL = 1 << 30

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.api import checks, option_flags
+from jaxserve import checks
+from jaxserve.api import option_flags
 from jaxserve.api.option import json_object
 from jaxserve.api.option_fields import OptionFields
 from jaxserve.api.upstream_options import FOREIGN, UPSTREAM, UpstreamOption

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.output.mailbox import Mailbox
+from jaxserve.mailbox import Mailbox
 
 NUMBERS: Any = range(1000)
 

@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from jaxserve.api import checks
+from jaxserve import checks
 from jaxserve.errors import InvalidRequestError, JaxserveError, UnknownOptionError
 from jaxserve.sampling_params import SamplingParams
 from tests.api_fakes import Fakes, byte_level_tokenizer, loop_of

@@ -20,8 +20,7 @@ OPTIONS = {
 ENDLESS = {"temperature": 0, "max_new_tokens": 1000, "ignore_eos": True}
 SHORT = {**ENDLESS, "max_new_tokens": 40}
 TRACED = tuple(
-    f"jaxserve/{name}.py"
-    for name in ("engine", "loop", "inbox", "signals", "api/call", "output/mailbox")
+    f"jaxserve/{name}.py" for name in ("engine", "loop", "inbox", "signals", "api/call", "mailbox")
 )
 
 

@@ -14,7 +14,7 @@ NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
     "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
     "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options.py",
-    "jaxserve/api/checks.py", "jaxserve/shown.py", "jaxserve/api/option.py",
+    "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/api/option.py",
     "jaxserve/api/upstream_options.py", "jaxserve/scheduler",
     "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
     "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",

@@ -10,8 +10,8 @@ import pytest
 import jaxserve
 from jaxserve.batch.batch import ExtendBatch, ExtendRow
 from jaxserve.batch.pack import ExtendLayout, pack_extend
-from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.slots import Slots
+from jaxserve.batch.sequence import Sequence
+from jaxserve.batch.slots import Slots
 from tests.prompts import text
 from tests.test_scheduler import make_request
 

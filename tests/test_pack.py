@@ -7,11 +7,11 @@ import pytest
 
 from jaxserve.batch.batch import ExtendBatch, ExtendRow
 from jaxserve.batch.pack import ExtendLayout, pack_extend
-from jaxserve.output.mailbox import Mailbox
+from jaxserve.batch.sequence import Sequence
+from jaxserve.batch.slots import Slots
+from jaxserve.mailbox import Mailbox
 from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.slots import Slots
 
 LAYOUT = ExtendLayout(tokens=64, rows=8, table_width=5)
 PADDING = 16

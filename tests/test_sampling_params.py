@@ -253,7 +253,7 @@ def test_custom_params_need_a_processor():
 def test_the_light_modules_import_no_jax():
     program = (
         "import sys, jaxserve, jaxserve.sampling_params, jaxserve.server_args, jaxserve.request,"
-        "jaxserve.text.stop, jaxserve.output.mailbox, jaxserve.output.result, jaxserve.engine;"
+        "jaxserve.text.stop, jaxserve.mailbox, jaxserve.output.result, jaxserve.engine;"
         "jaxserve.Engine, jaxserve.SamplingParams, jaxserve.ServerArgs, jaxserve.EngineDeadError;"
         "assert not {'jax', 'torch', 'transformers'} & set(sys.modules)"
     )

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import Buckets
+from jaxserve.batch.sequence import Sequence
+from jaxserve.batch.slots import Slots
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.cache.window import Window
@@ -23,8 +25,6 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
-from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.slots import Slots
 from tests.oracles.paged_device import PagedDevice, next_token
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from jaxserve.api.request_log import RequestLog
 from jaxserve.errors import InvalidRequestError
-from jaxserve.output.mailbox import Mailbox
+from jaxserve.mailbox import Mailbox
 from jaxserve.output.result import Output
 from jaxserve.process import Uncopyable
 from jaxserve.request import Request, Update

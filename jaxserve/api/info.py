@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jaxserve
-from jaxserve.api import checks
+from jaxserve import checks
 from jaxserve.api.model_facts import ModelFacts
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server_args import ServerArgs

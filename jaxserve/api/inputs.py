@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxserve.api import batch, checks
+from jaxserve import checks
 from jaxserve.api.arguments import Arguments
+from jaxserve.api.prompts import (
+    Prompts,
+    cache_salts,
+    check_count,
+    check_prompts,
+    per_row,
+    request_ids,
+    token_ids,
+)
 from jaxserve.api.rows import Row, Rules, logprob_spec
 from jaxserve.errors import InvalidRequestError, JaxserveError
-from jaxserve.output.mailbox import Mailbox
+from jaxserve.mailbox import Mailbox
 from jaxserve.request import LogprobSpec, Request
 from jaxserve.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from jaxserve.server_args import ServerArgs
@@ -81,7 +90,7 @@ class RequestBuilder:
         """The requests of a call, in result order. Raises InvalidRequestError (for a batch, naming
         the row), NotSupportedError and UnknownOptionError; nothing has happened then."""
         created = time.perf_counter()
-        prompts = batch.Prompts.of(given.prompt, given.input_ids)
+        prompts = Prompts.of(given.prompt, given.input_ids)
         single, count = prompts.single, prompts.count
         params, explicit = self._sampling_params(given.sampling_params, count)
         samples = params[0].n if params else 1
@@ -91,12 +100,12 @@ class RequestBuilder:
                     "parallel_sample_num should be the same for all prompts of a batch, got "
                     f"n={samples} in row 0 and n={row.n} in row {index}"
                 )
-        batch.check_count(count, samples, self._most_queued)
+        check_count(count, samples, self._most_queued)
         ids = self._prompt_ids(prompts)
         logprobs = self._logprob_specs(given, len(ids), single, samples)
-        rids = batch.request_ids(given.rid, len(ids), single, samples)
+        rids = request_ids(given.rid, len(ids), single, samples)
         priority = self._priority(given.priority)
-        salts = batch.cache_salts(given.cache_salt, len(ids))
+        salts = cache_salts(given.cache_salt, len(ids))
         rows = []
         for index, values in enumerate(zip(ids, params, explicit, logprobs, strict=True)):
             with _NamingRow(index, not single):
@@ -150,16 +159,13 @@ class RequestBuilder:
                     )
         return codec.encode(name, texts, add_special_tokens=add_special_tokens)
 
-    def _prompt_ids(self, given: batch.Prompts) -> list[list[int]]:
+    def _prompt_ids(self, given: Prompts) -> list[list[int]]:
         if given.ids is not None:
             name = "input_ids" if given.single else "input_ids[{}]"
             size = self._limits.vocab_size
-            return [
-                batch.token_ids(name.format(index), row, size)
-                for index, row in enumerate(given.ids)
-            ]
+            return [token_ids(name.format(index), row, size) for index, row in enumerate(given.ids)]
         prompts = list(given.texts or ())
-        batch.check_prompts(prompts)
+        check_prompts(prompts)
         if not prompts:
             return []
         encoded = self._encode("prompt", prompts)
@@ -167,12 +173,12 @@ class RequestBuilder:
         for prompt, row in zip(prompts, encoded, strict=True):
             # (Those of a tokenizer are integers; arrays of millions would hold others up.)
             if not row or max(row) >= size:
-                batch.token_ids(f"the tokens of prompt {checks.shown(prompt)}", row, size)
+                token_ids(f"the tokens of prompt {checks.shown(prompt)}", row, size)
         return encoded
 
     def _sampling_params(self, given: Any, prompts: int) -> tuple[list[SamplingParams], list[bool]]:
         """Each prompt's parameters, and whether they say max_new_tokens themselves."""
-        rows = batch.per_row("sampling_params", given, prompts)
+        rows = per_row("sampling_params", given, prompts)
         params, explicit = [], []
         previous: Any = self
         for index, row in enumerate(rows):
@@ -206,10 +212,10 @@ class RequestBuilder:
         if samples > 1 and listed:
             raise InvalidRequestError(f"{listed[0]} must not be a list of values when n > 1")
         columns = [
-            batch.per_row("return_logprob", given.return_logprob, prompts),
-            batch.per_row("logprob_start_len", given.logprob_start_len, prompts),
-            batch.per_row("top_logprobs_num", given.top_logprobs_num, prompts),
-            batch.per_row("token_ids_logprob", ids, prompts)
+            per_row("return_logprob", given.return_logprob, prompts),
+            per_row("logprob_start_len", given.logprob_start_len, prompts),
+            per_row("top_logprobs_num", given.top_logprobs_num, prompts),
+            per_row("token_ids_logprob", ids, prompts)
             if nested and not single
             else [ids] * prompts,
         ]

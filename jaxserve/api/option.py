@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.api import checks
+from jaxserve import checks
 from jaxserve.errors import InvalidRequestError, NotSupportedError
 
 LONGEST_TEXT = 1 << 20

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxserve.api import checks
+from jaxserve import checks
 from jaxserve.errors import InvalidRequestError, NotSupportedError
 
 FOLDER_VARIABLE = "JAXSERVE_PROFILER_DIR"

@@ -7,7 +7,7 @@ import numbers
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.api import checks
+from jaxserve import checks
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import LogprobSpec
 from jaxserve.sampling_params import SamplingParams

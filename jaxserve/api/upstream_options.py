@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from jaxserve.api import checks
+from jaxserve import checks
 
 MISSING = "-"
 CONTAINERS = (str, int, float, list, dict)

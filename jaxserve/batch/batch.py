@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.slots import Rows
+from jaxserve.batch.sequence import Sequence
+from jaxserve.batch.slots import Rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxserve.batch.batch import DecodeBatch, ExtendBatch
+from jaxserve.batch.sequence import Sequence
 from jaxserve.request import Request
-from jaxserve.scheduler.sequence import Sequence
 
 ROW_FIELDS = (
     "slots", "q_starts", "q_lens", "prefix_lens", "new_lengths", "sample_at", "fresh",

@@ -10,10 +10,10 @@ import numpy as np
 
 from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
 from jaxserve.batch.pack import unpack_logprobs
+from jaxserve.batch.sequence import Sequence
 from jaxserve.errors import RequestFailedError
 from jaxserve.request import Logprobs, Request, TopLogprobs, Update
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}

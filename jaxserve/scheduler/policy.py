@@ -7,8 +7,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from jaxserve.batch.sequence import Sequence
 from jaxserve.request import Request
-from jaxserve.scheduler.sequence import Sequence
 
 LPM_WINDOW = 128
 """How many of the queue "lpm" compares: a match costs microseconds, and the queue may be long."""

@@ -6,9 +6,9 @@ import math
 
 from jaxserve.batch.batch import ExtendBatch, ExtendRow
 from jaxserve.batch.buckets import ALIGNMENT, Buckets, padded_length
+from jaxserve.batch.sequence import Sequence
+from jaxserve.batch.slots import Rows
 from jaxserve.scheduler.pace import Pace
-from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.slots import Rows
 
 
 class ExtendPlanner:

@@ -21,6 +21,8 @@ import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.batch.buckets import ALIGNMENT, Buckets
+from jaxserve.batch.sequence import Sequence
+from jaxserve.batch.slots import Rows, Slots
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import Lease, PrefixCache
@@ -30,8 +32,6 @@ from jaxserve.scheduler.admission import Admission
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.prefill import ExtendPlanner
-from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.slots import Rows, Slots
 
 PASSING = 0.5
 """The share of a step that shorter prompts may take from one that needs several."""

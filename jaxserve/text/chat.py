@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.api import checks
+from jaxserve import checks
 from jaxserve.errors import InvalidRequestError, NotSupportedError
 
 if TYPE_CHECKING:

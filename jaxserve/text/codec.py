@@ -12,7 +12,7 @@ import functools
 import json
 from typing import Any, Protocol
 
-from jaxserve.api.checks import encodable
+from jaxserve.checks import encodable
 from jaxserve.errors import InvalidRequestError, ModelLoadError, RequestFailedError, is_panic
 
 SPLITTING = frozenset(("ByteLevel", "Split", "Digits", "Metaspace"))

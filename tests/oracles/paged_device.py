@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch, ExtendRow
+from jaxserve.batch.sequence import Sequence
 from jaxserve.cache.host import Copies
 from jaxserve.request import Request
-from jaxserve.scheduler.sequence import Sequence
 
 
 def next_token(rid: str, sample: int, position: int) -> int:

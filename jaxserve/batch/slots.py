@@ -11,7 +11,7 @@ import numpy as np
 from jaxserve.request import Request
 
 if TYPE_CHECKING:
-    from jaxserve.scheduler.sequence import Sequence
+    from jaxserve.batch.sequence import Sequence
 
 MAX_STOPS = 8
 """End tokens that are compared here; requests with more are looked at one by one."""

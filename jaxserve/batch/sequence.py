@@ -7,9 +7,9 @@ from array import array
 
 import numpy as np
 
+from jaxserve.batch.slots import Slots
 from jaxserve.cache.prefix import Lease
 from jaxserve.request import Request
-from jaxserve.scheduler.slots import Slots
 
 
 @dataclasses.dataclass(eq=False, slots=True)
