@@ -58,7 +58,7 @@ class Update:
     input_logprobs: complete, with the first update that has them.
     unemitted_id: the token a prefill-only request (max_new_tokens 0) would have gone on with; its
     logprobs are the single entry of output_logprobs.
-    finish_reason: None while running, then the dict of engine-api.md 3.3.
+    finish_reason: None while running, then the dict that docs/api.md describes.
     error: set instead of everything else when the engine died.
     """
 
@@ -127,6 +127,28 @@ class Request:
     admitted_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
+
+    @property
+    def seed_bits(self) -> int:
+        """The seed's 32 bits as an int32."""
+        return self.seed - (self.seed >> 31 << 32)
+
+    @property
+    def num_bias(self) -> int:
+        """Entries of its list of biases: the caller's and those that mask."""
+        return len(self.params.logit_bias or ()) + len(self.masked_ids)
+
+    @property
+    def wants_logprob(self) -> bool:
+        return self.logprobs is not None
+
+    @property
+    def num_top(self) -> int:
+        return self.logprobs.top if self.logprobs is not None else 0
+
+    @property
+    def num_named(self) -> int:
+        return len(self.logprobs.ids) if self.logprobs is not None else 0
 
     @property
     def finished(self) -> bool:

@@ -18,7 +18,7 @@ NO_JAX = [
     "jaxserve/api/upstream_options.py", "jaxserve/scheduler",
     "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
     "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",
-    "jaxserve/batch", "jaxserve/text", "jaxserve/output",
+    "jaxserve/batch", "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
 ]  # fmt: skip
 
 

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from jaxserve.batch.pack import unpack_logprobs
+from jaxserve.sampler.fields import FLOATS, INTS
 from jaxserve.sampler.logprobs import TokenLogprobs
 from jaxserve.sampler.sampler import Sampler
-from jaxserve.step.state import FLOATS, INTS, NO_TOP_K, RowParams, Sampled, SparseRows
+from jaxserve.sampler.state import RowParams, Sampled, SparseRows
+from jaxserve.sampling_params import TOP_K_ALL
 
 V = 97
 TOP, NAMED, BIAS = 5, 3, 4
 NEUTRAL = {
     "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "frequency": 0.0, "presence": 0.0,
-    "repetition": 1.0, "top_k": NO_TOP_K, "seed": 0, "sample_index": 0, "prompt_len": 0,
+    "repetition": 1.0, "top_k": TOP_K_ALL, "seed": 0, "sample_index": 0, "prompt_len": 0,
     "num_bias": 0, "wants_logprob": 0, "num_top": 0, "num_named": NAMED,
 }  # fmt: skip
 
@@ -26,11 +28,11 @@ def build(rows, counts=None, bias=(), named=None):
     padding. bias: {slot: [(id, value, until), ...]}."""
     rows = [NEUTRAL | row for row in rows] + [NEUTRAL]
     count = len(rows)
-    floats = np.array([[row[name] for name in FLOATS] for row in rows], np.float32)
-    ints = np.array([[row[name] for name in INTS] for row in rows], np.int64).astype(np.int32)
+    floats = np.array([[row[name] for name in FLOATS.names] for row in rows], np.float32)
+    ints = np.array([[row[name] for name in INTS.names] for row in rows], np.int64).astype(np.int32)
     lists = [np.zeros((count, BIAS), dtype) for dtype in (np.int32, np.float32, np.int32)]
     for slot, entries in dict(bias).items():
-        ints[slot, INTS.index("num_bias")] = len(entries)
+        ints[slot, INTS.names.index("num_bias")] = len(entries)
         for i, entry in enumerate(entries):
             for array, value in zip(lists, entry, strict=True):
                 array[slot, i] = value

@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxserve.batch.batch import DecodeBatch, ExtendBatch
-from jaxserve.batch.sequence import Sequence
 from jaxserve.request import Request
+from jaxserve.sampler.fields import FLOATS, INTS
 
 ROW_FIELDS = (
     "slots", "q_starts", "q_lens", "prefix_lens", "new_lengths", "sample_at", "fresh",
     "next_tokens", "wants_input_logprobs", "carried",
 )  # fmt: skip
-NUM_FLOATS = 6
-NUM_INTS = 8
 
 
 class ExtendArrays(NamedTuple):
@@ -27,7 +25,7 @@ class ExtendArrays(NamedTuple):
     row whose logits the row samples from, -1: none), fresh (1: the slot's counts restart),
     next_tokens (successor of the row's last token, -1: unknown), wants_input_logprobs (0 or 1),
     carried (1: the row's token is the slot's last sample, whatever `tokens` says).
-    page_table [B, W]. floats [B, 6], ints [B, 8]: see step.state.
+    page_table [B, W]. floats [B, len(FLOATS)], ints [B, len(INTS)]: see sampler.fields.
     """
 
     tokens: Any
@@ -60,7 +58,7 @@ class ExtendLayout:
 
     @property
     def _row_width(self) -> int:
-        return len(ROW_FIELDS) + self.table_width + NUM_INTS + NUM_FLOATS
+        return len(ROW_FIELDS) + self.table_width + len(INTS) + len(FLOATS)
 
     def rows_of(self, packed: Any) -> tuple[Any, Any, Any, Any]:
         """Views into `packed` [size], by row: ROW_FIELDS, page table, ints, floats. Of a NumPy
@@ -68,7 +66,7 @@ class ExtendLayout:
         rows = packed[self.tokens :].reshape(self.rows, self._row_width)
         table_from = len(ROW_FIELDS)
         ints_from = table_from + self.table_width
-        floats_from = ints_from + NUM_INTS
+        floats_from = ints_from + len(INTS)
         return (
             rows[:, :table_from], rows[:, table_from:ints_from], rows[:, ints_from:floats_from],
             rows[:, floats_from:].view(np.float32),
@@ -89,8 +87,7 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
     fields, page_table, ints, floats = layout.rows_of(packed)
     padding = len(batch.rows)
     fields[padding:] = (padding_slot, layout.tokens, 0, 0, 0, -1, 0, -1, 0, 0)
-    ints[padding:, 0] = 1
-    floats[padding:] = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    ints[padding:], floats[padding:] = INTS.neutral, FLOATS.neutral
     last_rows = []
     for i, row in enumerate(batch.rows):
         sequence, start, at = row.sequence, row.start, row.packed_start
@@ -115,8 +112,7 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
             row.carried,
         )  # fmt: skip
         page_table[i, : len(sequence.pages)] = sequence.pages
-        ints[i] = row_ints(sequence)
-        floats[i] = row_floats(request)
+        ints[i], floats[i] = INTS.read(sequence), FLOATS.read(sequence)
     return packed
 
 
@@ -128,34 +124,8 @@ def wants_input_logprobs(request: Request, start: int, stop: int) -> bool:
     return start < len(request.prompt_ids) - 1 and stop > spec.start
 
 
-def row_floats(request: Request) -> tuple[float, ...]:
-    """The order of step.state.FLOATS."""
-    p = request.params
-    return (
-        p.temperature, p.top_p, p.min_p, p.frequency_penalty, p.presence_penalty,
-        p.repetition_penalty,
-    )  # fmt: skip
-
-
-def row_ints(sequence: Sequence) -> tuple[int, ...]:
-    """The order of step.state.INTS."""
-    request = sequence.request
-    seed = int(np.uint32(request.seed).view(np.int32))
-    spec = request.logprobs
-    return (
-        request.params.top_k,
-        seed,
-        request.sample_index,
-        sequence.prompt_len,
-        len(request.params.logit_bias or ()) + len(request.masked_ids),
-        spec is not None,
-        spec.top if spec else 0,
-        len(spec.ids) if spec else 0,
-    )
-
-
 class SparseArrays(NamedTuple):
-    """One slot's lists, see step.state.SparseRows."""
+    """One slot's lists, see sampler.state.SparseRows."""
 
     bias_ids: np.ndarray
     bias_values: np.ndarray

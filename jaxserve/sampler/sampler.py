@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from jaxserve.sampler.fields import FIELDS
 from jaxserve.sampler.logprobs import TokenLogprobs
-from jaxserve.step.state import RowParams, Sampled, SparseRows
+from jaxserve.sampler.state import RowParams, Sampled, SparseRows
+
+KERNEL_FIELDS = [
+    name for name in (*FLOATS.names, *INTS.names) if name in pallas_kernels.RowParams._fields
+]
+"""What the sampling kernel wants to know of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +39,8 @@ class Sampler:
         logits [B, V] float32; rows [B] int32 slots (R for padding); positions [B] int32 of the
         tokens drawn now. Returns the updated carry, tokens [B] int32 and their packed logprobs.
         """
-        ints = params.int_columns(rows)
-        del ints["prompt_len"]
+        columns = params.columns(rows)
+        wanted = {name: columns[name] for name in KERNEL_FIELDS}
         live = rows < params.ints.shape[0] - 1
         found = pallas_kernels.sample(
             logits,
@@ -42,8 +48,7 @@ class Sampler:
                 slot=rows,
                 live=live.astype(jnp.int32),
                 position=positions,
-                **params.float_columns(rows),
-                **ints,
+                **wanted,
             ),
             pallas_kernels.SlotLists(sampled.counts, *sparse),
             top=self.top,

@@ -20,9 +20,9 @@ from jaxserve.attention.paged import Cache, PagedOps
 from jaxserve.batch.pack import ExtendArrays, ExtendLayout
 from jaxserve.sampler import logprobs as lp
 from jaxserve.sampler.sampler import Sampler
-from jaxserve.step.state import INTS, Progress, RowParams, Sampled, SparseRows
+from jaxserve.sampler.state import RowParams, Sampled, SparseRows
+from jaxserve.step.state import Progress
 
-PROMPT_LEN, NUM_TOP = INTS.index("prompt_len"), INTS.index("num_top")
 INPUT_LOGPROB_ROWS = 256
 """Rows of logits alive at once when input logprobs are wanted."""
 
@@ -152,7 +152,7 @@ def extend_step(
     # tokens were when they were sampled
     counts = sampled.counts
     counts = counts.at[jnp.where(batch.fresh > 0, slots, num_rows)].set(0, mode="drop")
-    generated = valid & ~carried & (positions >= row_params.ints[slots[owner], PROMPT_LEN])
+    generated = valid & ~carried & (positions >= row_params.column("prompt_len", slots[owner]))
     counts = counts.at[jnp.where(generated, slots[owner], num_rows), tokens].add(1, mode="drop")
 
     cache_positions = cache_slots(
@@ -200,7 +200,7 @@ def input_logprobs(
             return jax.lax.dynamic_slice_in_dim(x, start, rows)
 
         def compute() -> jax.Array:
-            some_top = jnp.any(part(wants) & (row_params.ints[part(slots), NUM_TOP] > 0))
+            some_top = jnp.any(part(wants) & (row_params.column("num_top", part(slots)) > 0))
             named = sparse.logprob_ids[part(slots)]
             logits = module.logits(part(hidden))
             return lp.token_logprobs(logits, part(targets), named, top, some_top).pack()
