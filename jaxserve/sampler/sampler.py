@@ -12,9 +12,7 @@ from jaxserve.sampler.fields import FIELDS
 from jaxserve.sampler.logprobs import TokenLogprobs
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 
-KERNEL_FIELDS = [
-    name for name in (*FLOATS.names, *INTS.names) if name in pallas_kernels.RowParams._fields
-]
+KERNEL_FIELDS = {field.name for field in FIELDS} & {*pallas_kernels.RowParams._fields}
 """What the sampling kernel wants to know of a row."""
 
 
