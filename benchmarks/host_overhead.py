@@ -31,6 +31,7 @@ from jaxserve.output.commit import commit
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.scheduling import Scheduling
 
 PAGE_SIZE, PROMPT = 64, 512
 PHASES = ("schedule", "prepare", "commit")
@@ -47,10 +48,11 @@ def request(number: int, new: int, mailbox: Mailbox, draw: random.Random) -> Req
 def measure(rows: int, queued: int, steps: int, at_once: int = 1) -> dict[str, Any]:
     """Microseconds of each of `steps` decode steps, `at_once` in a dispatch, with `rows` running
     and `queued` waiting requests."""
-    scheduler = Scheduler(
-        buckets=Buckets.make(rows, 8192), pages=PageAllocator(rows * 64), page_size=PAGE_SIZE,
-        max_rows=rows, max_prefill_tokens=8192, steps_per_dispatch=at_once,
+    scheduling = Scheduling(
+        buckets=Buckets.make(rows, 8192), page_size=PAGE_SIZE, max_rows=rows,
+        max_prefill_tokens=8192, steps_per_dispatch=at_once,
     )  # fmt: skip
+    scheduler = Scheduler(scheduling, PageAllocator(rows * 64))
     draw, mailbox = random.Random(0), Mailbox()
     for number in range(rows + queued):
         scheduler.add(request(number, steps + 8, mailbox, draw))
@@ -64,14 +66,16 @@ def measure(rows: int, queued: int, steps: int, at_once: int = 1) -> dict[str, A
             if batch is not None:
                 first = np.full((1, batch.row_bucket), 20, np.int32)
                 commit(SimpleNamespace(batch=batch, tokens=first, logprobs=None,
-                                       input_logprobs=None), scheduler)  # fmt: skip
+                                       input_logprobs=None, accepted=None), scheduler)  # fmt: skip
             started = time.perf_counter()
             batch = scheduler.schedule()
             scheduled = time.perf_counter()
         assert batch.steps == at_once
         pack.pack_decode(batch, rows)
         prepared = time.perf_counter()
-        result = SimpleNamespace(batch=batch, tokens=drawn, logprobs=None, input_logprobs=None)
+        result = SimpleNamespace(
+            batch=batch, tokens=drawn, logprobs=None, input_logprobs=None, accepted=None
+        )
         commit(result, scheduler)
         times["schedule"].append(scheduled - started)
         times["prepare"].append(prepared - scheduled)

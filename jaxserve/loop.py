@@ -31,6 +31,7 @@ from jaxserve.output.stats import Stats
 from jaxserve.process import Home, Uncopyable, abandon
 from jaxserve.request import Request, Update
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
+from jaxserve.scheduler.scheduling import Scheduling
 from jaxserve.step.profiler import Profiler
 from jaxserve.step.result import StepResult
 from jaxserve.step.runner import Runner, phase
@@ -59,20 +60,10 @@ class EngineLoop(Uncopyable):
         host = runner.host
         self._host = None if host is None else HostPages(host.num_blocks, host.width)
         self._scheduler = Scheduler(
-            buckets=config.buckets,
-            pages=PageAllocator(runner.num_pages),
-            page_size=config.page_size,
-            max_rows=config.max_rows,
-            max_prefill_tokens=config.max_prefill_tokens,
-            max_prefill_rows=config.max_prefill_rows,
-            policy=config.policy,
-            eviction=config.radix_eviction,
+            Scheduling.of(config),
+            PageAllocator(runner.num_pages),
             window=self._window,
             host=self._host,
-            chunk_alignment=config.chunk_alignment,
-            replays=config.deterministic,
-            steps_per_dispatch=config.steps_per_dispatch,
-            pace=config.pace,
             on_finish=self._stats.ended,
         )
         self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)

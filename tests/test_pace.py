@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from jaxserve.output.commit import commit, finish
 from jaxserve.request import LogprobSpec
 from jaxserve.scheduler.pace import Pace, attention_cost
 from jaxserve.server_args import ServerArgs
-from tests.test_scheduler import Machine, expected_tokens, make_request
+from tests.test_scheduler import Machine, Result, expected_tokens, make_request
 
 LLAMA = ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
 PACE = Pace.of(LLAMA, 8192, gpu=True, mixed=None)
@@ -276,8 +275,9 @@ def test_input_logprobs_of_a_chunk_in_flight_when_its_prompt_is_retracted():
     for number, batch in enumerate(batches):
         if number:
             machine.scheduler.retract(machine.scheduler.live[request])
-        commit(SimpleNamespace(batch=batch, tokens=np.zeros((1, 1), np.int32), logprobs=None,
-                               input_logprobs=host, top=0), machine.scheduler)  # fmt: skip
+        tokens = np.zeros((1, 1), np.int32)
+        result = Result(batch, tokens, input_logprobs=host)
+        commit(result, machine.scheduler)
         assert len(request.pending_input_logprobs.token) == (0 if number else 16)
     again = machine.scheduler.schedule()
     assert (again.rows[0].start, again.rows[0].fresh) == (0, True)

@@ -22,7 +22,7 @@ from jaxserve.errors import InvalidRequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.server_args import ServerArgs
 from jaxserve.step.compile import Programs
-from jaxserve.step.runner import CLUSTER_HEAD_DIM, FEW_HEADS
+from jaxserve.step.programs import CLUSTER_HEAD_DIM, FEW_HEADS
 from pallas_kernels.paged_decode import mosaic_cluster
 from tests.kernels.support import decode_shapes
 

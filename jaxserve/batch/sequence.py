@@ -18,8 +18,8 @@ class Sequence:
     which may be one ahead of the tokens the host has read. The numbers live in `slots` while the
     sequence is admitted, and are those of a fresh start otherwise.
 
-    Invariants, while admitted: slot >= 0; len(pages) * page_size >= kv_len;
-    kv_len <= total_tokens + in_flight; the first lease.count pages are also the prefix cache's.
+    Invariants, while admitted: slot >= 0; len(pages) * page_size >= most_kv;
+    most_kv <= total_tokens + in_flight; the first lease.count pages are also the prefix cache's.
     rank: less goes first, whatever the arrival. reused: tokens found in the prefix cache when it
     was admitted. dropped: leading pages that were given back because no token to come sees them;
     their numbers stay in `pages`, and nobody reads them. Only without a lease.
@@ -52,13 +52,13 @@ class Sequence:
         return self.slots.epoch.item(self.slot) if self.admitted else -1
 
     @property
-    def kv_len(self) -> int:
+    def most_kv(self) -> int:
         """Tokens whose keys and values are scheduled to be in the pages."""
-        return self.slots.kv_len.item(self.slot) if self.admitted else 0
+        return self.slots.most_kv.item(self.slot) if self.admitted else 0
 
-    @kv_len.setter
-    def kv_len(self, tokens: int) -> None:
-        self.slots.kv_len[self.slot] = tokens
+    @most_kv.setter
+    def most_kv(self, tokens: int) -> None:
+        self.slots.most_kv[self.slot] = tokens
 
     @property
     def capacity(self) -> int:
@@ -70,7 +70,7 @@ class Sequence:
         """Scheduled steps of this sequence whose sampled token the host has not read."""
         if not self.admitted:
             return 0
-        return int(self.slots.scheduled[self.slot] - self.slots.produced[self.slot])
+        return int(self.slots.most_scheduled[self.slot] - self.slots.produced[self.slot])
 
     @property
     def prompt_len(self) -> int:

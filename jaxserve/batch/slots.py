@@ -41,11 +41,14 @@ class Rows:
 class Slots:
     """Progress of the sequences in R slots, as arrays [R].
 
-    kv_len: tokens whose keys and values are scheduled to be in the pages. capacity: tokens that the
-    pages hold. scheduled: output tokens sampled or scheduled to be. produced: output tokens read
-    back. limit: output tokens allowed, at least 1. epoch: counts the slot's owners, so that a
-    step's result can tell whether its row is still the same sequence. simple: nobody needs to hear
-    of a token before the end.
+    What is scheduled are bounds: a step may make fewer tokens than it has room for, which `settle`
+    takes back when it has been read. The device knows the true lengths.
+
+    most_kv: tokens whose keys and values are in the pages when all steps in flight have run, at
+    most. capacity: tokens that the pages hold. most_scheduled: output tokens then, at most.
+    produced: output tokens read back. limit: output tokens allowed, at least 1. epoch: counts the
+    slot's owners, so that a step's result can tell whether its row is still the same sequence.
+    simple: nobody needs to hear of a token before the end.
     """
 
     def __init__(self, count: int, pending: int = 1024, replays: bool = False):
@@ -53,9 +56,9 @@ class Slots:
         request that comes back decodes the outputs again that it has already; until they are
         passed, `produced` is less than their number."""
         self.replays = replays
-        self.kv_len = np.zeros(count, np.int32)
+        self.most_kv = np.zeros(count, np.int32)
         self.capacity = np.zeros(count, np.int32)
-        self.scheduled = np.zeros(count, np.int32)
+        self.most_scheduled = np.zeros(count, np.int32)
         self.produced = np.zeros(count, np.int32)
         self.limit = np.zeros(count, np.int32)
         self.epoch = np.zeros(count, np.int64)
@@ -67,7 +70,7 @@ class Slots:
     def reset(self) -> None:
         """All slots are free, whoever has them."""
         self.epoch += 1
-        for counts in (self.kv_len, self.capacity, self.limit, self.scheduled, self.produced):
+        for counts in (self.most_kv, self.capacity, self.limit, self.most_scheduled, self.produced):
             counts[:] = 0
         self._free = list(range(len(self.epoch) - 1, -1, -1))
 
@@ -78,14 +81,14 @@ class Slots:
     @property
     def in_flight(self) -> bool:
         """Whether any slot has a sampled token that the host has not read."""
-        return bool((self.scheduled != self.produced).any())
+        return bool((self.most_scheduled != self.produced).any())
 
     def growth(self, tokens: int, page_size: int) -> int:
         """Pages that all sequences together begin within `tokens` more tokens each."""
         if len(self._free) == len(self.limit):
             return 0
-        ahead = np.minimum(self.limit - self.scheduled, tokens)
-        missing = np.maximum(self.kv_len + ahead - self.capacity, 0)
+        ahead = np.minimum(self.limit - self.most_scheduled, tokens)
+        missing = np.maximum(self.most_kv + ahead - self.capacity, 0)
         return int((-(-missing // page_size)).sum())
 
     def kept(self, request: Request) -> int:
@@ -95,7 +98,7 @@ class Slots:
     def take(self, request: Request) -> int:
         """A free slot for `request`, which has cached nothing yet."""
         slot = self._free.pop()  # its numbers are 0
-        self.scheduled[slot] = self.produced[slot] = self.kept(request)
+        self.most_scheduled[slot] = self.produced[slot] = self.kept(request)
         self.limit[slot] = max(request.max_new_tokens, 1)
         stops = sorted(request.stop_ids)
         self.simple[slot] = (
@@ -112,8 +115,8 @@ class Slots:
 
     def release(self, slot: int) -> None:
         self.epoch[slot] += 1
-        self.kv_len[slot] = self.capacity[slot] = self.limit[slot] = 0
-        self.scheduled[slot] = self.produced[slot] = 0
+        self.most_kv[slot] = self.capacity[slot] = self.limit[slot] = 0
+        self.most_scheduled[slot] = self.produced[slot] = 0
         self._free.append(slot)
 
     def rows(self, sequences: tuple[Sequence, ...]) -> Rows:
@@ -135,10 +138,16 @@ class Slots:
         )
 
     def advance(self, slots: np.ndarray, steps: int) -> None:
-        """Count `steps` decode steps of `slots` [n] as scheduled. (`take` costs half of what an
-        index array in brackets does.)"""
-        self.kv_len[slots] = self.kv_len.take(slots) + steps
-        self.scheduled[slots] = self.scheduled.take(slots) + steps
+        """Count `steps` more tokens of each of `slots` [n] as scheduled. (`take` costs half of what
+        an index array in brackets does.)"""
+        self.most_kv[slots] = self.most_kv.take(slots) + steps
+        self.most_scheduled[slots] = self.most_scheduled.take(slots) + steps
+
+    def settle(self, slots: np.ndarray, missing: np.ndarray) -> None:
+        """A step has been read that made `missing` [n] tokens fewer than were scheduled for
+        `slots` [n], of owners that are still the same."""
+        self.most_kv[slots] -= missing
+        self.most_scheduled[slots] -= missing
 
     def append(
         self, slots: np.ndarray, tokens: np.ndarray, limit: np.ndarray, stops: np.ndarray

@@ -49,9 +49,13 @@ def commit(result: Any, scheduler: Scheduler) -> int:
     packed = None if result.logprobs is None else np.asarray(result.logprobs)
     kept = 0
     if isinstance(batch, DecodeBatch):
+        accepted = None if result.accepted is None else np.asarray(result.accepted)
         for step, drawn in enumerate(tokens):
             logprobs = None if packed is None else HostLogprobs(packed[step], result.top)
-            kept += _commit_decode(batch, drawn, logprobs, scheduler)
+            made = None if accepted is None else accepted > step
+            kept += _commit_decode(batch, drawn, made, logprobs, scheduler)
+        if accepted is not None:
+            scheduler.settle(batch.rows, batch.steps - accepted)
         return kept
     logprobs = None if packed is None else HostLogprobs(packed[0], result.top)
     if result.input_logprobs is not None:
@@ -68,18 +72,21 @@ def commit(result: Any, scheduler: Scheduler) -> int:
 
 
 def _commit_decode(
-    batch: DecodeBatch, tokens: np.ndarray, logprobs: HostLogprobs | None, scheduler: Scheduler
-) -> int:
+    batch: DecodeBatch, tokens: np.ndarray, made: np.ndarray | None,
+    logprobs: HostLogprobs | None, scheduler: Scheduler,
+) -> int:  # fmt: skip
     """Rows that only collect tokens are appended to all at once; the others, and those that end,
-    one by one."""
+    one by one. made [B] bool: which rows have a token; None is all."""
     rows, progress = batch.rows, scheduler.slots
     tokens = tokens[: len(rows.slots)]
-    if rows is scheduler.rows and rows.all_simple:
+    if made is None and rows is scheduler.rows and rows.all_simple:
         ended = progress.append(rows.slots, tokens, rows.limit, rows.stops)
         for row in np.flatnonzero(ended).tolist():
             _settle(rows.sequences[row], int(tokens[row]), scheduler)
         return len(tokens)
     alive = progress.epoch[rows.slots] == rows.epochs
+    if made is not None:
+        alive &= made[: len(alive)]
     which = np.flatnonzero(alive & rows.simple)
     ended = progress.append(
         rows.slots[which], tokens[which], rows.limit[which], rows.stops[which]
@@ -133,7 +140,7 @@ def _accept(
 
 
 def finish_reason(request: Request, token: int) -> dict[str, Any] | None:
-    """Why the request ends with `token`, its newest, or None. Order as engine-api.md 3.3."""
+    """Why the request ends with `token`, its newest, or None. The order is SGLang's."""
     if request.stop_matcher is not None:
         matched = request.stop_matcher.append(token)
         if matched is not None:
@@ -205,7 +212,7 @@ def _read_input_logprobs(row: ExtendRow, host: HostLogprobs) -> None:
 
 def _complete_input_logprobs(batch: ExtendBatch) -> None:
     """Give requests whose whole prompt has run their input logprobs; forks take their leader's.
-    The first entry has no predecessor, whatever the start (engine-api.md 3.4)."""
+    The first entry has no predecessor, whatever the start (as SGLang has it)."""
     for row in batch.rows:
         request = row.sequence.request
         spec = request.logprobs

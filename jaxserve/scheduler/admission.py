@@ -76,7 +76,7 @@ class Admission:
         sequence.reused = (len(shared) + len(found)) * self._page_size
         self._take_slot(sequence, sequence.reused, len(found) * self._page_size)
         self.hold(sequence, shared + new)
-        sequence.kv_len = sequence.reused
+        sequence.most_kv = sequence.reused
         return True
 
     def fork(self, sibling: Sequence, leader: Sequence) -> list[tuple[int, int]] | None:
@@ -96,13 +96,13 @@ class Admission:
         own = self._pages.allocate(1 if partial else 0)
         self.hold(sibling, shared + own)
         sibling.dropped = leader.dropped
-        sibling.kv_len = leader.prompt_len
+        sibling.most_kv = leader.prompt_len
         return [(leader.pages[full], page) for page in own]
 
     def publish(self, sequence: Sequence) -> None:
         """Let others begin with the full pages of `sequence` that are scheduled, unless it needs
         them again for its own next ones, or their lock could keep it from going on."""
-        full = sequence.kv_len - sequence.kv_len % self._unit
+        full = sequence.most_kv - sequence.most_kv % self._unit
         whole = sequence.capacity >= sequence.total_tokens and not sequence.dropped
         if self._pages.enabled and whole and full <= self._longest:
             self._pages.publish(sequence.lease, sequence.token_bytes(full), sequence.pages)
@@ -117,7 +117,7 @@ class Admission:
         whoever takes them next runs later. The prefix shared with the cache goes as a whole."""
         if self._window is None:
             return
-        passed = self._window.passed(sequence.kv_len)
+        passed = self._window.passed(sequence.most_kv)
         if passed <= sequence.dropped or passed < sequence.lease.count:
             return
         self._pages.end(sequence.lease, sequence.pages[sequence.dropped : passed])
@@ -138,7 +138,7 @@ class Admission:
     def grow(self, rows: Rows, new_pages: list[tuple[int, int]], steps: int) -> bool:
         """Give a page to each of `rows` whose last one has no room for `steps` tokens, in their
         order. True when pages ran out on the way."""
-        full = self._slots.kv_len.take(rows.slots) + steps > self._slots.capacity.take(rows.slots)
+        full = self._slots.most_kv.take(rows.slots) + steps > self._slots.capacity.take(rows.slots)
         for row in np.flatnonzero(full).tolist():
             self.slide(rows.sequences[row])
             if not self._pages.available:
@@ -164,7 +164,7 @@ class Admission:
         tokens = b""
         if self._pages.enabled and not sequence.dropped:
             outputs = self._slots.kept(sequence.request)
-            known = min(sequence.kv_len, sequence.prompt_len + max(outputs - 1, 0))
+            known = min(sequence.most_kv, sequence.prompt_len + max(outputs - 1, 0))
             tokens = sequence.token_bytes(known - known % self._unit)
         self._pages.end(sequence.lease, sequence.pages[sequence.dropped :], tokens)
         self._slots.release(sequence.slot)

@@ -57,15 +57,15 @@ class ExtendPlanner:
     def fits(self, sequence: Sequence, share: float = 1.0) -> bool:
         """Whether all unscheduled tokens of the sequence that its pages reach to fit into `share`
         of the step."""
-        left = min(sequence.total_tokens, sequence.capacity) - sequence.kv_len
+        left = min(sequence.total_tokens, sequence.capacity) - sequence.most_kv
         room = share * self._max_tokens - self._packed
-        return left <= room and self._affords(sequence.kv_len, left, share)
+        return left <= room and self._affords(sequence.most_kv, left, share)
 
     def add(self, sequence: Sequence, share: float = 1.0) -> None:
         """Pack as many of the sequence's unscheduled tokens as fit into `share` of the step, and as
         its pages reach to, and count them as scheduled. At least a few are, whatever the work: the
         longest context gets on."""
-        start, total = sequence.kv_len, sequence.total_tokens
+        start, total = sequence.most_kv, sequence.total_tokens
         reach = stop = min(total, sequence.capacity)
         if not self.fits(sequence, share):
             stop = min(reach, start + self._most(start, share))
@@ -81,16 +81,16 @@ class ExtendPlanner:
         )  # fmt: skip
         self._packed += padded_length(count)
         self._work += padded_length(count) + self._attending(start, count)
-        sequence.kv_len = stop
+        sequence.most_kv = stop
 
     def completes(self, sequence: Sequence) -> bool:
         """Whether everything known of the sequence is scheduled, so that it can sample."""
-        return sequence.kv_len == sequence.total_tokens
+        return sequence.most_kv == sequence.total_tokens
 
     def fork(self, sibling: Sequence, leader: Sequence, copies: list[tuple[int, int]]) -> None:
         """Add a row that samples from the last token of `leader`'s row."""
         row = next(i for i, r in enumerate(self._rows) if r.sequence is leader)
-        length = sibling.kv_len
+        length = sibling.most_kv
         self._forks.append(
             ExtendRow(sibling, length, length, 0, True, True, epoch=sibling.epoch, leader=row)
         )
@@ -100,7 +100,7 @@ class ExtendPlanner:
         """Add the next token of each running sequence, for which room has been kept and pages are
         there. Comes last."""
         for sequence in rows.sequences:
-            length = sequence.kv_len
+            length = sequence.most_kv
             self._rows.append(
                 ExtendRow(
                     sequence, length, length + 1, self._packed, samples=True, fresh=False,

@@ -20,7 +20,6 @@ from itertools import islice
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
-from jaxserve.batch.buckets import ALIGNMENT, Buckets
 from jaxserve.batch.sequence import Sequence
 from jaxserve.batch.slots import Rows, Slots
 from jaxserve.cache.host import HostPages
@@ -29,9 +28,12 @@ from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.cache.window import Window
 from jaxserve.request import Request
 from jaxserve.scheduler.admission import Admission
-from jaxserve.scheduler.pace import Pace
-from jaxserve.scheduler.policy import Policy, WaitingQueue
+from jaxserve.scheduler.mixing import Mixing
+from jaxserve.scheduler.policy import WaitingQueue
+from jaxserve.scheduler.preempt import Preemption
 from jaxserve.scheduler.prefill import ExtendPlanner
+from jaxserve.scheduler.running import Running
+from jaxserve.scheduler.scheduling import Scheduling
 
 PASSING = 0.5
 """The share of a step that shorter prompts may take from one that needs several."""
@@ -46,51 +48,42 @@ class DrainNeeded(Exception):
 class Scheduler:
     """Owns every live sequence and the pages.
 
-    waiting: not admitted, retracted ones among them. prefilling: admitted, part of
-    the prompt still to run. running: decoding, in the order of a batch's rows. A sequence whose
-    last token is scheduled but not read is in none of them, and stays in `live`. slots: progress of
-    everything admitted. steps_per_dispatch: decode steps scheduled at once where possible, at most
-    the page size. pace: None lets prefill go first, whatever runs.
+    waiting: not admitted, retracted ones among them. prefilling: admitted, part of the prompt still
+    to run. running: decoding. A sequence whose last token is scheduled but not read is in none of
+    them, and stays in `live`. slots: progress of everything admitted.
     """
 
     def __init__(
-        self, *, buckets: Buckets, pages: PageAllocator, page_size: int, max_rows: int,
-        max_prefill_tokens: int, max_prefill_rows: int | None = None, steps_per_dispatch: int = 1,
-        policy: Policy | None = None, eviction: str | None = "lru", pace: Pace | None = None,
-        chunk_alignment: int = 1, replays: bool = False, window: Window | None = None,
+        self,
+        scheduling: Scheduling,
+        pages: PageAllocator,
+        *,
+        window: Window | None = None,
         host: HostPages | None = None,
         on_finish: Callable[[Request], object] = lambda request: None,
-    ):  # fmt: skip
-        """eviction: the prefix cache's policy, None for no prefix cache. chunk_alignment: chunks of
-        a prompt and its cached prefix end at multiples of it, but for the prompt's end. replays: a
-        retracted sequence decodes its outputs again, and only prompts are cached, because what an
-        extend step computes for an output is not bitwise what a decode step does. window: of the
-        model, if none of its layers sees further and the pool holds it and one aligned chunk. host:
-        the memory for evicted pages; its copies are to be made before each step. on_finish: called
-        with each request that has left, its outputs complete."""
-        self.policy = policy or Policy()
-        self.pages = PrefixCache(pages, page_size, eviction, host)
-        self.page_size = page_size
-        self.buckets = buckets
+    ):
+        """window: of the model, if none of its layers sees further and the pool holds it and one
+        aligned chunk. host: the memory for evicted pages; its copies are to be made before each
+        step. on_finish: called with each request that has left, its outputs complete."""
+        self.policy = scheduling.policy
+        self.page_size = scheduling.page_size
+        self.pages = PrefixCache(pages, self.page_size, scheduling.eviction, host)
         self.waiting = WaitingQueue()
         self.prefilling: deque[Sequence] = deque()
-        self.running: dict[Sequence, None] = {}
         self.live: dict[Request, Sequence] = {}
-        self.slots = Slots(max_rows, replays=replays)
+        self.slots = Slots(scheduling.max_rows, scheduling.pending, scheduling.replays)
+        self.running = Running(self.slots)
         self.admission = Admission(
-            self.pages, self.slots, page_size, self.policy.conservativeness, chunk_alignment,
-            window, chunk=min(max_prefill_tokens, buckets.max_tokens),
+            self.pages, self.slots, self.page_size, self.policy.conservativeness,
+            scheduling.chunk_alignment, window, chunk=scheduling.extend_tokens,
         )  # fmt: skip
-        self._rows: Rows | None = None
+        self._scheduling = scheduling
+        self._mixing = Mixing(scheduling, self.running, self.slots, self.admission)
+        self._preemption = Preemption(self.policy.threshold, self.running, self.admission)
         self._arrivals = 0
         self._on_finish = on_finish
-        most = min(max_prefill_tokens, buckets.max_tokens)
-        self._limits = (most, max_prefill_rows, chunk_alignment)
-        self._steps = steps_per_dispatch
-        self._pace = pace
         self._decode_is_next = False
         self._refused: object = None
-        self._no_victims: object = None
 
     # -- requests come and go ---------------------------------------------------------------------
 
@@ -118,6 +111,18 @@ class Scheduler:
         sequence.request.count_retraction()
         self.waiting.add(sequence)
 
+    def settle(self, rows: Rows, missing: np.ndarray) -> None:
+        """A decode step of `rows` has been read and committed. missing [>= n]: how many tokens
+        fewer than scheduled each made. (Where windows slide, pages may have gone that its next
+        token sees: such models' steps make all that they have room for.)"""
+        missing = missing[: len(rows.slots)]
+        alive = self.slots.epoch[rows.slots] == rows.epochs
+        short = np.flatnonzero(alive & (missing > 0))
+        self.slots.settle(rows.slots[short], missing[short])
+        for row in short.tolist():  # whose last token had seemed to be scheduled
+            if rows.sequences[row] not in self.running:
+                self.running.join(rows.sequences[row])
+
     def retract_all(self) -> None:
         """After a failure: everything admitted starts over, in the order of arrival. Slots, pages,
         prefixes and queues are made anew, because the failure may have left them half changed."""
@@ -133,7 +138,8 @@ class Scheduler:
         self.pages.reset()
         self.prefilling.clear()
         self.running.clear()
-        self._rows = self._refused = self._no_victims = None
+        self._preemption.reset()
+        self._refused = None
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache. What is admitted keeps its pages, for itself."""
@@ -162,21 +168,26 @@ class Scheduler:
 
     def _schedule_extend(self) -> ExtendBatch | None:
         if self.policy.priorities and self.waiting:
-            self._preempt()
+            for victim in self._preemption.victims(self.waiting, self._circumstances):
+                if self.slots.in_flight:
+                    raise DrainNeeded
+                self.retract(victim)
         if not self.prefilling and not self._may_admit:
             return None
-        expectant = self._expectant_rows()
-        pace = self._pace if expectant is not None and expectant.watched else None
-        riders = self._riders(expectant, pace)
+        scheduling, mixing = self._scheduling, self._mixing
+        expectant = mixing.expectant(self.prefilling)
+        pace = scheduling.pace if expectant is not None and expectant.watched else None
+        riders = mixing.riders(expectant, pace)
         planner = ExtendPlanner(
-            self.buckets, *self._limits, pace, len(riders.slots) if riders else 0
-        )
+            scheduling.buckets, scheduling.extend_tokens, scheduling.max_prefill_rows,
+            scheduling.chunk_alignment, pace, len(riders.slots) if riders else 0,
+        )  # fmt: skip
         self._extend_admitted(planner)
         if self._may_admit and planner.has_room():
             self._extend_waiting(planner)
         if planner.empty:
             return None
-        ridden = riders is not None and self._ride(riders, planner)
+        ridden = riders is not None and mixing.ride(riders, planner)
         self._decode_is_next = expectant is not None and not ridden
         return planner.batch()
 
@@ -187,7 +198,7 @@ class Scheduler:
             if not planner.has_room():
                 return
             self.admission.advance(sequence)
-            passed = self._pace is not None and not planner.fits(sequence)
+            passed = self._scheduling.pace is not None and not planner.fits(sequence)
             if passed:
                 self._let_pass(sequence, planner)
             if self._extend(sequence, planner):
@@ -202,7 +213,8 @@ class Scheduler:
         for sequence in [s for s in self.prefilling if s is not long]:
             if planner.has_room(PASSING) and self._extend(sequence, planner, PASSING):
                 self.prefilling.remove(sequence)
-        most = min(self._limits[0], (long.total_tokens - long.kv_len) // 2)
+        left = long.total_tokens - long.most_kv
+        most = min(self._scheduling.extend_tokens, left // 2)
         for sequence in list(islice(self.waiting, PASSING_WINDOW)):
             if not (self.slots.available and planner.has_room(PASSING)):
                 return
@@ -246,11 +258,10 @@ class Scheduler:
         return True
 
     def _schedule_decode(self) -> Batch | None:
-        steps = self._steps
+        steps = self._scheduling.steps_per_dispatch
         if steps > 1 and (self.prefilling or self._may_admit):
             steps = 1
-        least = self._drop_complete()
-        steps = steps if least >= steps else 1
+        steps = steps if self.running.drop_complete(steps) >= steps else 1
         rows, new_pages = self.rows, []
         starved = self.admission.grow(rows, new_pages, steps)
         if starved and steps > 1:
@@ -267,74 +278,17 @@ class Scheduler:
         if not self.running:
             return self._schedule_extend()
         self.slots.advance(rows.slots, steps)
-        bucket = self.buckets.decode_rows(len(rows.slots))
+        bucket = self._scheduling.buckets.decode_rows(len(rows.slots))
         return DecodeBatch(rows, bucket, tuple(new_pages), steps)
-
-    def _drop_complete(self) -> int:
-        """Take those out of `running` whose last token is scheduled. How many tokens at least, up
-        to a dispatch's, the others have to go."""
-        rows = self.rows
-        left = rows.limit - self.slots.scheduled.take(rows.slots)
-        least = left.min(initial=self._steps)
-        if least > 0:
-            return least
-        complete = left <= 0
-        for row in np.flatnonzero(complete).tolist():
-            self._leave(rows.sequences[row])
-        return left[~complete].min(initial=self._steps)
-
-    # -- running sequences while prompts come in --------------------------------------------------
-
-    def _expectant_rows(self) -> Rows | None:
-        """The running sequences, if they are to get a token with this extend step: when one of them
-        streams, or a prompt goes on for longer than this step. None: prefill goes first."""
-        if self._pace is None or not self.running:
-            return None
-        self._drop_complete()
-        long = False
-        if self.prefilling:
-            first = self.prefilling[0]
-            long = first.total_tokens - first.kv_len > self._limits[0]
-        return self.rows if self.running and (long or self.rows.watched) else None
-
-    def _riders(self, rows: Rows | None, pace: Pace | None) -> Rows | None:
-        """`rows`, if an extend step limited by `pace` has room for all of them beside prompts."""
-        if rows is None or self._pace is None or len(rows.slots) > self._pace.riders:
-            return None
-        tokens = min(self._limits[0], pace.work if pace is not None else self._limits[0])
-        few = 2 * len(rows.slots) * ALIGNMENT <= tokens
-        few = few and len(rows.slots) < self.buckets.max_extend_rows
-        return rows if few and self.slots.kv_len[rows.slots].max() <= self._pace.reach else None
-
-    def _ride(self, rows: Rows, planner: ExtendPlanner) -> bool:
-        """Pack the next token of `rows`; False, if pages are short, changes nothing."""
-        new_pages: list[tuple[int, int]] = []
-        if self.admission.grow(rows, new_pages, 1):
-            self.admission.shrink(rows, new_pages)
-            return False
-        planner.ride(rows)
-        self.slots.advance(rows.slots, 1)
-        return True
 
     @property
     def rows(self) -> Rows:
-        """The running sequences as the rows of a decode step; the same object as long as none
-        comes or goes."""
-        if self._rows is None:
-            self._rows = self.slots.rows(tuple(self.running))
-        return self._rows
-
-    def _join(self, sequence: Sequence) -> None:
-        self.running[sequence] = None
-        self._rows = None
-
-    def _leave(self, sequence: Sequence) -> None:
-        del self.running[sequence]
-        self._rows = None
+        """The running sequences as the rows of a decode step."""
+        return self.running.rows
 
     def _begin_decode(self, sequence: Sequence) -> None:
-        self.slots.scheduled[sequence.slot] += 1
-        self._join(sequence)
+        self.slots.most_scheduled[sequence.slot] += 1
+        self.running.join(sequence)
 
     def _fork_siblings(self, leader: Sequence, planner: ExtendPlanner) -> None:
         """Let waiting samples of the same prompt share the leader's prompt pages. Those that find
@@ -365,25 +319,9 @@ class Scheduler:
     def _circumstances(self) -> object:
         return self.waiting.version, self.admission.version
 
-    def _preempt(self) -> None:
-        """Retract running sequences, the last in the order first, until the first of the queue has
-        room; only those whose priority is worse by more than the threshold."""
-        circumstances = (self._circumstances, len(self.running))
-        if self._no_victims == circumstances:
-            return
-        first = self.waiting.first()
-        victims = [s for s in self.running if s.rank - first.rank > self.policy.threshold]
-        victims.sort(key=lambda s: s.order)
-        if not victims:
-            self._no_victims = circumstances
-        while victims and not self.admission.has_room(first):
-            if self.slots.in_flight:
-                raise DrainNeeded
-            self.retract(victims.pop())
-
     def _drop_from_queues(self, sequence: Sequence) -> None:
         if sequence in self.running:
-            self._leave(sequence)
+            self.running.leave(sequence)
         elif sequence in self.prefilling:
             self.prefilling.remove(sequence)
         elif not sequence.admitted:

@@ -14,15 +14,13 @@ from typing import Any
 import jax
 
 from jaxserve.compat import Settings, on_backend_compile, without_compilation_cache
+from jaxserve.step.catalogue import Lowerable, ProgramKey
 from jaxserve.step.notice import Notice
 from jaxserve.step.stored import StoredPrograms
 
 logger = logging.getLogger(__name__)
 
-ProgramKey = tuple[str, int]
-"""(kind, bucket), for example ("decode", 16); of a step, the bucket is the tokens it computes."""
-Builder = Callable[[ProgramKey], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
-"""key -> (function, abstract arguments, donated argument numbers)."""
+Builder = Callable[[ProgramKey], Lowerable]
 CompilerOptions = Callable[[int], dict[str, str | bool]]
 """bucket -> XLA's options."""
 

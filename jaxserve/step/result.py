@@ -20,18 +20,22 @@ class Prepared(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Device arrays that are on their way to the host: tokens [n, B] int32 of n steps, the sampled
-    rows' logprobs [n, B, X] and the packed tokens' input logprobs [T, X] where somebody wants them
-    (see pack.unpack_logprobs). top: columns of the best logprobs."""
+    """Device arrays that are on their way to the host."""
 
     batch: Batch
     tokens: jax.Array
+    """[n, B] int32 of n steps."""
     logprobs: jax.Array | None
+    """[n, B, X] packed, of the sampled rows, where somebody wants them: pack.unpack_logprobs."""
     input_logprobs: jax.Array | None
+    """[T, X], of the packed tokens, where somebody wants them."""
     top: int
+    """Columns of the best logprobs."""
+    accepted: jax.Array | None = None
+    """[B] int32: how many of a decode batch's n tokens each row has, the first ones; None: all."""
 
     def wait(self) -> None:
         """Until the results are on the host. Raises what went wrong on the device."""
-        for array in (self.tokens, self.logprobs, self.input_logprobs):
+        for array in (self.tokens, self.logprobs, self.input_logprobs, self.accepted):
             if array is not None:
                 np.asarray(array)  # kept by the array

@@ -80,12 +80,12 @@ def cache_slots(
 def decode_steps(
     model: StepModel, steps: int, params: tuple[jax.Array, ...], cache: Cache, progress: Progress,
     sampled: Sampled, row_params: RowParams, sparse: SparseRows, upload: jax.Array,
-) -> tuple[Cache, Progress, Sampled, StepOutput]:  # fmt: skip
+) -> tuple[tuple[Cache, Progress, Sampled], StepOutput]:  # fmt: skip
     """`steps` tokens for each of B rows, one after the other: at most S, so that a row begins one
     page at most.
 
     upload [2, B] int32: slots (R for padding), and the page each row begins with these tokens (-1
-    for none). Returns the cache, progress and carry as updated, and the output.
+    for none). Returns (the cache, progress and carry as updated), the output.
     """
     rows, new_pages = upload
     num_rows = progress.lengths.shape[0]
@@ -121,18 +121,18 @@ def decode_steps(
         carry, output = jax.lax.scan(one_step, carry, positions)
     cache, sampled = carry
     lengths = progress.lengths.at[rows].set(jnp.where(live, first + steps, 0))
-    return cache, Progress(lengths, table), sampled, output
+    return (cache, Progress(lengths, table), sampled), output
 
 
 def extend_step(
     model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], cache: Cache,
     progress: Progress, sampled: Sampled, row_params: RowParams, sparse: SparseRows,
     packed: jax.Array,
-) -> tuple[Cache, Progress, Sampled, RowParams, StepOutput, jax.Array]:  # fmt: skip
+) -> tuple[tuple[Cache, Progress, Sampled, RowParams], tuple[StepOutput, jax.Array]]:  # fmt: skip
     """Run T packed tokens of up to B rows.
 
-    packed: one int32 vector, see ExtendLayout. Returns the cache, progress, carry and row
-    parameters as updated, the output, and hidden [T, D] for `input_logprobs`.
+    packed: one int32 vector, see ExtendLayout. Returns (the cache, progress, carry and row
+    parameters as updated), (the output, and hidden [T, D] for `input_logprobs`).
     """
     batch = layout.unpack(packed)
     num_rows = progress.lengths.shape[0]
@@ -169,14 +169,15 @@ def extend_step(
     sampled = Sampled(sampled.last_tokens, counts)
     sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
     output = StepOutput(*(x[None] for x in output))
-    return cache, progress, sampled, row_params, output, hidden
+    return (cache, progress, sampled, row_params), (output, hidden)
 
 
 def input_logprobs(
     model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], row_params: RowParams,
     sparse: SparseRows, packed: jax.Array, hidden: jax.Array, *, top: int,
-) -> jax.Array:  # fmt: skip
-    """Packed logprobs [T, X], at temperature 1, of each packed token's successor.
+) -> tuple[tuple[()], jax.Array]:  # fmt: skip
+    """Packed logprobs [T, X], at temperature 1, of each packed token's successor; nothing is
+    donated.
 
     hidden [T, D] is the extend step's. The LM head runs on a few hundred rows at a time; chunks in
     which no token is wanted are skipped. Entries of tokens that are not wanted are unspecified.
@@ -210,48 +211,4 @@ def input_logprobs(
         return jax.lax.dynamic_update_slice_in_dim(result, found, start, 0)
 
     result = jnp.zeros((layout.tokens, width), jnp.int32)
-    return jax.lax.fori_loop(0, -(-layout.tokens // rows), chunk, result)
-
-
-def in_all_layers(num_layers: int, cache: Cache, pages: jax.Array) -> jax.Array:
-    """Where `pages` [C] of each layer lie in the cache's arrays: [L, C] int32. Those past a layer's
-    end are past the end of all."""
-    total = cache.k.shape[0]
-    num_pages = total // num_layers
-    first = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages
-    return jnp.where(pages < num_pages, first + pages, total)
-
-
-def copy_pages(num_layers: int, cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
-    """Copy whole pages within each layer: sources, targets [C] int32, targets past a layer's end
-    are dropped. A fork's last, partly filled prompt page becomes its own this way."""
-    read, write = (in_all_layers(num_layers, cache, x).reshape(-1) for x in (sources, targets))
-    k, v = (pages.at[write].set(pages[read], mode="drop") for pages in (cache.k, cache.v))
-    return Cache(k, v, cache.locks)
-
-
-def gather_pages(num_layers: int, cache: Cache, pages: jax.Array) -> jax.Array:
-    """The content of `pages` [C] int32: [2, L, C, S, K, H], K and V."""
-    rows = in_all_layers(num_layers, cache, pages)
-    return jnp.stack([cache.k[rows], cache.v[rows]])
-
-
-def scatter_pages(num_layers: int, cache: Cache, pages: jax.Array, content: jax.Array) -> Cache:
-    """Write `content` [2, L, C, S, K, H] into `pages` [C] int32; those past a layer's end are
-    dropped."""
-    rows = in_all_layers(num_layers, cache, pages)
-    k, v = (x.at[rows].set(new, mode="drop") for x, new in zip(cache[:2], content, strict=True))
-    return Cache(k, v, cache.locks)
-
-
-def install_sparse(
-    sparse: SparseRows, slot: jax.Array, bias_ids: jax.Array, bias_values: jax.Array,
-    bias_until: jax.Array, logprob_ids: jax.Array,
-) -> SparseRows:  # fmt: skip
-    """Write one slot's sparse lists."""
-    return SparseRows(
-        sparse.bias_ids.at[slot].set(bias_ids),
-        sparse.bias_values.at[slot].set(bias_values),
-        sparse.bias_until.at[slot].set(bias_until),
-        sparse.logprob_ids.at[slot].set(logprob_ids),
-    )
+    return (), jax.lax.fori_loop(0, -(-layout.tokens // rows), chunk, result)

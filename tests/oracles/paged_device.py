@@ -31,10 +31,15 @@ class PagedDevice:
         self.tokens_run = 0
         self.counted: dict[Request, int] = {}
 
-    def run(self, batch: Batch) -> np.ndarray:
-        """Tokens [n, B] by step and row, for rows that sample."""
+    def run(self, batch: Batch, accepted: np.ndarray | None = None) -> np.ndarray:
+        """Tokens [n, B] by step and row, for rows that sample. accepted [B]: how many of its tokens
+        each row of a decode batch keeps; the others are as if they had never been drawn, but their
+        keys and values have been written."""
         if isinstance(batch, DecodeBatch):
-            return np.asarray(self._decode(batch))
+            tokens = np.asarray(self._decode(batch))
+            if accepted is not None:
+                self._keep(batch, tokens, accepted)
+            return tokens
         writes: set[tuple[int, int]] = set()
         self._check_packing(batch)
         for row in batch.rows:
@@ -120,6 +125,12 @@ class PagedDevice:
             self._write(sequence.slot, position, self.last[sequence.slot], writes)
             self.lengths[sequence.slot] = position + 1
         return [self._sample(sequence) for sequence in batch.sequences]
+
+    def _keep(self, batch: DecodeBatch, tokens: np.ndarray, accepted: np.ndarray) -> None:
+        for row, (sequence, count) in enumerate(zip(batch.sequences, accepted, strict=True)):
+            self.lengths[sequence.slot] -= batch.steps - int(count)
+            self.last[sequence.slot] = tokens[count - 1, row]
+            tokens[count:, row] = -1
 
     def _write(self, slot: int, position: int, token: int, writes: set[tuple[int, int]]) -> None:
         place = (self.tables[slot][position // self.page_size], position % self.page_size)

@@ -1,0 +1,84 @@
+"""What can be compiled: an entry for each kind of program, which a feature adds by listing it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+ProgramKey = tuple[str, int]
+"""(kind, bucket), for example ("decode", 16); of a step, the bucket is the tokens it computes."""
+
+
+class Lowerable(NamedTuple):
+    """One program before it is traced."""
+
+    function: Callable[..., Any]
+    """Of `arguments`, by position; returns (the donated ones as they are afterwards, the rest)."""
+    arguments: tuple[Any, ...]
+    """Abstract: trees of jax.ShapeDtypeStruct."""
+    donated: tuple[int, ...]
+    """Numbers of the arguments whose memory the results take."""
+
+
+def never(bucket: int) -> bool:
+    return False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """One kind of program, compiled for each of its buckets.
+
+    Arguments have names: those that an engine keeps between steps (`params`, `cache`, the fields of
+    DeviceState) are found by them, the others come with the call.
+    """
+
+    kind: str
+    function: Callable[[int], Callable[..., Any]]
+    """bucket -> function of the arguments, by position, that returns (the donated ones as they are
+    afterwards, in the order of `donated`; anything)."""
+    arguments: Mapping[str, Any]
+    """By name, in the function's order: trees of jax.ShapeDtypeStruct, or functions of the bucket
+    that return one."""
+    donated: tuple[str, ...] = ()
+    """Arguments that the program takes over and gives back."""
+    buckets: tuple[int, ...] = ()
+    """Compiled at the start, in this order; others when they are first wanted."""
+    mosaic: Callable[[int], bool] = never
+    """Whether the program of a bucket has a Mosaic kernel: those are compiled first."""
+
+
+class Catalogue:
+    """The programs of one engine, by kind."""
+
+    def __init__(self, programs: Iterable[Program]) -> None:
+        """ValueError: two programs of the same kind."""
+        self._programs: dict[str, Program] = {}
+        for program in programs:
+            if program.kind in self._programs:
+                raise ValueError(f"two programs are called {program.kind!r}")
+            self._programs[program.kind] = program
+
+    def __getitem__(self, kind: str) -> Program:
+        return self._programs[kind]
+
+    def lowerable(self, key: ProgramKey) -> Lowerable:
+        """The program `key`, not traced yet."""
+        kind, bucket = key
+        program = self._programs[kind]
+        specs = [spec(bucket) if callable(spec) else spec for spec in program.arguments.values()]
+        donated = tuple(map(list(program.arguments).index, program.donated))
+        return Lowerable(program.function(bucket), tuple(specs), donated)
+
+    def with_mosaic(self) -> list[ProgramKey]:
+        """The programs that are compiled at the start and have Mosaic kernels.
+
+        They come first: such a kernel is compiled with options of LLVM that are not XLA's, so it
+        waits until no other program is in LLVM, and its program waits with it (jaxlib 0.11.2).
+        Among programs without, that is at the end.
+        """
+        return [key for key in self.beforehand() if self._programs[key[0]].mosaic(key[1])]
+
+    def beforehand(self) -> list[ProgramKey]:
+        """Everything that is compiled at the start."""
+        return [(program.kind, b) for program in self._programs.values() for b in program.buckets]

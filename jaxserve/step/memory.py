@@ -1,0 +1,122 @@
+"""What lies on the device beside the parameters and the programs: KV pages and the slots' state."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.attention.paged import Cache
+from jaxserve.cache.host_pool import BLOCK_BYTES, COPYING_BYTES, HostPool, pages_per_block
+from jaxserve.cache.pool import count_pages, make_cache, page_bytes
+from jaxserve.config import EngineConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.step.state import DeviceState, initial_state
+
+
+class Memory:
+    """Sizes of one engine's pool, state and host tier on `device`, and the arrays of these sizes.
+
+    config: with tables no wider than the pool, where a sequence cannot be longer. num_pages: of the
+    pool.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, device: Any,
+        weight_bytes: int,
+    ):  # fmt: skip
+        """dtype: of the pages. weight_bytes: of the parameters, which are on the device already.
+        InvalidRequestError: no page fits."""
+        self.config = config
+        self.cache_dtype = dtype
+        self.weight_bytes = weight_bytes
+        self._model = model
+        self._device = device
+        self.num_pages = 0
+        self._size(0)
+
+    def make_room(self, program_bytes: int) -> bool:
+        """Keep `program_bytes` free for programs; whether the pool is smaller than it was, and
+        programs for it of no use any more."""
+        before = self.num_pages
+        copies = 0 if self.config.host is None else 2 * (COPYING_BYTES + BLOCK_BYTES)
+        self._size(program_bytes + copies, most=before)
+        return self.num_pages < before
+
+    def _size(self, program_bytes: int, most: int | None = None) -> None:
+        state = jax.eval_shape(self.make_state)
+        others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        pages = count_pages(
+            self.config, self._model, self.cache_dtype, self._device, self.weight_bytes, others
+        )
+        if self._model.window is None and pages < self.config.table_width:
+            self.config = dataclasses.replace(self.config, table_width=pages)
+        self.num_pages = pages if most is None else min(pages, most)
+        for name in ("cache_spec", "state_spec", "block_pages"):
+            self.__dict__.pop(name, None)
+
+    def make_cache(self) -> Cache:
+        """Empty pages."""
+        config = self.config
+        return make_cache(
+            self._model, self.num_pages, config.page_size, config.max_rows, self.cache_dtype
+        )
+
+    def make_state(self) -> DeviceState:
+        """Empty slots."""
+        return initial_state(self.config, self._model.vocab_size)
+
+    @functools.cached_property
+    def cache_spec(self) -> Cache:
+        """Shapes of `make_cache`."""
+        return jax.eval_shape(self.make_cache)
+
+    @functools.cached_property
+    def state_spec(self) -> DeviceState:
+        """Shapes of `make_state`."""
+        return jax.eval_shape(self.make_state)
+
+    @functools.cached_property
+    def block_pages(self) -> int:
+        """Pages of one copy to the host."""
+        return pages_per_block(self._page_bytes, self.num_pages)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Of such a copy: [2, L, C, S, K, H]."""
+        return 2, self._model.num_layers, self.block_pages, *self.cache_spec.k.shape[1:]
+
+    @property
+    def _page_bytes(self) -> int:
+        return page_bytes(self._model, self.config.page_size, self.cache_dtype)
+
+    def make_host_pool(self) -> HostPool | None:
+        """Host memory for evicted pages, where the engine has it."""
+        option = self.config.host
+        if option is None:
+            return None
+        num_bytes = option.num_bytes(self.num_pages * self._page_bytes)
+        return HostPool(self._device, self.block_shape, self.cache_dtype, num_bytes, option.name)
+
+    def usage(self, arrays: dict[str, Any], host: HostPool | None) -> dict[str, float]:
+        """GiB by use, and the device's own count where it keeps one. arrays: what the engine keeps
+        on the device, by name."""
+        gib = 2.0**30
+        state = [arrays[name] for name in DeviceState._fields]
+        usage = {
+            "weight": self.weight_bytes / gib,
+            "kvcache": (arrays["cache"].k.nbytes + arrays["cache"].v.nbytes) / gib,
+            "state": sum(x.nbytes for x in jax.tree.leaves(state)) / gib,
+            "token_capacity": self.num_pages * self.config.page_size,
+        }
+        if host is not None:
+            usage["host_kvcache"] = host.nbytes / gib
+        stats = self._device.memory_stats() if self.config.platform != "cpu" else None
+        if stats:
+            usage["in_use"] = stats["bytes_in_use"] / gib
+            usage["peak"] = stats["peak_bytes_in_use"] / gib
+            usage["limit"] = stats["bytes_limit"] / gib
+        return usage
