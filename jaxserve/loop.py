@@ -23,13 +23,15 @@ from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
 from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
-from jaxserve.errors import EngineShutdownError, InvalidRequestError, RequestFailedError
+from jaxserve.errors import EngineShutdownError, RequestFailedError
 from jaxserve.inbox import Inbox, Task, stop_error
-from jaxserve.output import commit as output
+from jaxserve.output.commit import ABORTED, commit, fail, failure_reason, finish
+from jaxserve.output.counters import collect
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
 from jaxserve.process import Home, Uncopyable, abandon
 from jaxserve.request import Request, Update
+from jaxserve.scheduler.queue_limit import QueueLimit
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.scheduler.scheduling import Scheduling
 from jaxserve.step.profiler import Profiler
@@ -66,6 +68,7 @@ class EngineLoop(Uncopyable):
             host=self._host,
             on_finish=self._stats.ended,
         )
+        self._queue_limit = QueueLimit(config.max_queued, config.policy.priorities)
         self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)
         self._profiler = Profiler()
         self._in_flight: deque[StepResult] = deque()
@@ -124,14 +127,7 @@ class EngineLoop(Uncopyable):
         """Queue requests, all or none. EngineDeadError, EngineShutdownError: the engine is gone.
         InvalidRequestError: max_queued_requests would be exceeded. (With priorities the worst of
         the queue fail with it instead, when their turn to be queued comes.)"""
-        most, waiting = self.config.max_queued, len(self._scheduler.waiting)
-        shedding = self.config.policy.priorities
-        if most is not None and not shedding and waiting + len(requests) > most:
-            raise InvalidRequestError(
-                f"the queue is full: max_queued_requests={most}, {waiting} requests wait and "
-                f"{len(requests)} more were submitted"
-            )
-
+        self._queue_limit.check(len(self._scheduler.waiting), len(requests))
         now = time.perf_counter()
         for request in requests:
             request.submitted_time = now
@@ -139,12 +135,8 @@ class EngineLoop(Uncopyable):
         def run() -> None:
             for request in requests:
                 self._scheduler.add(request)
-            while shedding and most is not None and len(self._scheduler.waiting) > most:
-                worst = self._scheduler.waiting.last().request
-                output.fail(worst, InvalidRequestError(
-                    f"the queue is full: max_queued_requests={most}, and the others in it go "
-                    f"before the request {worst.rid!r} of priority {worst.priority}"
-                ), self._scheduler)  # fmt: skip
+            for request, error in self._queue_limit.shed(self._scheduler.waiting):
+                fail(request, error, self._scheduler)
 
         def cancel(error: BaseException) -> None:
             for request in requests:
@@ -161,7 +153,7 @@ class EngineLoop(Uncopyable):
         def run() -> None:
             for request in list(self._scheduler.live):
                 if abort_all or request.rid.startswith(rid):
-                    output.finish(request, dict(output.ABORTED), self._scheduler)
+                    finish(request, dict(ABORTED), self._scheduler)
 
         self._try_put(Task(run, cancel=lambda error: None))
 
@@ -171,7 +163,7 @@ class EngineLoop(Uncopyable):
         def run() -> None:
             for request in requests:
                 if request in self._scheduler.live:
-                    output.finish(request, dict(output.ABORTED), self._scheduler)
+                    finish(request, dict(ABORTED), self._scheduler)
 
         self._try_put(Task(run, cancel=lambda error: None))
 
@@ -295,7 +287,7 @@ class EngineLoop(Uncopyable):
             logger.exception("a batch could not be prepared; its requests fail")
             for sequence in batch.sequences:
                 failure = RequestFailedError.caused_by(error)
-                output.fail(sequence.request, failure, self._scheduler)
+                fail(sequence.request, failure, self._scheduler)
             self._scheduler.forget_prefixes()  # some were to be computed by this batch
             return
         with self._phase("dispatch"):
@@ -310,7 +302,7 @@ class EngineLoop(Uncopyable):
         with phase("wait"):
             result.wait()
         with self._phase("commit"):
-            kept = output.commit(result, self._scheduler)
+            kept = commit(result, self._scheduler)
         if result.batch.samples:  # a prompt may fail at its second part again and again
             self._failures = 0
         self._stats.committed(kept)
@@ -343,44 +335,15 @@ class EngineLoop(Uncopyable):
         reason = self._inbox.close(EngineShutdownError("the engine was shut down"))
         for request in self._scheduler.live:  # the scheduler itself may be what has failed
             error = stop_error(reason)
-            request.finish_reason = output.failure_reason(error)
+            request.finish_reason = failure_reason(error)
             request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
         self._scheduler.live.clear()
         self._in_flight.clear()
         self._profiler.close()
         self._runner.close()
 
-    def _host_stats(self) -> dict[str, int]:
-        host = HostPages(0, 0) if self._host is None else self._host
-        return {
-            "num_host_pages": host.num_blocks * host.width,
-            "num_used_host_pages": len(host),
-            "pages_moved_out": host.moved_out,
-            "pages_moved_in": host.moved_in,
-        }
-
     def _collect_stats(self) -> dict[str, Any]:
-        scheduler, programs = self._scheduler, self._runner.programs
-        size, pages = self.config.page_size, scheduler.pages.num_pages
-        free = scheduler.pages.available
-        return {
-            "page_size": size,
-            "num_pages": pages,
-            "num_used_pages": pages - free,
-            "token_usage": 1 - free / pages,
-            "available_tokens": free * size,
-            "cached_prefix_tokens": scheduler.pages.cached * size,
-            **self._host_stats(),
-            "max_total_num_tokens": pages * size,
+        return collect(self._scheduler, self._runner, self._stats, self._host) | {
             "context_length": self.limits.longest,
-            "max_running_requests": self.config.max_rows,
-            "num_continuous_decode_steps": self.config.steps_per_dispatch,
-            "late_compiles": programs.late_compiles,
-            "programs": len(programs),
-            "compile_seconds": programs.compile_seconds,
             "startup_time": self.startup_seconds,
-            "num_running": len(scheduler.live) - len(scheduler.waiting),
-            "num_waiting": len(scheduler.waiting),
-            "memory_usage": self._runner.memory_usage(),
-            **self._stats.as_dict(scheduler.live),
         }
