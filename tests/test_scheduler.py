@@ -209,7 +209,7 @@ def test_random_traffic_reads_its_own_tokens(
         pages, page_size, rows, max(tokens, alignment), depth, steps, window, host,
         eviction=eviction, policy=policy, pace=None if replays or aligned_pages else pace,
         chunk_alignment=alignment, replays=replays,
-        accepts=random_ if partial and window is None else None,
+        accepts=random_ if partial and window is None and pace is None else None,
     )  # fmt: skip
     requests, aborted = [], set()
     slides = Window.fitting(window, page_size, pages, alignment) is not None

@@ -113,8 +113,9 @@ class Scheduler:
 
     def settle(self, rows: Rows, missing: np.ndarray) -> None:
         """A decode step of `rows` has been read and committed. missing [>= n]: how many tokens
-        fewer than scheduled each made. (Where windows slide, pages may have gone that its next
-        token sees: such models' steps make all that they have room for.)"""
+        fewer than scheduled each made. Not where windows slide (pages that the next token sees
+        may have gone), nor where running rows ride in extend steps (their place is packed on the
+        host): such steps make all that they have room for, or are read before the next."""
         missing = missing[: len(rows.slots)]
         alive = self.slots.epoch[rows.slots] == rows.epochs
         short = np.flatnonzero(alive & (missing > 0))
