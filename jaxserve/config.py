@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.batch.buckets import CPU_DECODE_ROWS, GPU_DECODE_ROWS, Buckets
 from jaxserve.errors import InvalidRequestError
+from jaxserve.options import OPTIONS
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy
 
@@ -150,7 +151,8 @@ class EngineConfig:
         if args.max_total_tokens is not None:
             rows = min(rows, max(args.max_total_tokens // page_size, 1))
         widest = max((GPU_TABLES if gpu else CPU_TABLES) // (4 * (rows + 1)), 1)
-        attention = args.attention_implementation or (None if gpu else "xla")
+        attention = OPTIONS["attention_backend"].effective(args.attention_backend)
+        attention = attention or (None if gpu else "xla")
         if not gpu and attention != "xla":
             raise InvalidRequestError(f"attention_backend={attention!r} needs a CUDA device")
         tokens, step_tokens = args.chunked_prefill_size or default_tokens, args.max_prefill_tokens

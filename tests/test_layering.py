@@ -13,9 +13,8 @@ ROOT = Path(__file__).parent.parent
 NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
     "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
-    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options.py",
-    "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/api/option.py",
-    "jaxserve/api/upstream_options.py", "jaxserve/scheduler",
+    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options",
+    "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/scheduler",
     "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
     "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",
     "jaxserve/batch", "jaxserve/text", "jaxserve/output",
