@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import ProgramConfig
 
 FLOATS = ("temperature", "top_p", "min_p", "frequency", "presence", "repetition")
 INTS = (
@@ -75,7 +75,7 @@ class DeviceState(NamedTuple):
     sparse: SparseRows
 
 
-def initial_state(config: EngineConfig, vocab_size: int) -> DeviceState:
+def initial_state(config: ProgramConfig, vocab_size: int) -> DeviceState:
     """All slots empty."""
     rows = config.max_rows + 1
     bias = (rows, config.bias_capacity)
