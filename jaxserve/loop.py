@@ -25,6 +25,7 @@ from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Inbox, Task, stop_error
+from jaxserve.machine import machine_of
 from jaxserve.output import commit as output
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
@@ -36,7 +37,9 @@ from jaxserve.step.result import StepResult
 from jaxserve.step.runner import Runner, phase
 
 if TYPE_CHECKING:
+    from converters import LoadedModel
     from jaxserve.api.profile import ProfileSpec
+    from jaxserve.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,15 +57,16 @@ class EngineLoop(Uncopyable):
         self._runner = runner
         self._stats = Stats()
         self._window = Window.fitting(
-            runner.model_config.window, config.page_size, runner.num_pages, config.chunk_alignment
+            runner.model_config.window, config.program.page_size, runner.num_pages,
+            config.chunk_alignment,
         )  # fmt: skip
         host = runner.host
         self._host = None if host is None else HostPages(host.num_blocks, host.width)
         self._scheduler = Scheduler(
             buckets=config.buckets,
             pages=PageAllocator(runner.num_pages),
-            page_size=config.page_size,
-            max_rows=config.max_rows,
+            page_size=config.program.page_size,
+            max_rows=config.program.max_rows,
             max_prefill_tokens=config.max_prefill_tokens,
             max_prefill_rows=config.max_prefill_rows,
             policy=config.policy,
@@ -70,8 +74,8 @@ class EngineLoop(Uncopyable):
             window=self._window,
             host=self._host,
             chunk_alignment=config.chunk_alignment,
-            replays=config.deterministic,
-            steps_per_dispatch=config.steps_per_dispatch,
+            replays=config.program.deterministic,
+            steps_per_dispatch=config.program.steps_per_dispatch,
             pace=config.pace,
             on_finish=self._stats.ended,
         )
@@ -86,14 +90,15 @@ class EngineLoop(Uncopyable):
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
     @classmethod
-    def start(cls, args: Any, loaded: Any) -> EngineLoop:
-        """Build an engine for ServerArgs `args` around converters.LoadedModel `loaded`, compile
-        what is to be compiled beforehand, and start its thread."""
+    def start(cls, args: ServerArgs, loaded: LoadedModel) -> EngineLoop:
+        """Build an engine around a model, compile what is to be compiled beforehand, and start its
+        thread."""
         started = time.perf_counter()
         params = loaded.params.values()
-        platform = next(iter(next(iter(params)).devices())).platform
+        device = next(iter(next(iter(params)).devices()))
+        kind = machine_of(device.platform, device.device_kind)
         weight_bytes = sum(x.nbytes for x in params)
-        config = EngineConfig.resolve(args, loaded.config, platform, weight_bytes)
+        config = EngineConfig.resolve(args, loaded.config, kind, weight_bytes)
         runner = Runner(config, loaded)
         if config.precompile:
             runner.precompile()
@@ -106,15 +111,15 @@ class EngineLoop(Uncopyable):
     @property
     def limits(self) -> Limits:
         """What one request may ask for."""
-        config, runner = self.config, self._runner
-        most = runner.num_pages if self._window is None else runner.config.table_width
+        program, runner = self.config.program, self._runner
+        most = runner.num_pages if self._window is None else runner.config.program.table_width
         return Limits(
             runner.model_config.vocab_size,
-            config.context_length,
-            most * config.page_size,
-            config.bias_capacity,
-            *config.logprob_columns(wide=False),
-            *config.logprob_columns(wide=True),
+            self.config.context_length,
+            most * program.page_size,
+            program.bias_capacity,
+            *program.logprob_columns(wide=False),
+            *program.logprob_columns(wide=True),
         )
 
     def _warn_of_a_short_pool(self) -> None:
@@ -370,7 +375,7 @@ class EngineLoop(Uncopyable):
 
     def _collect_stats(self) -> dict[str, Any]:
         scheduler, programs = self._scheduler, self._runner.programs
-        size, pages = self.config.page_size, scheduler.pages.num_pages
+        size, pages = self.config.program.page_size, scheduler.pages.num_pages
         free = scheduler.pages.available
         return {
             "page_size": size,
@@ -382,8 +387,8 @@ class EngineLoop(Uncopyable):
             **self._host_stats(),
             "max_total_num_tokens": pages * size,
             "context_length": self.limits.longest,
-            "max_running_requests": self.config.max_rows,
-            "num_continuous_decode_steps": self.config.steps_per_dispatch,
+            "max_running_requests": self.config.program.max_rows,
+            "num_continuous_decode_steps": self.config.program.steps_per_dispatch,
             "late_compiles": programs.late_compiles,
             "programs": len(programs),
             "compile_seconds": programs.compile_seconds,

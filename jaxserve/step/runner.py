@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from jaxserve.batch.pack import ExtendLayout
 from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import BLOCK_BYTES, COPYING_BYTES, HostPool, pages_per_block
 from jaxserve.cache.pool import cache_dtype, count_pages, make_cache, page_bytes
-from jaxserve.compat import compiler_options
 from jaxserve.config import EngineConfig
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import step
@@ -27,7 +26,11 @@ from jaxserve.step.result import Prepared, StepResult
 from jaxserve.step.state import DeviceState, initial_state
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WIDE, WideIds
+from jaxserve.step.xla_options import xla_options
 from jaxserve.weights import arrange
+
+if TYPE_CHECKING:
+    from converters import LoadedModel
 
 phase = jax.profiler.TraceAnnotation
 """Names a phase of the loop in a profiler's trace; costs next to nothing without one."""
@@ -39,25 +42,24 @@ COPY_WIDTH = 16
 
 
 class Runner:
-    """One model on one device. Not thread-safe: the engine thread calls it.
+    """One model on one device. Not thread-safe: the engine thread calls it."""
 
-    `loaded` is a converters.LoadedModel.
-    """
-
-    def __init__(self, config: EngineConfig, loaded: Any):
+    def __init__(self, config: EngineConfig, loaded: LoadedModel):
         self.config = config
         self.model_config = loaded.config
-        self.params, self._bind = arrange(loaded.declaration, loaded.params, config.platform)
+        self.params, self._bind = arrange(
+            loaded.declaration, loaded.params, config.program.crossovers
+        )
         self.dtype = loaded.declaration.dtype
         self._quantized = loaded.declaration.quantization is not None
-        self.cache_dtype = cache_dtype(config.kv_cache_dtype, self.dtype)
+        self.cache_dtype = cache_dtype(config.program.kv_cache_dtype, self.dtype)
         self.weight_bytes = sum(p.nbytes for p in self.params)
         self._device = next(iter(self.params[0].devices()))
         self.cache: step.Cache
         self.state: DeviceState
         self.num_pages = self._size_pool(0)
         self.programs = self._make_programs()
-        if config.platform != "cpu":
+        if config.program.platform != "cpu":
             self._fit_pool()
         self.host = self._make_host_pool()
         self.reset()
@@ -67,14 +69,17 @@ class Runner:
     def _size_pool(self, program_bytes: int) -> int:
         """Pages of a pool beside `program_bytes` and the state. Where a sequence cannot be longer
         than the pool, page tables are no wider than that."""
-        state = jax.eval_shape(lambda: initial_state(self.config, self.model_config.vocab_size))
+        state = jax.eval_shape(
+            lambda: initial_state(self.config.program, self.model_config.vocab_size)
+        )
         others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         pages = count_pages(
             self.config, self.model_config, self.cache_dtype, self._device, self.weight_bytes,
             others,
         )  # fmt: skip
-        if self.model_config.window is None and pages < self.config.table_width:
-            self.config = dataclasses.replace(self.config, table_width=pages)
+        if self.model_config.window is None and pages < self.config.program.table_width:
+            program = dataclasses.replace(self.config.program, table_width=pages)
+            self.config = dataclasses.replace(self.config, program=program)
         return pages
 
     def _fit_pool(self) -> None:
@@ -99,7 +104,7 @@ class Runner:
 
     @property
     def _page_bytes(self) -> int:
-        return page_bytes(self.model_config, self.config.page_size, self.cache_dtype)
+        return page_bytes(self.model_config, self.config.program.page_size, self.cache_dtype)
 
     @property
     def _block_shape(self) -> tuple[int, ...]:
@@ -120,13 +125,13 @@ class Runner:
             self.host.reset()
         with jax.default_device(self._device):
             self.cache = make_cache(
-                self.model_config, self.num_pages, self.config.page_size, self.config.max_rows,
-                self.cache_dtype,
+                self.model_config, self.num_pages, self.config.program.page_size,
+                self.config.program.max_rows, self.cache_dtype,
             )  # fmt: skip
-            self.state = initial_state(self.config, self.model_config.vocab_size)
+            self.state = initial_state(self.config.program, self.model_config.vocab_size)
         self._upload: tuple[np.ndarray, jax.Array] | None = None
-        _, width = self.config.logprob_columns(wide=True)
-        self._wide_ids = WideIds(self.config.max_rows, width, self._device)
+        _, width = self.config.program.logprob_columns(wide=True)
+        self._wide_ids = WideIds(self.config.program.max_rows, width, self._device)
 
     def memory_usage(self) -> dict[str, float]:
         """GiB by use, and the device's own count where it keeps one."""
@@ -135,11 +140,11 @@ class Runner:
             "weight": self.weight_bytes / gib,
             "kvcache": (self.cache.k.nbytes + self.cache.v.nbytes) / gib,
             "state": sum(x.nbytes for x in jax.tree.leaves(self.state)) / gib,
-            "token_capacity": self.num_pages * self.config.page_size,
+            "token_capacity": self.num_pages * self.config.program.page_size,
         }
         if self.host is not None:
             usage["host_kvcache"] = self.host.nbytes / gib
-        stats = self._device.memory_stats() if self.config.platform != "cpu" else None
+        stats = self._device.memory_stats() if self.config.program.platform != "cpu" else None
         if stats:
             usage["in_use"] = stats["bytes_in_use"] / gib
             usage["peak"] = stats["peak_bytes_in_use"] / gib
@@ -177,33 +182,31 @@ class Runner:
     @property
     def _decode_kinds(self) -> tuple[str, ...]:
         """Of the programs with one decode step and, where there are any, with several."""
-        return ("decode",) if self.config.steps_per_dispatch == 1 else ("decode", "decode_many")
+        several = self.config.program.steps_per_dispatch > 1
+        return ("decode", "decode_many") if several else ("decode",)
 
     def _make_programs(self) -> Programs:
-        options = functools.partial(
-            compiler_options, self._device.platform, deterministic=self.config.deterministic,
-            quantized=self._quantized,
-        )  # fmt: skip
+        options = functools.partial(xla_options, self.config.program, quantized=self._quantized)
         return Programs(self._program, self._device, options, self._stored)
 
     @functools.cached_property
     def _stored(self) -> StoredPrograms | None:
         if self.config.program_folder is None:
             return None
-        facts = (self.config, self.model_config)
+        facts = (self.config.program, self.model_config)
         stored = StoredPrograms(self.config.program_folder, self._device, facts)
         stored.prune()
         return stored
 
     def _layout(self, tokens: int) -> ExtendLayout:
         rows = self.config.buckets.extend_rows(tokens)
-        return ExtendLayout(tokens, rows, self.config.table_width)
+        return ExtendLayout(tokens, rows, self.config.program.table_width)
 
     def _model(self, top: int) -> step.StepModel:
         """The model over a cache of the present size; top: columns of the best logprobs."""
-        config = self.config
+        config = self.config.program
         ops = PagedOps(
-            config.attention, config.other_kernels, self.num_pages, config.platform,
+            config.attention, config.other_kernels, self.num_pages, config.crossovers,
             fixed_tiles=config.deterministic,
         )  # fmt: skip
         sampler = Sampler(
@@ -221,21 +224,23 @@ class Runner:
     def _cache_spec(self) -> step.Cache:
         return jax.eval_shape(
             lambda: make_cache(
-                self.model_config, self.num_pages, self.config.page_size, self.config.max_rows,
-                self.cache_dtype,
+                self.model_config, self.num_pages, self.config.program.page_size,
+                self.config.program.max_rows, self.cache_dtype,
             )
         )  # fmt: skip
 
     @functools.cached_property
     def _state_spec(self) -> DeviceState:
-        return jax.eval_shape(lambda: initial_state(self.config, self.model_config.vocab_size))
+        return jax.eval_shape(
+            lambda: initial_state(self.config.program, self.model_config.vocab_size)
+        )
 
     def _program(self, key: ProgramKey) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
         """Function, abstract arguments and donated arguments of the program `key`."""
         kind, bucket = key
         wide = kind.endswith(WIDE)
         kind = kind.removesuffix(WIDE)
-        top, named = self.config.logprob_columns(wide)
+        top, named = self.config.program.logprob_columns(wide)
 
         def ints(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -243,7 +248,7 @@ class Runner:
         cache = self._cache_spec
         params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self.params)
         progress, sampled, row_params, sparse = self._state_spec
-        sparse = sparse._replace(logprob_ids=ints(self.config.max_rows + 1, named))
+        sparse = sparse._replace(logprob_ids=ints(self.config.program.max_rows + 1, named))
         carried = (cache, progress, sampled, row_params, sparse)
         if kind == "extend":
             layout = self._layout(bucket)
@@ -255,7 +260,7 @@ class Runner:
             hidden = jax.ShapeDtypeStruct((bucket, self.model_config.hidden_size), self.dtype)
             return function, (params, row_params, sparse, ints(layout.size), hidden), ()
         if kind in self._decode_kinds:
-            steps = 1 if kind == "decode" else self.config.steps_per_dispatch
+            steps = 1 if kind == "decode" else self.config.program.steps_per_dispatch
             function = functools.partial(step.decode_steps, self._model(top), steps)
             return function, (params, *carried, ints(2, bucket)), (1, 2, 3)
         if kind == "copy_pages":
@@ -276,7 +281,7 @@ class Runner:
 
     def prepare(self, batch: Batch) -> Prepared:
         """Everything the host does for a batch before the device is involved."""
-        padding = self.config.max_rows
+        padding = self.config.program.max_rows
         if isinstance(batch, DecodeBatch):
             return Prepared(batch, pack.pack_decode(batch, padding))
         packed = pack.pack_extend(batch, self._layout(batch.tokens), padding)
@@ -303,7 +308,7 @@ class Runner:
         for array in (output.tokens, logprobs, input_logprobs):
             if array is not None:
                 array.copy_to_host_async()
-        top, _ = self.config.logprob_columns(batch.wants_wide)
+        top, _ = self.config.program.logprob_columns(batch.wants_wide)
         return StepResult(batch, output.tokens, logprobs, input_logprobs, top)
 
     def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:
@@ -371,7 +376,9 @@ class Runner:
                 self.cache.k.block_until_ready()
 
     def _pack_sparse(self, request: Any) -> pack.SparseArrays | None:
-        return pack.pack_sparse(request, self.config.bias_capacity, self.config.max_logprob_ids)
+        return pack.pack_sparse(
+            request, self.config.program.bias_capacity, self.config.program.max_logprob_ids
+        )
 
     def close(self) -> None:
         """Free the device arrays."""
