@@ -28,15 +28,13 @@ from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WIDE, WideIds
 from jaxserve.step.xla_options import xla_options
 from jaxserve.weights import arrange
+from pallas_kernels import decode_implementation
 
 if TYPE_CHECKING:
     from converters import LoadedModel
 
 phase = jax.profiler.TraceAnnotation
 """Names a phase of the loop in a profiler's trace; costs next to nothing without one."""
-FEW_HEADS, CLUSTER_HEAD_DIM = 66, 128
-"""Decode steps with at most so many rows x KV heads, of that head dim, have a Mosaic kernel on
-Hopper (paged_decode.mosaic_cluster). Being wrong about it only costs time at the first start."""
 COPY_WIDTH = 16
 """Pages copied by one call of the copy program."""
 
@@ -172,12 +170,19 @@ class Runner:
     @property
     def _mosaic_keys(self) -> list[ProgramKey]:
         """Of the programs with Mosaic kernels, the largest first: extend steps, and decode steps of
-        few rows."""
-        model, buckets = self.model_config, self.config.buckets
-        most = FEW_HEADS // model.num_kv_heads if model.head_dim == CLUSTER_HEAD_DIM else 0
-        few = [b for b in reversed(buckets.decode) if b <= most]
+        few rows. (Being wrong about it only costs time at the first start.)"""
+        buckets = self.config.buckets
+        few = [b for b in reversed(buckets.decode) if self._decodes_with_mosaic(b)]
         keys = [("extend", t) for t in reversed(buckets.extend)]
         return keys + [(kind, b) for kind in self._decode_kinds for b in few]
+
+    def _decodes_with_mosaic(self, rows: int) -> bool:
+        model, program = self.model_config, self.config.program
+        q = jax.ShapeDtypeStruct((rows, model.num_heads, model.head_dim), self.dtype)
+        table = jax.ShapeDtypeStruct((rows, program.table_width), jnp.int32)
+        with jax.default_device(self._device):
+            name = decode_implementation(q, self._cache_spec.k, table, program.attention)
+        return name.startswith("mosaic")
 
     @property
     def _decode_kinds(self) -> tuple[str, ...]:
