@@ -102,8 +102,8 @@ class Crossovers:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Memory:
-    """Of a device with memory of its own, see `cache.pool`."""
+class DeviceMemory:
+    """Of a device that has its own, see `cache.pool`."""
 
     fraction: float
     """For weights and KV pages, unless mem_fraction_static says."""
@@ -124,7 +124,7 @@ class Machine:
     crossovers: Crossovers
     dispatch: Dispatch | None
     """None: programs cost the host nothing to queue that could be saved."""
-    memory: Memory | None
+    memory: DeviceMemory | None
     """None: it shares the host's."""
 
     @property
@@ -154,7 +154,7 @@ def machine_of(platform: str, device_kind: str) -> Machine:
         Pacing(**table["pacing"]),
         Crossovers(**table["crossovers"]),
         None if dispatch is None else Dispatch(**dispatch),
-        None if memory is None else Memory(**memory),
+        None if memory is None else DeviceMemory(**memory),
     )
 
 

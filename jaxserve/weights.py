@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from jaxserve.machine import Crossovers
+
+if TYPE_CHECKING:
+    from jaxserve.models.registry import Declaration
 
 
 def kept_transposed(kernel: Any, crossovers: Crossovers) -> bool:
@@ -29,7 +32,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 def arrange(
-    declaration: Any, params: dict[str, jax.Array], crossovers: Crossovers
+    declaration: Declaration, params: dict[str, jax.Array], crossovers: Crossovers
 ) -> tuple[Arrays, Callable[[Arrays], Any]]:
     """(arrays, bind): the parameters as the step takes them, a flat tuple with some transposed, and
     what makes the module of them (or of tracers): XLA folds the transposition into the product.

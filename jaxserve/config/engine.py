@@ -14,7 +14,7 @@ from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
     from jaxserve.batch.buckets import Buckets
-    from jaxserve.machine import Machine, Memory
+    from jaxserve.machine import DeviceMemory, Machine
     from jaxserve.models.config import ModelConfig
     from jaxserve.options import Options
     from jaxserve.scheduler.pace import Pace
@@ -46,7 +46,7 @@ class EngineConfig:
     """Cap on the pool, in tokens."""
     mem_fraction: float | None
     """Of the device's memory, for weights and pages; None: `memory.fraction`."""
-    memory: Memory | None
+    memory: DeviceMemory | None
     """The device's own; None: it shares the host's."""
     log_interval: int
     """Decode steps from one line of the log to the next."""
