@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from jaxserve.attention.paged import Cache
-from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.memory import available_host_memory
 from jaxserve.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxserve.config import EngineConfig
 
 CPU_SHARE = 0.25
 CPU_MOST = 2 << 30
