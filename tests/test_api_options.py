@@ -340,5 +340,5 @@ def test_an_option_is_one_field():
     assert (shoes.name, shoes.type, shoes.optional, shoes.check(None)) == (
         "shoes", "int | None", True, None
     )  # fmt: skip
-    with pytest.raises(InvalidRequestError, match="shoes must be at least 2, got 1"):
+    with pytest.raises(InvalidRequestError, match=r"shoes must be in \[2, .*got 1"):
         shoes.check(1)
