@@ -132,42 +132,6 @@ def _chosen(name: str) -> bool:
     return getattr(jax.config, name) != CACHE_DEFAULTS[name] or name.upper() in os.environ
 
 
-CUBLAS_ROWS = 128
-"""Products of so many rows are left to cuBLAS. XLA's own kernels for them, chosen by timing each
-alone, win with few rows: a step of one row took 0.70 ms (0.5B) and 5.7 ms (8B), with cuBLAS alone
-1.07 and 7.3; of 256 rows 2.3 against 2.05 and 14.1 against 14.0 (H100, jax 0.11.2). They are also
-part of the compile time."""
-CUBLAS_ROWS_QUANTIZED = 2048
-"""The same where kernels are int8 or float8: for cuBLAS they are first written out in 16 bits,
-which XLA's own kernels do on the way. A step of 256 rows took 22.8 ms with cuBLAS and 16.8 without,
-the first token of 128 tokens 17.9 and 7.6; of 8,192 tokens XLA itself chose cuBLAS (8B, fp8, H100,
-jax 0.11.2)."""
-
-
-def compiler_options(
-    platform: str, rows: int, *, deterministic: bool = False, quantized: bool = False
-) -> dict[str, str | bool]:
-    """Options of XLA for a step program that computes `rows` tokens.
-
-    On a GPU, XLA counts the cache once more for each kernel that updates it in place, finds that
-    all this does not fit the device, and recomputes small things over and over to save memory
-    (jax 0.11.2: angles and page tables in each layer, and seconds of compile time). The limit that
-    it compares with, in per cent of the device's memory, is therefore raised.
-
-    deterministic: no kernels whose result depends on timing, for scatters and products, and none
-    chosen by timing them, which may come out differently in every process (all versions: 0.10.2 to
-    0.12). quantized: the linear kernels are int8 or float8.
-    """
-    if platform == "cpu":
-        return {}
-    options: dict[str, str | bool] = {"xla_gpu_memory_limit_slop_factor": "10000"}
-    if deterministic or rows >= (CUBLAS_ROWS_QUANTIZED if quantized else CUBLAS_ROWS):
-        options["xla_gpu_enable_triton_gemm"] = False
-    if deterministic:
-        options |= {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": "0"}
-    return options
-
-
 def find_mosaic_runtime() -> None:
     """Let executables with Mosaic kernels that come from disk find their runtime library.
 

@@ -25,6 +25,7 @@ from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, RequestFailedError
 from jaxserve.inbox import Inbox, Task, stop_error
+from jaxserve.machine import machine_of
 from jaxserve.output.commit import ABORTED, commit, fail, failure_reason, finish
 from jaxserve.output.counters import collect
 from jaxserve.output.progress import ProgressLog
@@ -39,7 +40,9 @@ from jaxserve.step.result import StepResult
 from jaxserve.step.runner import Runner, phase
 
 if TYPE_CHECKING:
+    from converters import LoadedModel
     from jaxserve.api.profile import ProfileSpec
+    from jaxserve.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -57,7 +60,8 @@ class EngineLoop(Uncopyable):
         self._runner = runner
         self._stats = Stats()
         self._window = Window.fitting(
-            runner.model_config.window, config.page_size, runner.num_pages, config.chunk_alignment
+            runner.model_config.window, config.program.page_size, runner.num_pages,
+            config.chunk_alignment,
         )  # fmt: skip
         host = runner.host
         self._host = None if host is None else HostPages(host.num_blocks, host.width)
@@ -80,14 +84,15 @@ class EngineLoop(Uncopyable):
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
     @classmethod
-    def start(cls, args: Any, loaded: Any) -> EngineLoop:
-        """Build an engine for ServerArgs `args` around converters.LoadedModel `loaded`, compile
-        what is to be compiled beforehand, and start its thread."""
+    def start(cls, args: ServerArgs, loaded: LoadedModel) -> EngineLoop:
+        """Build an engine around a model, compile what is to be compiled beforehand, and start its
+        thread."""
         started = time.perf_counter()
         params = loaded.params.values()
-        platform = next(iter(next(iter(params)).devices())).platform
+        device = next(iter(next(iter(params)).devices()))
+        kind = machine_of(device.platform, device.device_kind)
         weight_bytes = sum(x.nbytes for x in params)
-        config = EngineConfig.resolve(args, loaded.config, platform, weight_bytes)
+        config = EngineConfig.resolve(args, loaded.config, kind, weight_bytes)
         runner = Runner(config, loaded)
         if config.precompile:
             runner.precompile()
@@ -100,15 +105,15 @@ class EngineLoop(Uncopyable):
     @property
     def limits(self) -> Limits:
         """What one request may ask for."""
-        config, runner = self.config, self._runner
-        most = runner.num_pages if self._window is None else runner.config.table_width
+        program, runner = self.config.program, self._runner
+        most = runner.num_pages if self._window is None else runner.config.program.table_width
         return Limits(
             runner.model_config.vocab_size,
-            config.context_length,
-            most * config.page_size,
-            config.bias_capacity,
-            *config.logprob_columns(wide=False),
-            *config.logprob_columns(wide=True),
+            self.config.context_length,
+            most * program.page_size,
+            program.bias_capacity,
+            *program.logprob_columns(wide=False),
+            *program.logprob_columns(wide=True),
         )
 
     def _warn_of_a_short_pool(self) -> None:

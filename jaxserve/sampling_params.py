@@ -93,11 +93,6 @@ class SamplingParams:
                     merged[key] = value
         return cls(**merged)
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.top_k == 1
-
     def __post_init__(self) -> None:
         normal = _Normalizer(self)
         for normalize, defaults in GROUPS:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-TRANSPOSED_BYTES = 20 << 20
+from jaxserve.machine import Crossovers
+
+if TYPE_CHECKING:
+    from jaxserve.models.registry import Declaration
 
 
-def kept_transposed(kernel: Any, platform: str) -> bool:
+def kept_transposed(kernel: Any, crossovers: Crossovers) -> bool:
     """Whether a kernel [in, out] (an array, a tracer or a spec) is kept as [out, in], its
     contraction axis last.
 
@@ -19,17 +22,17 @@ def kept_transposed(kernel: Any, platform: str) -> bool:
     take XLA 24.8 us against 32.1 (0.5B shape, bfloat16) and 97 against 117 (8B, float8), while
     large bfloat16 ones are better left alone: 163 against 157 us (8B; H100, jax 0.11.2).
     """
-    if platform == "cpu":
+    if crossovers.transposed_bytes is None:
         return False
     itemsize = kernel.dtype.itemsize
-    return itemsize == 1 or math.prod(kernel.shape) * itemsize < TRANSPOSED_BYTES
+    return itemsize == 1 or math.prod(kernel.shape) * itemsize < crossovers.transposed_bytes
 
 
 Arrays = tuple[jax.Array, ...]
 
 
 def arrange(
-    declaration: Any, params: dict[str, jax.Array], platform: str
+    declaration: Declaration, params: dict[str, jax.Array], crossovers: Crossovers
 ) -> tuple[Arrays, Callable[[Arrays], Any]]:
     """(arrays, bind): the parameters as the step takes them, a flat tuple with some transposed, and
     what makes the module of them (or of tracers): XLA folds the transposition into the product.
@@ -38,7 +41,7 @@ def arrange(
     """
     names = tuple(declaration.specs)
     turned = [
-        name.endswith(".kernel") and kept_transposed(spec, platform)
+        name.endswith(".kernel") and kept_transposed(spec, crossovers)
         for name, spec in declaration.specs.items()
     ]
 

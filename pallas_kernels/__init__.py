@@ -18,7 +18,7 @@ from pallas_kernels.kv_write.api import kv_write
 from pallas_kernels.linear.api import OPERATION as _LINEAR
 from pallas_kernels.linear.api import linear, runs_as_one_kernel
 from pallas_kernels.paged_decode.api import OPERATION as _PAGED_DECODE
-from pallas_kernels.paged_decode.api import paged_decode
+from pallas_kernels.paged_decode.api import decode_implementation, paged_decode
 from pallas_kernels.paged_prefill.api import OPERATION as _PAGED_PREFILL
 from pallas_kernels.paged_prefill.api import paged_prefill
 from pallas_kernels.paged_prefill.plan import FIXED_TILE
@@ -37,6 +37,7 @@ __all__ = [
     "add_norm",
     "available_implementations",
     "current_device",
+    "decode_implementation",
     "kv_write",
     "linear",
     "operations",

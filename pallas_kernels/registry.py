@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 
 from pallas_kernels.device import Device, current_device
 
+T = TypeVar("T")
 Order = Callable[[Device, np.dtype], tuple[str, ...]]
 
 
@@ -93,16 +94,40 @@ class Operation:
         **options: Any,
     ) -> Any:
         args = jax.tree.map(jnp.asarray, args)  # arguments may be tuples, or None
+
+        def run(entry: Implementation) -> Any:
+            return traced_once(self.function(entry.name), tuple(options))(*args, **options)
+
+        return self._first(run, implementation, np.dtype(dtype))
+
+    def chosen(self, *case: Any, implementation: str | Sequence[str] | None, dtype: Any) -> str:
+        """Name of the implementation that a call would take, without tracing one. case: what the
+        implementations' `plan` takes; one without such a function takes every case."""
+
+        def check(entry: Implementation) -> str:
+            plan = getattr(importlib.import_module(entry.module), "plan", None)
+            if plan is not None:
+                plan(*case)
+            return entry.name
+
+        return self._first(check, implementation, np.dtype(dtype))
+
+    def _first(
+        self,
+        attempt: Callable[[Implementation], T],
+        implementation: str | Sequence[str] | None,
+        dtype: np.dtype,
+    ) -> T:
+        """What `attempt` returns for the first implementation that the device can run and that
+        raises no NotImplementedError. Raises one with all reasons when there is none."""
         device = current_device()
-        names = self.candidates(implementation, np.dtype(dtype), device)
-        entries = [self.find(name) for name in names]
+        entries = [self.find(name) for name in self.candidates(implementation, dtype, device)]
         reasons: list[str] = []
         for entry in entries:
             refusal = entry.refusal(device)
             if refusal is None:
                 try:
-                    function = traced_once(self.function(entry.name), tuple(options))
-                    return function(*args, **options)
+                    return attempt(entry)
                 except NotImplementedError as error:
                     refusal = str(error)
             reasons.append(f"{entry.name}: {refusal}")

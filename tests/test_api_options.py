@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.api.option_fields import OptionFields
-from jaxserve.api.upstream_options import FOREIGN, UPSTREAM
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
-from jaxserve.options import ALIASES, ONLY_ONE, OPTIONS
+from jaxserve.options import ALIASES, FOREIGN, OPTIONS, UPSTREAM, Options, docs_rows
+from jaxserve.options.option import described, option
 from jaxserve.server_args import ServerArgs
 
-FIELDS = {field.name: field.default for field in dataclasses.fields(OptionFields)}
+FIELDS = {field.name: field.default for field in dataclasses.fields(Options)}
 NO_OP, UNSUPPORTED = (
-    {name: option.default for name, option in FOREIGN.items() if option.treatment == treatment}
-    for treatment in ("ignored", "unsupported")
+    {name: option.default for name, option in FOREIGN.items() if option.ignored == ignored}
+    for ignored in (True, False)
 )
+ONLY_ONE = ("tp_size", "dp_size", "pp_size", "ep_size", "nnodes")
 EXTRAS = {
     "precompile": None,
     "compilation_cache_dir": None,
@@ -42,9 +42,6 @@ def test_every_option_is_in_exactly_one_class():
     assert set(FIELDS) == set(OPTIONS)
     names = [*OPTIONS, *ALIASES, *NO_OP, *UNSUPPORTED]
     assert len(names) == len(set(names))
-    assert {option.treatment for option in UPSTREAM.values()} == {
-        "implemented", "ignored", "unsupported"
-    }  # fmt: skip
     implemented = {name for name in UPSTREAM if name not in FOREIGN}
     assert implemented == (set(OPTIONS) | set(ALIASES)) - set(EXTRAS)
 
@@ -218,7 +215,8 @@ def test_cuda_only_options_cause_one_warning():
     assert len(caught) == 1
     for name in ("disable_cuda_graph", "sampling_backend", "attention_backend='fa3'"):
         assert name in str(caught[0].message)
-    assert args.attention_implementation is None
+    attention = OPTIONS["attention_backend"]
+    assert [attention.effective(name) for name in ("fa3", "triton", None)] == [None, "triton", None]
     assert (args.sampling_backend, args.attention_backend) == ("flashinfer", "fa3")
     assert ServerArgs("m", **NO_OP) == ServerArgs("m")
 
@@ -316,3 +314,31 @@ def test_the_docs_list_every_option():
     ):
         listed = section(title).strip().split("\n\n")[-1]
         assert re.findall(r"`(\w+)`", listed) == list(names)
+
+
+def test_the_rows_of_the_docs():
+    """Every option once, as tables show it."""
+    rows = {row.name: row for row in docs_rows()}
+    assert len(rows) == len(docs_rows())
+    classes = [list(OPTIONS), list(NO_OP), list(UNSUPPORTED)]
+    for treatment, names in zip(("implemented", "ignored", "unsupported"), classes, strict=True):
+        assert [row.name for row in docs_rows() if row.treatment == treatment] == names
+    assert (rows["model_path"].default, rows["weight_version"].default) == ("required", "'default'")
+    assert rows["page_size"].type == "int | None"
+    assert rows["schedule_policy"].meaning.endswith("(fcfs, lpm)")
+    assert rows["cuda_graph_bs"].meaning.endswith("; also spelled `cuda_graph_bs_decode`")
+
+
+def test_an_option_is_one_field():
+    """Its name and type are those of the attribute."""
+
+    @dataclasses.dataclass
+    class More:
+        shoes: int | None = option("integer", None, "pairs of shoes", low=2)
+
+    [shoes] = described(More).values()
+    assert (shoes.name, shoes.type, shoes.optional, shoes.check(None)) == (
+        "shoes", "int | None", True, None
+    )  # fmt: skip
+    with pytest.raises(InvalidRequestError, match=r"shoes must be in \[2, .*got 1"):
+        shoes.check(1)

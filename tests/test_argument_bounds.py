@@ -231,4 +231,4 @@ def test_numbers_that_float32_flushes(value):
     )
     assert (params.top_p, params.repetition_penalty) == (tiny, tiny)
     assert (params.min_p, params.logit_bias) == (0.0, {3: 0.0})
-    assert SamplingParams.from_dict({"temperature": value}).is_greedy
+    assert SamplingParams.from_dict({"temperature": value}).top_k == 1

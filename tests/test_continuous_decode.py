@@ -9,7 +9,8 @@ import threading
 import pytest
 
 import jaxserve
-from jaxserve.config import steps_per_dispatch
+from jaxserve.config.sizes import steps_to_stay_busy
+from tests.machines import GPU
 from tests.prompts import ids
 from tests.test_engine_parity import OPTIONS, mixed_workload, prompts, run_mixed
 
@@ -261,4 +262,5 @@ def test_soak_with_aborts_leaves_no_page_behind(folder, variant):
     [(0.27, 4), (0.99, 4), (1.2, 3), (1.79, 3), (1.8, 2), (2.5, 2), (3.6, 1), (16.1, 1), (141, 1)],
 )
 def test_small_models_take_more_steps_than_large_ones(gigabytes, steps):
-    assert steps_per_dispatch(round(gigabytes * 1e9)) == steps
+    assert GPU.dispatch is not None
+    assert steps_to_stay_busy(round(gigabytes * 1e9), GPU.dispatch) == steps

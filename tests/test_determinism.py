@@ -19,6 +19,7 @@ from jaxserve.models.config import ModelConfig
 from tests.checkpoints import make_config
 from tests.faults import fail_at
 from tests.kernels.support import ON_GPU
+from tests.machines import MACHINES
 from tests.prompts import text
 
 PREFIXES = (1, 511, 2048, 4097)
@@ -322,11 +323,12 @@ def test_sizes(platform):
         ({"context_length": 40, "max_running_requests": 1}, (1, 128, 128)),
     ):  # fmt: skip
         args = jaxserve.ServerArgs("m", enable_deterministic_inference=True, **options)
-        config = EngineConfig.resolve(args, model, platform, 1 << 20)
+        config = EngineConfig.resolve(args, model, MACHINES[platform], 1 << 20)
         assert config.buckets == Buckets((rows,), (tokens,))
-        assert (config.max_rows, config.chunk_alignment) == (rows, alignment)
-        assert (config.steps_per_dispatch, config.deterministic) == (1, True)
-        assert config.max_prefill_tokens >= alignment and alignment % config.page_size == 0
+        program = config.program
+        assert (program.max_rows, config.chunk_alignment) == (rows, alignment)
+        assert (program.steps_per_dispatch, program.deterministic) == (1, True)
+        assert config.max_prefill_tokens >= alignment and alignment % program.page_size == 0
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import Device, available_implementations, compat, paged_decode, tuning
+from pallas_kernels import (
+    Device,
+    available_implementations,
+    compat,
+    decode_implementation,
+    paged_decode,
+    registry,
+    tuning,
+)  # fmt: skip
 from pallas_kernels.paged_decode import cases
 from pallas_kernels.registry import Implementation, Operation, cuda_only, sm90_only
-from tests.kernels.support import ON_GPU, module
+from tests.kernels.support import ON_GPU, decode_shapes, module, quiet
 
 CPU = Device("cpu", "cpu")
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
 B200 = Device("gpu", "NVIDIA B200", (10, 0), 148)
+
+IMPLEMENTATIONS = ("triton", "mosaic_sm90", "mosaic_cluster")
 
 
 @pytest.mark.parametrize(
@@ -143,3 +155,45 @@ def test_public_names():
         assert getattr(pallas_kernels, name) is not None
     for name in ("paged_decode", "paged_prefill", "kv_write"):
         assert callable(getattr(pallas_kernels, name))
+
+
+@quiet
+def test_what_a_decode_call_takes_is_known_before_it_is_traced(monkeypatch):
+    """Against the calls themselves, over shapes at which implementations leave a case to others."""
+    taken = []
+    trace = registry.traced_once
+
+    def recorded(function, options):
+        def run(*args, **kwargs):
+            result = trace(function, options)(*args, **kwargs)
+            taken.append(function.__module__.rpartition(".")[2])
+            return result
+
+        return run
+
+    monkeypatch.setattr(registry, "traced_once", recorded)
+    for place in (registry, *(module("paged_decode", name) for name in IMPLEMENTATIONS)):
+        monkeypatch.setattr(place, "current_device", lambda: H100)
+    for rows, kv_heads, head_dim, width, kv_dtype, asked, expected in (
+        (1, 8, 128, 128, None, None, "mosaic_cluster"),
+        (8, 8, 128, 128, None, None, "mosaic_cluster"),
+        (9, 8, 128, 128, None, None, "triton"),
+        (33, 2, 128, 128, None, None, "mosaic_cluster"),
+        (34, 2, 128, 128, None, None, "triton"),
+        (1, 1, 128, 128, None, None, "triton"),  # most of the device would be idle
+        (8, 8, 128, 1, None, None, "triton"),  # a row has a single tile
+        (1, 8, 64, 128, None, None, "triton"),  # the tuning table says so
+        (1, 8, 128, 128, jnp.float8_e4m3fn, None, "triton"),
+        (64, 8, 128, 128, None, "mosaic_sm90", "mosaic_sm90"),
+        (1, 8, 128, 128, None, ("mosaic_sm90", "triton"), "mosaic_sm90"),
+        (1, 8, 128, 128, None, "xla", "xla"),
+    ):
+        pages = (256, 64, kv_heads, head_dim)
+        shapes = decode_shapes(rows, 4 * kv_heads, pages, width, kv_dtype=kv_dtype)
+        q, k_pages, _, table, _ = shapes
+        chosen = decode_implementation(q, k_pages, table, asked)
+        jax.eval_shape(functools.partial(paged_decode, implementation=asked), *shapes)
+        assert (chosen, taken.pop()) == (expected, expected)
+    with pytest.raises(NotImplementedError, match="pages of float8_e4m3fn"):
+        shapes = decode_shapes(1, 8, (256, 64, 8, 128), 128, kv_dtype=jnp.float8_e4m3fn)
+        decode_implementation(shapes[0], shapes[1], shapes[3], "mosaic_sm90")

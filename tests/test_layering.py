@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
     "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
-    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options.py",
-    "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/api/option.py",
-    "jaxserve/api/upstream_options.py", "jaxserve/scheduler",
+    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options",
+    "jaxserve/machine.py", "jaxserve/config",
+    "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/scheduler",
     "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
     "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",
     "jaxserve/batch", "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
@@ -75,10 +75,7 @@ def test_kernels_know_nothing_of_the_engine(path):
 @pytest.mark.parametrize("path", files("converters"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_converters_know_only_model_declarations(path):
     ours = {name for name in imports(path) if name.startswith(("jaxserve", "pallas_kernels"))}
-    allowed = (
-        "jaxserve.models", "jaxserve.errors", "jaxserve.compat", "jaxserve.memory",
-        "jaxserve.shown",
-    )  # fmt: skip
+    allowed = ("jaxserve.models", "jaxserve.errors", "jaxserve.memory", "jaxserve.shown")
     assert all(name == "jaxserve" or name.startswith(allowed) for name in ours), ours
     assert "torch" not in roots(path)
 
@@ -90,6 +87,18 @@ def test_models_are_only_mathematics(path):
         name.startswith(("jaxserve.models", "jaxserve.errors", "jaxserve.shown")) for name in ours
     ), ours
     assert not roots(path) & {"converters", "pallas_kernels"}
+
+
+def test_options_are_on_the_ground_floor():
+    """Beside them, only what knows of no option."""
+    allowed = ("jaxserve.options", "jaxserve.checks", "jaxserve.errors", "jaxserve.sampling_params")
+    for path in files("jaxserve/options"):
+        ours = {name for name in imports(path) if name.startswith("jaxserve.")}
+        assert all(name.startswith(allowed) for name in ours), (path, ours)
+
+
+def test_machines_know_nothing_of_the_engine():
+    assert not {name for name in imports(ROOT / "jaxserve/machine.py") if "jaxserve" in name}
 
 
 def test_only_the_step_compiles():

@@ -20,6 +20,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.server_args import ServerArgs
 from tests import gguf_files
 from tests.checkpoints import make_checkpoint, make_config
+from tests.machines import CPU
 
 NAN, INF = float("nan"), float("inf")
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -78,10 +79,10 @@ class TestContext:
 
     def test_a_longer_option_warns_and_is_taken(self):
         model = config_of(max_position_embeddings=64, rope_scaling=YARN)
-        within = EngineConfig.resolve(ServerArgs("x", context_length=256), model, "cpu", 0)
+        within = EngineConfig.resolve(ServerArgs("x", context_length=256), model, CPU, 0)
         assert within.context_length == 256
         with pytest.warns(UserWarning, match="context_length=257 is more than the model's 256 tok"):
-            beyond = EngineConfig.resolve(ServerArgs("x", context_length=257), model, "cpu", 0)
+            beyond = EngineConfig.resolve(ServerArgs("x", context_length=257), model, CPU, 0)
         assert beyond.context_length == 257
 
     def test_a_longer_option_works(self, tiny_models):

@@ -17,10 +17,11 @@ from jaxserve.output.commit import commit, finish
 from jaxserve.request import LogprobSpec
 from jaxserve.scheduler.pace import Pace, attention_cost
 from jaxserve.server_args import ServerArgs
+from tests.machines import GPU, MACHINES
 from tests.test_scheduler import Machine, Result, expected_tokens, make_request
 
 LLAMA = ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
-PACE = Pace.of(LLAMA, 8192, gpu=True, mixed=None)
+PACE = Pace.of(LLAMA, 8192, GPU.pacing, mixed=None)
 TOKEN_SECONDS = 2 * 7e9 / 600e12
 """Of an 8B model's products, on an H100."""
 WEIGHTS_SECONDS = 5.5e-3
@@ -235,7 +236,7 @@ def test_decode_steps_come_between_the_steps_of_a_long_prompt_that_nobody_watche
 def test_a_step_keeps_to_its_work_and_always_gets_on():
     """Whatever the context, and however small the pace."""
     for work in (8, 64, 512, 2048):
-        pace = Pace(work, attention_cost(LLAMA) * 10, 2, max(work // 4, 8))
+        pace = Pace(work, attention_cost(LLAMA, 1.3) * 10, 2, max(work // 4, 8))
         machine = Clocked(pace, rows=4)
         machine.begin(*streams(2))
         machine.step()
@@ -276,8 +277,7 @@ def test_input_logprobs_of_a_chunk_in_flight_when_its_prompt_is_retracted():
         if number:
             machine.scheduler.retract(machine.scheduler.live[request])
         tokens = np.zeros((1, 1), np.int32)
-        result = Result(batch, tokens, input_logprobs=host)
-        commit(result, machine.scheduler)
+        commit(Result(batch, tokens, input_logprobs=host), machine.scheduler)
         assert len(request.pending_input_logprobs.token) == (0 if number else 16)
     again = machine.scheduler.schedule()
     assert (again.rows[0].start, again.rows[0].fresh) == (0, True)
@@ -308,9 +308,9 @@ def test_attending_to_a_context():
 def test_attention_cost_of_an_8b_model():
     """FLOPs: 2 for each parameter of the layers, 4 for each head's dim a token attended to."""
     layers = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
-    assert attention_cost(LLAMA) == pytest.approx(1.3 * (4 * 4096 * 32) / (2 * layers))
+    assert attention_cost(LLAMA, 1.3) == pytest.approx(1.3 * (4 * 4096 * 32) / (2 * layers))
     windowed = dataclasses.replace(LLAMA, windows=(None,) * 8 + (4096,) * 24)
-    assert attention_cost(windowed) == pytest.approx(attention_cost(LLAMA) / 4)
+    assert attention_cost(windowed, 1.3) == pytest.approx(attention_cost(LLAMA, 1.3) / 4)
 
 
 @pytest.mark.parametrize(
@@ -325,15 +325,15 @@ def test_attention_cost_of_an_8b_model():
     ],
 )
 def test_pace_of_an_engine(platform, options, expected):
-    config = EngineConfig.resolve(ServerArgs("x", **options), LLAMA, platform, 1 << 30)
+    config = EngineConfig.resolve(ServerArgs("x", **options), LLAMA, MACHINES[platform], 1 << 30)
     assert config.pace is not None
     assert (config.pace.work, config.pace.riders, config.pace.wave) == expected
-    assert config.pace.attention == attention_cost(LLAMA)
+    assert config.pace.attention == attention_cost(LLAMA, 1.3)
     assert math.isinf(config.pace.reach) == bool(options.get("enable_mixed_chunk"))
-    assert "pace" not in repr(config)
+    assert "pace" not in repr(config.program)
 
 
 def test_no_pace_without_chunks():
     args = ServerArgs("x", chunked_prefill_size=-1, max_prefill_tokens=5000)
-    config = EngineConfig.resolve(args, LLAMA, "gpu", 1 << 30)
+    config = EngineConfig.resolve(args, LLAMA, GPU, 1 << 30)
     assert config.pace is None and config.buckets.max_tokens == 5000

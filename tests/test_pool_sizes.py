@@ -14,11 +14,12 @@ import pytest
 
 import jaxserve
 from jaxserve.cache import pool
-from jaxserve.config import CPU_TABLES, EngineConfig
+from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.server_args import ServerArgs
 from tests import gguf_files
 from tests.checkpoints import make_config
+from tests.machines import CPU
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"skip_tokenizer_init": True, "log_level": "warning"}
@@ -88,7 +89,7 @@ def test_a_context_that_fits_is_not_mentioned(tiny_models, caplog):
 
 
 def resolve(model: ModelConfig, **options) -> EngineConfig:
-    return EngineConfig.resolve(ServerArgs("x", **options), model, "cpu", 0)
+    return EngineConfig.resolve(ServerArgs("x", **options), model, CPU, 0)
 
 
 def count(monkeypatch, free: int, weights: int = 0, state: int = 0, **options) -> int:
@@ -101,9 +102,10 @@ def test_tables_have_a_limit_of_their_own():
     model = ModelConfig.from_hf(make_config("mistral", max_position_embeddings=HUGE))
     for rows in (1, 32, 4096):
         config = resolve(model, max_running_requests=rows)
-        assert 0.9 * CPU_TABLES < 4 * (rows + 1) * config.table_width <= CPU_TABLES
+        most = CPU.defaults.table_bytes
+        assert 0.9 * most < 4 * (rows + 1) * config.program.table_width <= most
     model = ModelConfig.from_hf(make_config("mistral", max_position_embeddings=131_072))
-    assert resolve(model).table_width == 131_072 // 16
+    assert resolve(model).program.table_width == 131_072 // 16
 
 
 def test_free_memory_that_varies_gives_the_same_pages(monkeypatch):

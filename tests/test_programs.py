@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import gc
 import os
 import random
@@ -15,16 +13,14 @@ import jax.numpy as jnp
 import pytest
 
 import jaxserve
-from jaxserve import compat
-from jaxserve.cache.pool import ALLOCATOR_FRACTION, FRAGMENTED, count_pages, page_bytes
+from jaxserve.cache.pool import ALLOCATOR_FRACTION, count_pages, page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.models.config import ModelConfig
 from jaxserve.server_args import ServerArgs
 from jaxserve.step.compile import Programs
-from jaxserve.step.programs import CLUSTER_HEAD_DIM, FEW_HEADS
-from pallas_kernels.paged_decode import mosaic_cluster
-from tests.kernels.support import decode_shapes
+from jaxserve.step.xla_options import xla_options
+from tests.machines import GPU, MACHINES
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -143,14 +139,6 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
     assert done[:extends] == ["extend"] * extends and "extend" not in done[extends:]
 
 
-@pytest.mark.parametrize(("rows", "kv_heads"), [(1, 4), (8, 8), (9, 8), (16, 8), (33, 2), (34, 2)])
-def test_decode_steps_with_mosaic_kernels_are_those_that_the_runner_thinks(rows, kv_heads):
-    shapes = decode_shapes(rows, 4 * kv_heads, (64, 64, kv_heads, CLUSTER_HEAD_DIM), 128)
-    refuses = pytest.raises(NotImplementedError, match="better left whole")
-    with refuses if rows * kv_heads > FEW_HEADS else contextlib.nullcontext():
-        jax.eval_shape(functools.partial(mosaic_cluster.paged_decode, scale=0.1), *shapes)
-
-
 @pytest.mark.parametrize(
     "key",
     [("decode", 1), ("decode", 2), ("decode", 8), ("decode_many", 1), ("decode_many", 8),
@@ -198,6 +186,8 @@ MODEL = ModelConfig.from_hf(
     }
 )  # fmt: skip
 GIB = 1 << 30
+assert GPU.memory is not None
+FRAGMENTED = GPU.memory.fragmented
 USABLE = 80 * GIB * ALLOCATOR_FRACTION * (1 - FRAGMENTED)
 WEIGHT_BYTES = 15 * GIB
 
@@ -214,7 +204,7 @@ class Device:
 
 
 def resolve(platform="gpu", **options):
-    return EngineConfig.resolve(ServerArgs("x", **options), MODEL, platform, WEIGHT_BYTES)
+    return EngineConfig.resolve(ServerArgs("x", **options), MODEL, MACHINES[platform], WEIGHT_BYTES)
 
 
 def test_gpu_pool_takes_its_fraction_less_the_weights():
@@ -280,7 +270,9 @@ def test_decode_buckets_follow_cuda_graph_options():
 def test_several_decode_steps_are_for_small_models_on_a_gpu_unless_asked_for():
     def steps(platform, weight_bytes, **options):
         args = ServerArgs("x", **options)
-        return EngineConfig.resolve(args, MODEL, platform, weight_bytes).steps_per_dispatch
+        return EngineConfig.resolve(
+            args, MODEL, MACHINES[platform], weight_bytes
+        ).program.steps_per_dispatch
 
     assert steps("gpu", GIB) == 4
     assert steps("gpu", 15 * GIB) == 1
@@ -364,13 +356,14 @@ def test_programs_that_nobody_uses_are_deleted(tiny_models, monkeypatch, tmp_pat
 def test_options_of_gpu_programs():
     """Few rows: XLA may choose its own products. Many: cuBLAS, of quantized kernels only very many.
     The deterministic mode: cuBLAS, and nothing is chosen by the clock."""
-    assert compat.compiler_options("cpu", 512, deterministic=True) == {}
+    fixed_cpu = resolve("cpu", enable_deterministic_inference=True).program
+    assert xla_options(fixed_cpu, 512) == {}
     own, chosen = "xla_gpu_enable_triton_gemm", "xla_gpu_autotune_level"
-    few, many = (compat.compiler_options("gpu", rows) for rows in (8, 256))
+    few, many = (xla_options(resolve().program, rows) for rows in (8, 256))
     assert own not in few and many[own] is False and chosen not in many
-    assert own not in compat.compiler_options("gpu", 256, quantized=True)
-    assert compat.compiler_options("gpu", 8192, quantized=True)[own] is False
-    fixed = compat.compiler_options("gpu", 8, deterministic=True)
+    assert own not in xla_options(resolve().program, 256, quantized=True)
+    assert xla_options(resolve().program, 8192, quantized=True)[own] is False
+    fixed = xla_options(resolve(enable_deterministic_inference=True).program, 8)
     assert (fixed[own], fixed[chosen]) == (False, "0")
     for options in (few, many, fixed):  # names that this XLA does not know are an error
         assert jax.jit(lambda x: x + 1).lower(1).compile(options)(1) == 2

@@ -29,6 +29,7 @@ from jaxserve.models.dense import DenseOps, split_heads
 from jaxserve.models.quantization import SCHEMES, kernel_dtype, quantize, round_to, step_of
 from tests import gguf_files
 from tests.checkpoints import FAMILIES, make_checkpoint, make_config, make_weights, write_weights
+from tests.machines import GPU
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 ROOT = Path(__file__).parent.parent
@@ -568,8 +569,8 @@ class TestFp8Pages:
         stats = {"bytes_limit": 1 << 20, "bytes_in_use": 0}
         device = types.SimpleNamespace(memory_stats=lambda: stats)
         config = types.SimpleNamespace(
-            page_size=16, max_rows=1 << 20, table_width=64, max_total_tokens=None, platform="gpu",
-            mem_fraction=0.9,
+            program=types.SimpleNamespace(page_size=16, max_rows=1 << 20, table_width=64),
+            max_total_tokens=None, mem_fraction=0.9, memory=GPU.memory,
         )  # fmt: skip
         few, many = (
             pool.count_pages(config, model, jnp.dtype(dtype), device, 0, 0)  # type: ignore[arg-type]

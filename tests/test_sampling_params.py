@@ -200,7 +200,7 @@ def test_none_is_the_default_and_for_max_new_tokens_no_limit(name):
 @pytest.mark.parametrize("temperature", [0, 0.0, 1e-7, 9.9e-7])
 def test_tiny_temperatures_are_greedy(temperature):
     params = SamplingParams.from_dict({"temperature": temperature, "top_k": 50})
-    assert (params.temperature, params.top_k, params.is_greedy) == (1.0, 1, True)
+    assert (params.temperature, params.top_k) == (1.0, 1)
 
 
 def test_normal_forms():
@@ -214,7 +214,7 @@ def test_normal_forms():
             "logit_bias": {"5": 1, 6: -2.5, " 7 ": 0},
         }
     )
-    assert (params.temperature, params.top_k, params.is_greedy) == (1e-6, TOP_K_ALL, False)
+    assert (params.temperature, params.top_k) == (1e-6, TOP_K_ALL)
     assert (params.stop, params.stop_regex) == (("END",), ("a+", "b"))
     assert params.stop_token_ids == {2, 3}
     assert params.logit_bias == {5: 1.0, 6: -2.5, 7: 0.0}

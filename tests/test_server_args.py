@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import jaxserve
-from jaxserve.api.upstream_options import FOREIGN, UPSTREAM
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
+from jaxserve.options import FOREIGN, UPSTREAM
 from jaxserve.server_args import ServerArgs
 from tests.api_fakes import Fakes, byte_level_tokenizer
 

@@ -21,6 +21,7 @@ from jaxserve.step import step
 from jaxserve.step.state import initial_state
 from pallas_kernels import Device, compat
 from tests.kernels.support import quiet
+from tests.machines import GPU
 
 pytestmark = quiet
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -31,12 +32,13 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16",
     """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
     monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
     model = ModelConfig.from_hf({**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 4096})
-    config = EngineConfig.resolve(ServerArgs("x", context_length=2048), model, "gpu", 0)
+    engine = EngineConfig.resolve(ServerArgs("x", context_length=2048), model, GPU, 0)
+    config = engine.program
     declaration = registry.declare(model, jnp.bfloat16, quantization)
     names = tuple(declaration.specs)
     stepped = step.StepModel(
         bind=lambda params: declaration.bind(dict(zip(names, params, strict=True))),
-        ops=PagedOps(None, None, PAGES, "gpu"),
+        ops=PagedOps(None, None, PAGES, GPU.crossovers),
         sampler=Sampler(config.max_top_logprobs, False, None),
         page_size=config.page_size,
     )
@@ -48,7 +50,7 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16",
         function = functools.partial(step.decode_steps, stepped, steps)
         upload = (2, size)
     else:
-        layout = ExtendLayout(size, config.buckets.extend_rows(size), config.table_width)
+        layout = ExtendLayout(size, engine.buckets.extend_rows(size), config.table_width)
         function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)
     params = tuple(declaration.specs.values())
     uploaded = jax.ShapeDtypeStruct(upload, jnp.int32)

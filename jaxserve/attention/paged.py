@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
+from jaxserve.machine import Crossovers
 from jaxserve.models.layers import rms_norm
 from jaxserve.models.ops import AttentionSpec, Stream
 from jaxserve.weights import kept_transposed
@@ -20,9 +21,6 @@ from pallas_kernels import (
     rope_kv_write,
     runs_as_one_kernel,
 )
-
-LEAST_ROWS_TO_SUM = 16
-"""Below, XLA makes the sum and the norm parts of the products around them (H100)."""
 
 
 class Cache(NamedTuple):
@@ -41,17 +39,18 @@ class Cache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PagedOps:
-    """`models.ops.Ops` of the engine.
-
-    attention, others: names of the implementations of attention and of everything else, None for
-    the device's default order. num_pages P: of one layer. fixed_tiles: see `paged_prefill`.
-    """
+    """`models.ops.Ops` of the engine."""
 
     attention: str | None
+    """Name of the implementation of attention; None is the device's default order."""
     others: str | None
+    """The same of everything else."""
     num_pages: int
-    platform: str
+    """P, of one layer."""
+    crossovers: Crossovers
+    """Of the device."""
     fixed_tiles: bool = False
+    """See `paged_prefill`."""
 
     def linear_in(
         self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float, **options: Any
@@ -84,7 +83,8 @@ class PagedOps:
     def _leaves_the_sum(self, y: jax.Array, kernel: jax.Array) -> bool:
         """Whether the sum is made with the next norm: where Triton kernels are, and the product is
         none of them, which would add it on the way."""
-        if self.platform == "cpu" or self.others is not None or y.shape[0] < LEAST_ROWS_TO_SUM:
+        least = self.crossovers.summed_rows
+        if least is None or self.others is not None or y.shape[0] < least:
             return False
         kept, transposed = self._as_kept(kernel)
         return not runs_as_one_kernel(y, kept, transposed=transposed)
@@ -95,7 +95,7 @@ class PagedOps:
 
     def _as_kept(self, kernel: jax.Array) -> tuple[jax.Array, bool]:
         """`kernel` [in, out] as it lies in memory, and whether that is [out, in]."""
-        transposed = kept_transposed(kernel, self.platform)
+        transposed = kept_transposed(kernel, self.crossovers)
         return kernel.T if transposed else kernel, transposed
 
     def attend(

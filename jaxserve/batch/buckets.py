@@ -5,10 +5,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 
-CPU_DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-GPU_DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
-"""A GPU reads all weights for a few rows in the time that it computes some 250: further rows of
-padding cost little below, and as much as any other above."""
+DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Where every row costs about the same."""
 EXTEND_TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 EXTEND_ROWS = (8, 16, 32, 64, 128)
 """Sequences in one extend step: a row of the LM head each, so they cost little."""
@@ -29,9 +27,7 @@ class Buckets:
     extend: tuple[int, ...]
 
     @classmethod
-    def make(
-        cls, max_rows: int, max_tokens: int, decode: tuple[int, ...] = CPU_DECODE_ROWS
-    ) -> Buckets:
+    def make(cls, max_rows: int, max_tokens: int, decode: tuple[int, ...] = DECODE_ROWS) -> Buckets:
         """Buckets up to `max_rows` running requests, as in `decode`, and `max_tokens` packed
         tokens, the largest of each list being exactly that (tokens rounded up to the
         alignment)."""
@@ -52,7 +48,8 @@ class Buckets:
         """The smallest bucket that holds `tokens` packed tokens."""
         return self.extend[bisect.bisect_left(self.extend, tokens)]
 
-    def extend_rows(self, tokens: int) -> int:
+    @staticmethod
+    def extend_rows(tokens: int) -> int:
         """Rows B of the extend program of bucket `tokens`: as many as can start there, within
         EXTEND_ROWS."""
         fit = [rows for rows in EXTEND_ROWS if rows * ALIGNMENT <= tokens]

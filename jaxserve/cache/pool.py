@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from jaxserve.attention.paged import Cache
-from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.memory import available_host_memory
 from jaxserve.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxserve.config import EngineConfig
 
 CPU_SHARE = 0.25
 CPU_MOST = 2 << 30
@@ -22,15 +24,12 @@ The weights are what a checkpoint proves of its size; the context is what it cla
 CPU_MOST_FP8 = 64 << 20
 """Unless asked for more: XLA's CPU backend scatters and gathers float8 by way of float16, all of
 the pool in every layer (jax 0.10.2; 24 MiB of K take 30 ms to write into, float32 pages 20 us)."""
-GPU_FRACTION = 0.88
 ALLOCATOR_FRACTION = 0.95
-"""Share of a GPU's memory that JAX may take: weights, KV pages and the programs' temporaries."""
+"""Share of a GPU's memory that JAX may take: weights, KV pages and the programs' temporaries. Of
+every GPU, since JAX must know before it says which one there is."""
 GRID = 4
 """Sizes of a pool per octave on a CPU. Free memory differs from start to start, and a program is
 for one number of pages: without a grid nearly every start would compile anew."""
-FRAGMENTED = 0.02
-"""Share of what JAX may take that lies in pieces between larger arrays: a program's temporaries are
-one piece. A step of 100,000 tokens (8.9 GiB) beside a pool of all the rest did not fit (H100)."""
 
 
 def cache_dtype(option: str, dtype: jnp.dtype) -> jnp.dtype:
@@ -69,12 +68,13 @@ def count_pages(
     included.
     InvalidRequestError when nothing fits.
     """
-    each = page_bytes(model, config.page_size, dtype)
-    most = config.max_rows * config.table_width
+    program, memory = config.program, config.memory
+    each = page_bytes(model, program.page_size, dtype)
+    most = program.max_rows * program.table_width
     if config.max_total_tokens is not None:
-        most = min(most, max(config.max_total_tokens // config.page_size, 1))
-    stats = device.memory_stats() if config.platform != "cpu" else None
-    if stats is None:
+        most = min(most, max(config.max_total_tokens // program.page_size, 1))
+    stats = None if memory is None else device.memory_stats()
+    if memory is None or stats is None:
         left = available_host_memory() * CPU_SHARE - program_bytes
         most_bytes = CPU_MOST_FP8 if dtype.itemsize == 1 else CPU_MOST
         most_bytes = min(most_bytes, max(CPU_OF_WEIGHTS * weight_bytes, CPU_ENOUGH))
@@ -82,10 +82,10 @@ def count_pages(
         fits = coarse(int((left if asked else min(left, most_bytes)) // each))
     else:
         limit = stats["bytes_limit"]
-        fraction = config.mem_fraction or GPU_FRACTION
+        fraction = config.mem_fraction or memory.fraction
         total = limit / max(ALLOCATOR_FRACTION, fraction)  # as api.startup asked JAX to take
         others = max(stats.get("bytes_in_use", 0) - weight_bytes, 0)
-        left = limit * (1 - FRAGMENTED) - program_bytes - others
+        left = limit * (1 - memory.fragmented) - program_bytes - others
         fits = int((min(total * fraction, left) - weight_bytes) // each)
     if fits < 1:
         raise InvalidRequestError(

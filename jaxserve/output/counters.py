@@ -17,7 +17,7 @@ def collect(
 ) -> dict[str, Any]:
     """Counters and sizes between two steps, see docs/api.md."""
     config, programs, cache = runner.config, runner.programs, scheduler.pages
-    size, pages, free = config.page_size, cache.num_pages, cache.available
+    size, pages, free = config.program.page_size, cache.num_pages, cache.available
     host = HostPages(0, 0) if host is None else host
     return {
         "page_size": size,
@@ -31,8 +31,8 @@ def collect(
         "pages_moved_out": host.moved_out,
         "pages_moved_in": host.moved_in,
         "max_total_num_tokens": pages * size,
-        "max_running_requests": config.max_rows,
-        "num_continuous_decode_steps": config.steps_per_dispatch,
+        "max_running_requests": config.program.max_rows,
+        "num_continuous_decode_steps": config.program.steps_per_dispatch,
         "late_compiles": programs.late_compiles,
         "programs": len(programs),
         "compile_seconds": programs.compile_seconds,

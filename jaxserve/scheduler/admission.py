@@ -14,17 +14,7 @@ from jaxserve.cache.window import Window
 
 
 class Admission:
-    """Takes what a sequence needs to run, its cached prefix first, and gives it back.
-
-    conservativeness: pages that are left free for each admitted sequence to grow into when another
-    one comes (fewer where it may not generate as much). Nothing is reserved for the rest of an
-    output: retraction is cheap, and most end early. alignment: cached prefixes end at multiples of
-    it, a multiple of the page size, or 1 for any page.
-
-    window: of models in which no layer sees further: pages outside are given back, and a sequence
-    for which there is no room as a whole gets a ring of pages that it takes over and over, to run
-    `chunk` tokens at a time. The pool holds a ring for `alignment` tokens at least.
-    """
+    """Takes what a sequence needs to run, its cached prefix first, and gives it back."""
 
     def __init__(
         self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0,
@@ -34,9 +24,17 @@ class Admission:
         self._slots = slots
         self._page_size = page_size
         self._unit = max(page_size, alignment)
+        """Cached prefixes end at multiples of so many tokens. (`alignment` is a multiple of the
+        page size, or 1 for any.)"""
         self._margin = math.ceil(conservativeness * page_size)
+        """Tokens that stay free for each admitted sequence to grow into when another one comes,
+        fewer where it may not generate as much. Nothing is reserved for the rest of an output:
+        retraction is cheap, and most end early."""
         self._window = window
+        """Of models in which no layer sees further: pages outside are given back."""
         self._ring = None if window is None else min(window.ring(chunk), pages.num_pages)
+        """Pages that a sequence for which there is no room as a whole takes over and over, to run
+        `chunk` tokens at a time. The pool holds a ring for `alignment` tokens at least."""
         beside = 0 if window is None else window.ring(1)
         self._longest = (pages.num_pages - beside) * page_size
 

@@ -9,53 +9,43 @@ from typing import TYPE_CHECKING
 from jaxserve.batch.buckets import ALIGNMENT, padded_length
 
 if TYPE_CHECKING:
+    from jaxserve.machine import Pacing
     from jaxserve.models.config import ModelConfig
 
 SHARE = 4
 """The part of the largest extend step that a streaming request is made to wait for: 2,048 tokens of
 an 8B model take an H100 50 ms."""
-ATTENTION_SLOWNESS = 1.3
-"""Seconds a FLOP in attention, over those in products (H100: 510 and 670 TFLOP/s)."""
-GPU_WAVE_ROWS = 16384
-"""Query rows (tokens x heads) that the attention kernel works on at once: 128 for each of an H100's
-132 multiprocessors. Fewer take as long."""
-CPU_WAVE = 64
-"""Tokens in a tile of the CPU's kernel."""
-
-MOST_RIDERS = 24
-"""Each takes 8 packed tokens of an extend step, a decode step of their own reads all weights: an
-H100 would draw level at about 28."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pace:
-    """What running requests are spared while prompts come in.
-
-    Work is counted in tokens, one without context being 1; to attend to one cached token costs
-    `attention` more, for whole `wave`s of tokens. work: of an extend step while a running request
-    streams; a step may have more, but not for more than one wave of a prompt. riders: most running
-    requests whose next tokens an extend step may compute along with its prompts, with contexts of
-    up to `reach` tokens.
-    """
+    """What running requests are spared while prompts come in. Work is counted in tokens, one
+    without context being 1."""
 
     work: int
+    """Of an extend step while a running request streams. A step may have more, but not for more
+    than one wave of a prompt."""
     attention: float = 0.0
+    """What it costs more to attend to one cached token."""
     riders: int = 0
+    """Most running requests whose next tokens an extend step may compute along with its prompts."""
     wave: int = 8
+    """Tokens that the attention kernel works on at once: fewer cost as much."""
     reach: float = math.inf
+    """Tokens of context that a rider may have."""
 
     @classmethod
-    def of(cls, model: ModelConfig, tokens: int, gpu: bool, mixed: bool | None) -> Pace:
+    def of(cls, model: ModelConfig, tokens: int, machine: Pacing, mixed: bool | None) -> Pace:
         """For extend steps of up to `tokens` tokens of `model`. mixed: whether running requests may
         ride; None: where that is faster than a decode step of their own."""
         work = padded_length(max(tokens // SHARE, 1))
-        wave = GPU_WAVE_ROWS // model.num_heads if gpu else CPU_WAVE
+        wave = machine.wave(model.num_heads)
         wave = max(min(wave, work // 2) // ALIGNMENT, 1) * ALIGNMENT
-        attention = attention_cost(model)
+        attention = attention_cost(model, machine.attention_slowness)
         # an extend step does not share the work on one context among multiprocessors, as a decode
-        # step does; and on a CPU one token costs a whole tile
+        # step does
         reach = math.inf if mixed or not attention else work / 8 / (attention * wave)
-        riders = MOST_RIDERS if (gpu if mixed is None else mixed) else 0
+        riders = machine.riders if (machine.rides if mixed is None else mixed) else 0
         return cls(work, attention, riders, wave, reach)
 
     @property
@@ -69,12 +59,13 @@ class Pace:
         return self.attention * whole * (start + count / 2)
 
 
-def attention_cost(model: ModelConfig) -> float:
-    """`Pace.attention` of a model. Layers with a window count as ones without context: the windows
+def attention_cost(model: ModelConfig, slowness: float) -> float:
+    """`Pace.attention` of a model, where a FLOP in attention takes `slowness` times the seconds of
+    one in products. Layers with a window count as ones without context: the windows
     are short beside the contexts for which this matters."""
     heads = model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
     matrices = 2 * heads + 2 * kv_heads + 3 * model.intermediate_size
     token = 2 * model.num_layers * model.hidden_size * matrices
     attended = 4 * heads * model.windows.count(None)
-    return ATTENTION_SLOWNESS * attended / token
+    return slowness * attended / token

@@ -6,9 +6,13 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from jaxserve.batch.sequence import Sequence
 from jaxserve.request import Request
+
+if TYPE_CHECKING:
+    from jaxserve.options import Options
 
 LPM_WINDOW = 128
 """How many of the queue "lpm" compares: a match costs microseconds, and the queue may be long."""
@@ -16,21 +20,32 @@ LPM_WINDOW = 128
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """The scheduling options, named as in docs/api.md.
-
-    schedule: "fcfs" (first come, first served) or "lpm" (longest cached prefix first).
-    conservativeness: pages that admission leaves free for each running request to grow into.
-    priorities: whether requests have any; the greatest goes first, or with low_first the least. A
-    waiting request preempts running ones whose priority is worse by more than `threshold`.
-    default_priority: of requests that bring none; None puts those last.
-    """
+    """The scheduling options."""
 
     schedule: str = "fcfs"
+    """"fcfs" (first come, first served) or "lpm" (longest cached prefix first)."""
     conservativeness: float = 1.0
+    """Pages that admission leaves free for each running request to grow into."""
     priorities: bool = False
+    """Whether requests have any; the greatest goes first."""
     low_first: bool = False
+    """The least goes first."""
     threshold: int = 10
+    """A waiting request preempts running ones whose priority is worse by more."""
     default_priority: int | None = None
+    """Of requests that bring none; None puts those last."""
+
+    @classmethod
+    def of(cls, options: Options) -> Policy:
+        """As the options say."""
+        return cls(
+            schedule=options.schedule_policy,
+            conservativeness=options.schedule_conservativeness,
+            priorities=options.enable_priority_scheduling,
+            low_first=options.schedule_low_priority_values_first,
+            threshold=options.priority_scheduling_preemption_threshold,
+            default_priority=options.default_priority_value,
+        )
 
     def rank(self, request: Request) -> float:
         """Less goes first."""

@@ -51,14 +51,14 @@ class Scheduling:
         """An engine's."""
         return cls(
             buckets=config.buckets,
-            page_size=config.page_size,
-            max_rows=config.max_rows,
+            page_size=config.program.page_size,
+            max_rows=config.program.max_rows,
             max_prefill_tokens=config.max_prefill_tokens,
             max_prefill_rows=config.max_prefill_rows,
-            steps_per_dispatch=config.steps_per_dispatch,
+            steps_per_dispatch=config.program.steps_per_dispatch,
             policy=config.policy,
             eviction=config.radix_eviction,
             pace=config.pace,
             chunk_alignment=config.chunk_alignment,
-            replays=config.deterministic,
+            replays=config.program.deterministic,
         )

@@ -52,22 +52,23 @@ class Memory:
         pages = count_pages(
             self.config, self._model, self.cache_dtype, self._device, self.weight_bytes, others
         )
-        if self._model.window is None and pages < self.config.table_width:
-            self.config = dataclasses.replace(self.config, table_width=pages)
+        if self._model.window is None and pages < self.config.program.table_width:
+            program = dataclasses.replace(self.config.program, table_width=pages)
+            self.config = dataclasses.replace(self.config, program=program)
         self.num_pages = pages if most is None else min(pages, most)
         for name in ("cache_spec", "state_spec", "block_pages"):
             self.__dict__.pop(name, None)
 
     def make_cache(self) -> Cache:
         """Empty pages."""
-        config = self.config
+        program = self.config.program
         return make_cache(
-            self._model, self.num_pages, config.page_size, config.max_rows, self.cache_dtype
+            self._model, self.num_pages, program.page_size, program.max_rows, self.cache_dtype
         )
 
     def make_state(self) -> DeviceState:
         """Empty slots."""
-        return initial_state(self.config, self._model.vocab_size)
+        return initial_state(self.config.program, self._model.vocab_size)
 
     @functools.cached_property
     def cache_spec(self) -> Cache:
@@ -91,7 +92,7 @@ class Memory:
 
     @property
     def _page_bytes(self) -> int:
-        return page_bytes(self._model, self.config.page_size, self.cache_dtype)
+        return page_bytes(self._model, self.config.program.page_size, self.cache_dtype)
 
     def make_host_pool(self) -> HostPool | None:
         """Host memory for evicted pages, where the engine has it."""
@@ -110,11 +111,11 @@ class Memory:
             "weight": self.weight_bytes / gib,
             "kvcache": (arrays["cache"].k.nbytes + arrays["cache"].v.nbytes) / gib,
             "state": sum(x.nbytes for x in jax.tree.leaves(state)) / gib,
-            "token_capacity": self.num_pages * self.config.page_size,
+            "token_capacity": self.num_pages * self.config.program.page_size,
         }
         if host is not None:
             usage["host_kvcache"] = host.nbytes / gib
-        stats = self._device.memory_stats() if self.config.platform != "cpu" else None
+        stats = self._device.memory_stats() if self.config.program.platform != "cpu" else None
         if stats:
             usage["in_use"] = stats["bytes_in_use"] / gib
             usage["peak"] = stats["peak_bytes_in_use"] / gib

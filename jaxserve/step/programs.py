@@ -19,10 +19,7 @@ from jaxserve.step import pages, step
 from jaxserve.step.catalogue import Catalogue, Program
 from jaxserve.step.memory import Memory
 from jaxserve.step.wide import WIDE
-
-FEW_HEADS, CLUSTER_HEAD_DIM = 66, 128
-"""Decode steps with at most so many rows x KV heads, of that head dim, have a Mosaic kernel on
-Hopper (paged_decode.mosaic_cluster). Being wrong about it only costs time at the first start."""
+from pallas_kernels import decode_implementation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +34,7 @@ class Facts:
     """Abstract parameters, in the order in which `bind` takes them."""
     bind: Callable[[tuple[jax.Array, ...]], Any]
     """Flat parameters -> module."""
+    device: Any
 
     @property
     def config(self) -> EngineConfig:
@@ -44,33 +42,44 @@ class Facts:
 
     def step_model(self, top: int) -> step.StepModel:
         """The model over a cache of the present size; top: columns of the best logprobs."""
-        config = self.config
+        program = self.config.program
         ops = PagedOps(
-            config.attention, config.other_kernels, self.memory.num_pages, config.platform,
-            fixed_tiles=config.deterministic,
+            program.attention, program.other_kernels, self.memory.num_pages, program.crossovers,
+            fixed_tiles=program.deterministic,
         )  # fmt: skip
         sampler = Sampler(
-            top, config.raw_logprobs, config.other_kernels, fixed_split=config.deterministic
+            top, program.raw_logprobs, program.other_kernels, fixed_split=program.deterministic
         )
-        return step.StepModel(self.bind, ops, sampler, config.page_size)
+        return step.StepModel(self.bind, ops, sampler, program.page_size)
+
+    def decodes_with_mosaic(self, rows: int) -> bool:
+        """Whether a decode step of `rows` rows has a Mosaic kernel. (Being wrong about it only
+        costs time at the first start.)"""
+        model, program = self.model, self.config.program
+        q = jax.ShapeDtypeStruct((rows, model.num_heads, model.head_dim), self.dtype)
+        table = _ints(rows, program.table_width)
+        with jax.default_device(self.device):
+            name = decode_implementation(q, self.memory.cache_spec.k, table, program.attention)
+        return name.startswith("mosaic")
 
     def layout(self, tokens: int) -> ExtendLayout:
         """Of the extend program of `tokens` tokens."""
         return ExtendLayout(
-            tokens, self.config.buckets.extend_rows(tokens), self.config.table_width
+            tokens, self.config.buckets.extend_rows(tokens), self.config.program.table_width
         )
 
     @property
     def decode_kinds(self) -> tuple[str, ...]:
         """Of the programs with one decode step and, where there are any, with several."""
-        return ("decode",) if self.config.steps_per_dispatch == 1 else ("decode", "decode_many")
+        several = self.config.program.steps_per_dispatch > 1
+        return ("decode", "decode_many") if several else ("decode",)
 
     def state(self, wide: bool = False) -> dict[str, Any]:
         """The abstract arguments of a step that an engine keeps, by name."""
         state = self.memory.state_spec._asdict()
-        _, named = self.config.logprob_columns(wide)
+        _, named = self.config.program.logprob_columns(wide)
         state["sparse"] = state["sparse"]._replace(
-            logprob_ids=_ints(self.config.max_rows + 1, named)
+            logprob_ids=_ints(self.config.program.max_rows + 1, named)
         )
         return {"params": self.params, "cache": self.memory.cache_spec, **state}
 
@@ -84,10 +93,9 @@ def engine_programs(facts: Facts) -> Catalogue:
 def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
     """Extend and decode steps, and the logprobs of prompts. wide: with the columns for requests
     that want more logprobs, see `config.WIDE_TOP`."""
-    config, ending = facts.config, WIDE if wide else ""
-    buckets, state = config.buckets, facts.state(wide)
-    top, _ = config.logprob_columns(wide)
-    few = FEW_HEADS // facts.model.num_kv_heads if facts.model.head_dim == CLUSTER_HEAD_DIM else 0
+    program, ending = facts.config.program, WIDE if wide else ""
+    buckets, state = facts.config.buckets, facts.state(wide)
+    top, _ = program.logprob_columns(wide)
 
     def vector(tokens: int) -> jax.ShapeDtypeStruct:
         return _ints(facts.layout(tokens).size)
@@ -119,9 +127,9 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
             {**state, "rows": lambda rows: _ints(2, rows)},
             donated=("cache", "progress", "sampled"),
             buckets=buckets.decode[::-1],
-            mosaic=lambda rows: rows <= few,
+            mosaic=facts.decodes_with_mosaic,
         )
-        for kind, steps in zip(facts.decode_kinds, (1, config.steps_per_dispatch), strict=False)
+        for kind, steps in zip(facts.decode_kinds, (1, program.steps_per_dispatch), strict=False)
     ]
     hidden = facts.model.hidden_size
     entries.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,7 +14,6 @@ from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import COPYING_BYTES
 from jaxserve.cache.pool import cache_dtype
-from jaxserve.compat import compiler_options
 from jaxserve.config import EngineConfig
 from jaxserve.step import step
 from jaxserve.step.catalogue import Catalogue, ProgramKey
@@ -25,21 +24,22 @@ from jaxserve.step.programs import Facts, engine_programs
 from jaxserve.step.result import Prepared, StepResult
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WIDE, WideIds
+from jaxserve.step.xla_options import xla_options
 from jaxserve.weights import arrange
+
+if TYPE_CHECKING:
+    from converters import LoadedModel
 
 phase = jax.profiler.TraceAnnotation
 """Names a phase of the loop in a profiler's trace; costs next to nothing without one."""
 
 
 class Runner:
-    """One model on one device. Not thread-safe: the engine thread calls it.
+    """One model on one device. Not thread-safe: the engine thread calls it."""
 
-    `loaded` is a converters.LoadedModel.
-    """
-
-    def __init__(self, config: EngineConfig, loaded: Any):
+    def __init__(self, config: EngineConfig, loaded: LoadedModel):
         self.model_config = loaded.config
-        params, self._bind = arrange(loaded.declaration, loaded.params, config.platform)
+        params, self._bind = arrange(loaded.declaration, loaded.params, config.program.crossovers)
         self._arrays: dict[str, Any] = {"params": params}
         """What the device keeps, by the names that programs have for it."""
         self.dtype = loaded.declaration.dtype
@@ -48,13 +48,13 @@ class Runner:
         self.memory = Memory(
             config,
             self.model_config,
-            cache_dtype(config.kv_cache_dtype, self.dtype),
+            cache_dtype(config.program.kv_cache_dtype, self.dtype),
             self._device,
             sum(p.nbytes for p in params),
         )
         self._catalogue = self._make_catalogue()
         self.programs = self._make_programs()
-        if config.platform != "cpu":
+        if config.program.platform != "cpu":
             self._fit_pool()
         self.host = self.memory.make_host_pool()
         self.reset()
@@ -75,21 +75,18 @@ class Runner:
 
     def _make_catalogue(self) -> Catalogue:
         params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self._arrays["params"])
-        facts = Facts(self.model_config, self.memory, self.dtype, params, self._bind)
+        facts = Facts(self.model_config, self.memory, self.dtype, params, self._bind, self._device)
         return engine_programs(facts)
 
     def _make_programs(self) -> Programs:
-        options = functools.partial(
-            compiler_options, self._device.platform, deterministic=self.config.deterministic,
-            quantized=self._quantized,
-        )  # fmt: skip
+        options = functools.partial(xla_options, self.config.program, quantized=self._quantized)
         return Programs(self._catalogue.lowerable, self._device, options, self._stored)
 
     def _fit_pool(self) -> None:
         """Make sure that the largest programs' temporaries fit beside the pool."""
         buckets = self.config.buckets
         largest: list[ProgramKey] = [("extend", buckets.max_tokens), ("decode", buckets.decode[-1])]
-        if self.config.steps_per_dispatch > 1:
+        if self.config.program.steps_per_dispatch > 1:
             largest.append(("decode_many", buckets.decode[-1]))
         first = self._catalogue.with_mosaic() if self.config.precompile else []
         self.programs.build(dict.fromkeys([*first, *largest]), threads=os.cpu_count() or 1)
@@ -108,7 +105,7 @@ class Runner:
     def _stored(self) -> StoredPrograms | None:
         if self.config.program_folder is None:
             return None
-        facts = (self.config, self.model_config)
+        facts = (self.config.program, self.model_config)
         stored = StoredPrograms(self.config.program_folder, self._device, facts)
         stored.prune()
         return stored
@@ -124,8 +121,8 @@ class Runner:
             self._arrays["cache"] = self.memory.make_cache()
             self._arrays.update(self.memory.make_state()._asdict())
         self._upload: tuple[np.ndarray, jax.Array] | None = None
-        _, width = self.config.logprob_columns(wide=True)
-        self._wide_ids = WideIds(self.config.max_rows, width, self._device)
+        _, width = self.config.program.logprob_columns(wide=True)
+        self._wide_ids = WideIds(self.config.program.max_rows, width, self._device)
 
     def memory_usage(self) -> dict[str, float]:
         """GiB by use, and the device's own count where it keeps one."""
@@ -145,14 +142,14 @@ class Runner:
 
     def prepare(self, batch: Batch) -> Prepared:
         """Everything the host does for a batch before the device is involved."""
-        config = self.config
+        program = self.config.program
         if isinstance(batch, DecodeBatch):
-            return Prepared(batch, pack.pack_decode(batch, config.max_rows))
-        layout = pack.ExtendLayout(batch.tokens, batch.row_bucket, config.table_width)
-        packed = pack.pack_extend(batch, layout, config.max_rows)
+            return Prepared(batch, pack.pack_decode(batch, program.max_rows))
+        layout = pack.ExtendLayout(batch.tokens, batch.row_bucket, program.table_width)
+        packed = pack.pack_extend(batch, layout, program.max_rows)
         fresh = (row.sequence for row in batch.rows if row.fresh)
         lists = (
-            (s.slot, pack.pack_sparse(s.request, config.bias_capacity, config.max_logprob_ids))
+            (s.slot, pack.pack_sparse(s.request, program.bias_capacity, program.max_logprob_ids))
             for s in fresh
         )
         return Prepared(batch, packed, tuple((slot, x) for slot, x in lists if x is not None))
@@ -170,7 +167,7 @@ class Runner:
         for array in (output.tokens, logprobs, input_logprobs):
             if array is not None:
                 array.copy_to_host_async()
-        top, _ = self.config.logprob_columns(batch.wants_wide)
+        top, _ = self.config.program.logprob_columns(batch.wants_wide)
         return StepResult(batch, output.tokens, logprobs, input_logprobs, top)
 
     def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import ProgramConfig
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 
 
@@ -31,7 +31,7 @@ class DeviceState(NamedTuple):
     sparse: SparseRows
 
 
-def initial_state(config: EngineConfig, vocab_size: int) -> DeviceState:
+def initial_state(config: ProgramConfig, vocab_size: int) -> DeviceState:
     """All slots empty."""
     rows = config.max_rows + 1
     table = jnp.zeros((rows, config.table_width), jnp.int32)

@@ -37,6 +37,14 @@ OPERATION = Operation(
 )
 
 
+def decode_implementation(
+    q: Any, k_pages: Any, page_table: Any, implementation: str | Sequence[str] | None = None
+) -> str:
+    """Name of the implementation that `paged_decode` takes for arrays of these shapes and dtypes
+    (or their specs) on the present device. Raises what it raises."""
+    return OPERATION.chosen(q, k_pages, page_table, implementation=implementation, dtype=q.dtype)
+
+
 def paged_decode(
     q: jax.Array,
     k_pages: jax.Array,

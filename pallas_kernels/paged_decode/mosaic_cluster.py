@@ -84,6 +84,37 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     return dataclasses.replace(sizes, block=block, stages=min(sizes.stages, fit))
 
 
+def plan(q: Any, k_pages: Any, page_table: Any, sizes: Sizes | None = None) -> Sizes:
+    """Sizes with the splits chosen, for arrays or their specs. Raises NotImplementedError for what
+    the kernel cannot do, or leaves to others."""
+    batch, heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    group = heads // kv_heads
+    device = current_device()
+    if sizes is None:
+        features = {"batch": batch, **paged_features(q, k_pages)}
+        sizes = default_sizes(device, features)
+    check_case(q.dtype, k_pages.dtype, page_size, head_dim, sizes.block)
+    if group > MAX_GROUP:
+        raise NotImplementedError(f"{group} query heads a KV head are more than {MAX_GROUP}")
+    tiles_at_most = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
+    programs, cores = batch * kv_heads, device.cores or HOPPER_CORES
+    # at most one block a multiprocessor, where choose_splits reckons with two
+    splits = sizes.splits or choose_splits(
+        2 * programs, min(tiles_at_most, most_in_cluster(head_dim)), cores
+    )
+    if splits < MIN_CLUSTER:
+        raise NotImplementedError(
+            f"{programs} programs of at most {tiles_at_most} tiles are better left whole"
+        )
+    if not sizes.splits and programs * splits < cores // 4:
+        raise NotImplementedError(
+            f"{programs} clusters of {splits} blocks leave most of {cores} multiprocessors idle, "
+            "too long in long contexts"
+        )
+    return dataclasses.replace(sizes, splits=splits)
+
+
 def paged_decode(
     q: jax.Array,
     k_pages: jax.Array,
@@ -105,32 +136,11 @@ def paged_decode(
     page_size, kv_heads = k_pages.shape[1:3]
     group = heads // kv_heads
     dtype = q.dtype
-    device = current_device()
-    if sizes is None:
-        features = {"batch": batch, **paged_features(q, k_pages)}
-        sizes = default_sizes(device, features)
-    block = sizes.block
-    check_case(dtype, k_pages.dtype, page_size, head_dim, block)
-    if group > MAX_GROUP:
-        raise NotImplementedError(f"{group} query heads a KV head are more than {MAX_GROUP}")
+    sizes = plan(q, k_pages, page_table, sizes)
+    block, splits = sizes.block, sizes.splits
     width, pages = page_table.shape[1], block // page_size
-    tiles_at_most = pl.cdiv(width * page_size, block)
-    programs, cores = batch * kv_heads, device.cores or HOPPER_CORES
-    # at most one block a multiprocessor, where choose_splits reckons with two
-    splits = sizes.splits or choose_splits(
-        2 * programs, min(tiles_at_most, most_in_cluster(head_dim)), cores
-    )
-    if splits < MIN_CLUSTER:
-        raise NotImplementedError(
-            f"{programs} programs of at most {tiles_at_most} tiles are better left whole"
-        )
-    if not sizes.splits and programs * splits < cores // 4:
-        raise NotImplementedError(
-            f"{programs} clusters of {splits} blocks leave most of {cores} multiprocessors idle, "
-            "too long in long contexts"
-        )
     # what one block may have to read; a ring of more would stay empty
-    most = pl.cdiv(tiles_at_most, splits)
+    most = pl.cdiv(pl.cdiv(width * page_size, block), splits)
     stages = min(sizes.stages, most)
     exchange = {"blocks": splits, "group": group, "head_dim": head_dim}
 

@@ -63,6 +63,23 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     return dataclasses.replace(sizes, block=max(sizes.block, min(features["page_size"], 128)))
 
 
+def plan(q: Any, k_pages: Any, page_table: Any, sizes: Sizes | None = None) -> Sizes:
+    """Sizes with the splits chosen, for arrays or their specs. Raises NotImplementedError for what
+    the kernel cannot do."""
+    batch, heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    device = current_device()
+    if sizes is None:
+        features = {"batch": batch, **paged_features(q, k_pages)}
+        sizes = default_sizes(device, features)
+    check_case(q.dtype, k_pages.dtype, page_size, head_dim, sizes.block)
+    if heads // kv_heads > ROWS:
+        raise NotImplementedError(f"{heads // kv_heads} query heads a KV head are more than {ROWS}")
+    tiles_at_most = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
+    splits = sizes.splits or choose_splits(batch * kv_heads, tiles_at_most, device.cores)
+    return dataclasses.replace(sizes, splits=splits)
+
+
 def paged_decode(
     q: jax.Array,
     k_pages: jax.Array,
@@ -83,18 +100,10 @@ def paged_decode(
     page_size, kv_heads = k_pages.shape[1:3]
     group = heads // kv_heads
     dtype = q.dtype
-    device = current_device()
-    if sizes is None:
-        features = {"batch": batch, **paged_features(q, k_pages)}
-        sizes = default_sizes(device, features)
-    block, stages = sizes.block, sizes.stages
-    check_case(dtype, k_pages.dtype, page_size, head_dim, block)
+    sizes = plan(q, k_pages, page_table, sizes)
+    block, stages, splits = sizes.block, sizes.stages, sizes.splits
     sent = -(-group // 8) * 8  # rows that travel by TMA
-    if sent > ROWS:
-        raise NotImplementedError(f"{group} query heads a KV head are more than {ROWS}")
     pages = block // page_size
-    tiles_at_most = pl.cdiv(page_table.shape[1] * page_size, block)
-    splits = sizes.splits or choose_splits(batch * kv_heads, tiles_at_most, device.cores)
 
     def shares(length: jax.Array) -> tuple[jax.Array, ...]:
         """(lowest token, first tile, last tile, tiles a split) of a row."""

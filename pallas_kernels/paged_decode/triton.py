@@ -262,6 +262,23 @@ def _merge_kernel(
     plt.store(view, out.astype(out_ref.dtype), mask=columns < head_dim)
 
 
+def plan(q: Any, k_pages: Any, page_table: Any, sizes: Sizes | None = None) -> Sizes:
+    """Sizes with the splits chosen, for arrays or their specs. Raises NotImplementedError for what
+    the kernel cannot do."""
+    batch, _, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    if head_dim > 256:
+        raise NotImplementedError(f"head dim {head_dim} is above 256")
+    check_pages(k_pages)
+    device = current_device()
+    if sizes is None:
+        features = {"batch": batch, **paged_features(q, k_pages)}
+        sizes = default_sizes(device, features)
+    tiles = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
+    splits = sizes.splits or choose_splits(batch * kv_heads, tiles, device.cores)
+    return dataclasses.replace(sizes, splits=splits)
+
+
 def paged_decode(
     q: jax.Array,
     k_pages: jax.Array,
@@ -279,17 +296,10 @@ def paged_decode(
 ) -> Any:
     """See pallas_kernels.paged_decode. interpret: run on any backend, slowly."""
     batch, heads, head_dim = q.shape
-    page_size, kv_heads = k_pages.shape[1:3]
+    kv_heads = k_pages.shape[2]
     group = heads // kv_heads
-    if head_dim > 256:
-        raise NotImplementedError(f"head dim {head_dim} is above 256")
-    check_pages(k_pages)
-    device = current_device()
-    if sizes is None:
-        features = {"batch": batch, **paged_features(q, k_pages)}
-        sizes = default_sizes(device, features)
-    tiles = pl.cdiv(page_table.shape[1] * page_size, sizes.block)
-    splits = sizes.splits or choose_splits(batch * kv_heads, tiles, device.cores)
+    sizes = plan(q, k_pages, page_table, sizes)
+    splits = sizes.splits
     width = pl.next_power_of_2(head_dim)
     whole = jax.ShapeDtypeStruct(q.shape, q.dtype)
     if first_page is None:

@@ -1,13 +1,10 @@
 """The constructor options of SGLang's two releases, read from the table beside this file.
 
-`upstream_options.tsv` has a row for each name: its type, its default in SGLang main of February and
-of August 2026 as JSON ("-": that release has no such name, or no default), and what jaxserve does
-about it:
-
-- implemented: `jaxserve.options` has it;
-- ignored: it has no meaning here (CUDA kernels, processes, an HTTP server): another value than a
-  default causes one warning;
-- unsupported: it would change what the engine does: another value is an error.
+`upstream.tsv` has a row for each name: its type, its default in SGLang main of February and of
+August 2026 as JSON ("-": that release has no such name, or no default), and whether jaxserve
+ignores it where it has no such option. What is ignored has no meaning here (CUDA kernels,
+processes, an HTTP server): another value than a default causes one warning. What is not would
+change what the engine does: another value is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxserve import checks
+from jaxserve.options.table import ALIASES, OPTIONS
 
 MISSING = "-"
 CONTAINERS = (str, int, float, list, dict)
@@ -37,7 +35,8 @@ class UpstreamOption:
     """Whether upstream's type allows None."""
     defaults: tuple[Any, ...]
     """Of the releases that have the name, the newest first."""
-    treatment: str
+    ignored: bool
+    """Whether it has no meaning in jaxserve. Not looked at where jaxserve has the option."""
 
     @property
     def default(self) -> Any:
@@ -54,19 +53,19 @@ class UpstreamOption:
 
 
 def _read() -> Mapping[str, UpstreamOption]:
-    table = importlib.resources.files("jaxserve.api").joinpath("upstream_options.tsv")
+    table = importlib.resources.files("jaxserve.options").joinpath("upstream.tsv")
     options = {}
     for line in table.read_text(encoding="utf-8").splitlines()[1:]:
-        name, kind, february, august, treatment = line.split("\t")
+        name, kind, february, august, ignored = line.split("\t")
         defaults = tuple(json.loads(text) for text in (august, february) if text != MISSING)
         options[name] = UpstreamOption(
-            name, kind.removesuffix("?"), kind.endswith("?"), defaults, treatment
+            name, kind.removesuffix("?"), kind.endswith("?"), defaults, ignored == "yes"
         )
     return MappingProxyType(options)
 
 
 UPSTREAM = _read()
 FOREIGN: Mapping[str, UpstreamOption] = MappingProxyType(
-    {name: option for name, option in UPSTREAM.items() if option.treatment != "implemented"}
+    {n: option for n, option in UPSTREAM.items() if n not in OPTIONS and n not in ALIASES}
 )
-"""Those that are ignored or unsupported."""
+"""Those that jaxserve does not have: ignored or unsupported."""

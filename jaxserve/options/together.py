@@ -1,0 +1,41 @@
+"""Options that are right alone and wrong together."""
+
+from __future__ import annotations
+
+from jaxserve.errors import InvalidRequestError, NotSupportedError
+from jaxserve.options.table import OPTIONS, Options
+
+
+def check_together(options: Options) -> None:
+    """Raises InvalidRequestError for options that contradict each other, NotSupportedError for
+    sizes that no engine can be built with yet (parallelism)."""
+    for name, option in OPTIONS.items():
+        if option.only is not None and getattr(options, name) != option.only:
+            raise NotSupportedError(f"{name}={getattr(options, name)} is not supported yet")
+    if options.chunked_prefill_size == 0:
+        raise InvalidRequestError("chunked_prefill_size must be -1 or at least 1, got 0")
+    if options.enable_priority_scheduling and options.schedule_policy != "fcfs":
+        raise InvalidRequestError(
+            "enable_priority_scheduling goes with schedule_policy='fcfs' only, got "
+            f"{options.schedule_policy!r}"
+        )
+    if options.enable_hierarchical_cache and options.disable_radix_cache:
+        raise InvalidRequestError(
+            "enable_hierarchical_cache=True keeps cached prefixes in host memory, and "
+            "disable_radix_cache=True keeps none"
+        )
+    if options.enable_deterministic_inference:
+        _check_deterministic(options)
+
+
+def _check_deterministic(options: Options) -> None:
+    """The options that ask for more than one decode program."""
+    for name, only in (
+        ("cuda_graph_bs", None), ("cuda_graph_max_bs", None), ("num_continuous_decode_steps", 1)
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if value not in (None, only):
+            raise InvalidRequestError(
+                f"enable_deterministic_inference runs one decode program, of "
+                f"max_running_requests rows and one step: {name}={value!r} contradicts it"
+            )
