@@ -152,7 +152,39 @@ def test_config_is_hashable_and_families_are_listed():
         registry.family("Nope")
 
 
+_COMMON = (
+    "attn.o.kernel", "attn.qkv.kernel", "input_norm.scale", "mlp.down.kernel", "mlp.gate_up.kernel",
+    "post_norm.scale",
+)  # fmt: skip
+PATHS = {
+    "llama": _COMMON,
+    "mistral": _COMMON,
+    "qwen2": (*_COMMON[:1], "attn.qkv.bias", *_COMMON[1:]),
+    "qwen3": (
+        "attn.k_norm.scale", "attn.o.kernel", "attn.q_norm.scale", "attn.qkv.kernel",
+        *_COMMON[2:],
+    ),
+}  # fmt: skip
+"""Parameters of a layer in the order of the engine's flat tuple."""
+
+
 class TestDeclaration:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("quantization", [None, "fp8"])
+    def test_paths_and_their_order(self, family, quantization):
+        """Stored Orbax folders, conversion tables and the engine's programs depend on them."""
+        config = registry.config_from_hf(make_config(family, num_hidden_layers=11))
+        paths: list[str] = []
+        for path in PATHS[family]:
+            quantized = quantization is not None and path.endswith(".kernel")
+            paths += [path, f"{path}_scale"] if quantized else [path]
+        assert list(registry.declare(config, "bfloat16", quantization).specs) == [
+            "embed.embedding",
+            "final_norm.scale",
+            *(f"layers.{i}.{path}" for i in range(11) for path in paths),
+            "lm_head.embedding",
+        ]
+
     def test_specs(self):
         hf = make_config("llama", head_dim=24, attention_bias=True, mlp_bias=True)
         config = registry.config_from_hf(hf | {"num_hidden_layers": 1})
