@@ -14,8 +14,8 @@ from converters import locate
 from converters.load import load, read_config
 from converters.save import FORMATS, check_empty, check_save_format, save
 from jaxserve.errors import JaxserveError
-from jaxserve.models.config import ModelConfig
 from jaxserve.models.quantization import SCHEMES
+from jaxserve.models.registry import config_from_hf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.source, revision=args.revision, download_dir=args.download_dir, weights=True
     )
     path, kind = locate.detect_format(local, args.load_format)
-    config = ModelConfig.from_hf(read_config(path))
+    config = config_from_hf(read_config(path))
     with tqdm(desc="converting", unit=" parameters", disable=kind == "orbax") as bar:
 
         def progress(done: int, total: int) -> None:

@@ -33,7 +33,7 @@ _PLAIN = {F32: "float32", F16: "float16", BF16: "bfloat16"}
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The dict that the model's config.json would hold, for `ModelConfig.from_hf`.
+    """The dict that the model's config.json would hold, for `registry.config_from_hf`.
 
     The private key "_gguf" has the file's architecture, its name, and the number of tensors by
     ggml type. dtype: the checkpoint's 16-bit type; float32 when quantized.

@@ -86,7 +86,7 @@ def load(
     hf_config = read_config(path) | (config_overrides or {})
     try:
         _refuse_quantized(hf_config)
-        config = ModelConfig.from_hf(hf_config)
+        config = registry.config_from_hf(hf_config)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error}") from error
     if kind == "orbax":

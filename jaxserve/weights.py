@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from jaxserve.machine import Crossovers
 
 if TYPE_CHECKING:
+    from jaxserve.models.decoder import Decoder
     from jaxserve.models.registry import Declaration
 
 
-def kept_transposed(kernel: Any, crossovers: Crossovers) -> bool:
+def kept_transposed(kernel: jax.Array | jax.ShapeDtypeStruct, crossovers: Crossovers) -> bool:
     """Whether a kernel [in, out] (an array, a tracer or a spec) is kept as [out, in], its
     contraction axis last.
 
@@ -33,7 +34,7 @@ Arrays = tuple[jax.Array, ...]
 
 def arrange(
     declaration: Declaration, params: dict[str, jax.Array], crossovers: Crossovers
-) -> tuple[Arrays, Callable[[Arrays], Any]]:
+) -> tuple[Arrays, Callable[[Arrays], Decoder]]:
     """(arrays, bind): the parameters as the step takes them, a flat tuple with some transposed, and
     what makes the module of them (or of tracers): XLA folds the transposition into the product.
 
@@ -49,7 +50,7 @@ def arrange(
         array = params.pop(name)
         return jax.block_until_ready(array.T) if turn else array
 
-    def bind(arrays: Arrays) -> Any:
+    def bind(arrays: Arrays) -> Decoder:
         parts = zip(names, arrays, turned, strict=True)
         return declaration.bind({name: x.T if turn else x for name, x, turn in parts})
 

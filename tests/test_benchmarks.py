@@ -31,7 +31,6 @@ from benchmarks import (
     workloads,
 )
 from jaxserve.models import registry
-from jaxserve.models.config import ModelConfig
 
 LLAMA_VOCAB = 128256
 
@@ -130,7 +129,7 @@ def test_sampled_cases():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shapes_have_the_real_models_parameters(name):
-    config = ModelConfig.from_hf(workloads.SHAPES[name] | {"dtype": "bfloat16"})
+    config = registry.config_from_hf(workloads.SHAPES[name] | {"dtype": "bfloat16"})
     specs = registry.declare(config, jnp.bfloat16).specs
     assert sum(math.prod(spec.shape) for spec in specs.values()) == PARAMETERS[name]
 

@@ -15,7 +15,7 @@ import jaxserve
 from jaxserve.batch.buckets import Buckets
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import config_from_hf
 from tests.checkpoints import make_config
 from tests.faults import fail_at
 from tests.kernels.support import ON_GPU
@@ -312,7 +312,7 @@ def test_the_mode_is_what_does_it(tiny_models):
 def test_sizes(platform):
     """One bucket of each kind; chunks are cut where tiles end, and a step has room for one."""
     facts = {"num_hidden_layers": 2, "max_position_embeddings": 8192}
-    model = ModelConfig.from_hf(make_config("llama", **facts))
+    model = config_from_hf(make_config("llama", **facts))
     for options, (rows, tokens, alignment) in (
         ({}, (64, 1024, 128) if platform == "gpu" else (32, 256, 128)),
         ({"max_running_requests": 5, "chunked_prefill_size": 300}, (5, 384, 128)),

@@ -12,7 +12,7 @@ from converters import gguf_rope
 from converters.gguf_config import read_config
 from examples.demo_model import fetch
 from jaxserve.errors import ModelLoadError, NotSupportedError
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import config_from_hf
 from tests import gguf_files
 
 SHARED = (
@@ -44,7 +44,7 @@ def test_smollm2():
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rms_norm_eps"] == 1e-5
     assert config["_gguf"]["tensor_types"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
-    ours = ModelConfig.from_hf(config)
+    ours = config_from_hf(config)
     assert (ours.num_layers, ours.head_dim, ours.eos_token_ids) == (
         30,
         64,
@@ -59,7 +59,7 @@ def test_tiny_files(tmp_path, arch, tied):
     config = read_config(str(path))
     assert_equals_transformers(config, path)
     assert config["head_dim"] == 32
-    ModelConfig.from_hf(config)
+    config_from_hf(config)
 
 
 def test_biases_are_seen(tmp_path):
@@ -80,14 +80,14 @@ def test_llama_with_a_window_is_a_mistral(tmp_path):
     path = write(tmp_path, metadata={"llama.attention.sliding_window": 100})
     config = read_config(str(path))
     assert config["architectures"] == ["MistralForCausalLM"]
-    assert ModelConfig.from_hf(config).windows == (100, 100)
+    assert config_from_hf(config).windows == (100, 100)
 
 
 def test_qwen_windows_need_the_pattern(tmp_path):
     window = {"qwen2.attention.sliding_window": 100}
     pattern = {"qwen2.attention.sliding_window_pattern": [False, True]}
     path = write(tmp_path, "qwen2", metadata=window | pattern)
-    assert ModelConfig.from_hf(read_config(str(path))).windows == (None, 100)
+    assert config_from_hf(read_config(str(path))).windows == (None, 100)
     path = write(tmp_path, "qwen2", metadata=window)
     with pytest.raises(NotSupportedError, match="does not tell which layers"):
         read_config(str(path))
@@ -189,7 +189,7 @@ def test_yarn(tmp_path):
         "original_max_position_embeddings": 128,
         "beta_fast": 16.0,
     }
-    assert ModelConfig.from_hf(config).rope.factor == 4.0
+    assert config_from_hf(config).rope.factor == 4.0
 
 
 def factors_of_transformers(parameters, theta, head_dim):

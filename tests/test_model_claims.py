@@ -17,6 +17,7 @@ from jaxserve.api.startup import tokenizer_eos
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import config_from_hf
 from jaxserve.server_args import ServerArgs
 from tests import gguf_files
 from tests.checkpoints import make_checkpoint, make_config
@@ -29,7 +30,7 @@ ORIGINAL = {"original_max_position_embeddings": 16}
 
 
 def config_of(family: str = "llama", **overrides) -> ModelConfig:
-    return ModelConfig.from_hf(make_config(family, **overrides))
+    return config_from_hf(make_config(family, **overrides))
 
 
 class TestContext:
@@ -70,7 +71,7 @@ class TestContext:
         path = tmp_path / "tiny.gguf"
         scaling = {"{arch}.rope.scaling.type": "linear", "{arch}.rope.scaling.factor": 4.0}
         gguf_files.write_model(path, metadata=scaling)
-        assert ModelConfig.from_hf(read_config(str(path))).context_length == 2048
+        assert config_from_hf(read_config(str(path))).context_length == 2048
 
     def test_more_than_can_be_numbered(self):
         scaling = {"rope_type": "linear", "factor": 1e30}

@@ -11,8 +11,8 @@ from flax import nnx
 
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import registry
-from jaxserve.models.config import ModelConfig
 from jaxserve.models.dense import DenseOps
+from jaxserve.models.make import Make
 from jaxserve.models.ops import AttentionSpec
 from tests.checkpoints import ARCHITECTURES, FAMILIES, make_config
 
@@ -82,7 +82,7 @@ def test_agrees_with_transformers(name):
 
     hf = REAL[name]
     theirs = AutoConfig.for_model(**hf)
-    ours = ModelConfig.from_hf(hf)
+    ours = registry.config_from_hf(hf)
     assert ours.architecture == ARCHITECTURES[hf["model_type"]]
     assert (ours.vocab_size, ours.hidden_size) == (theirs.vocab_size, theirs.hidden_size)
     assert ours.head_dim == (
@@ -123,18 +123,18 @@ def test_agrees_with_transformers(name):
 )  # fmt: skip
 def test_bad_config(changes, error, match):
     with pytest.raises(error, match=match):
-        ModelConfig.from_hf(make_config("llama", **changes))
+        registry.config_from_hf(make_config("llama", **changes))
 
 
 def test_bad_layer_types_and_window():
     with pytest.raises(NotSupportedError, match=r"layer_types must be 2 of"):
-        ModelConfig.from_hf(make_config("qwen2", layer_types=["full_attention", "chunked"]))
+        registry.config_from_hf(make_config("qwen2", layer_types=["full_attention", "chunked"]))
     with pytest.raises(ModelLoadError, match=r"sliding_window must be a positive integer, got 0"):
-        ModelConfig.from_hf(make_config("mistral", sliding_window=0))
+        registry.config_from_hf(make_config("mistral", sliding_window=0))
 
 
 def test_unknown_activation_fails_at_declaration():
-    config = ModelConfig.from_hf(make_config("llama", hidden_act="quick_gelu"))
+    config = registry.config_from_hf(make_config("llama", hidden_act="quick_gelu"))
     with pytest.raises(NotSupportedError, match=r"hidden_act='quick_gelu'"):
         registry.declare(config, "float32")
 
@@ -142,20 +142,52 @@ def test_unknown_activation_fails_at_declaration():
 def test_old_dtype_key():
     hf = make_config("llama", torch_dtype="bfloat16")
     del hf["dtype"]
-    assert ModelConfig.from_hf(hf).dtype == "bfloat16"
+    assert registry.config_from_hf(hf).dtype == "bfloat16"
 
 
 def test_config_is_hashable_and_families_are_listed():
-    assert len({ModelConfig.from_hf(make_config(name)) for name in FAMILIES}) == len(FAMILIES)
+    assert len({registry.config_from_hf(make_config(name)) for name in FAMILIES}) == len(FAMILIES)
     assert registry.supported_architectures() == list(ARCHITECTURES.values())
     with pytest.raises(NotSupportedError, match=r"'Nope'.*supported architectures: Llama"):
         registry.family("Nope")
 
 
+_COMMON = (
+    "attn.o.kernel", "attn.qkv.kernel", "input_norm.scale", "mlp.down.kernel", "mlp.gate_up.kernel",
+    "post_norm.scale",
+)  # fmt: skip
+PATHS = {
+    "llama": _COMMON,
+    "mistral": _COMMON,
+    "qwen2": (*_COMMON[:1], "attn.qkv.bias", *_COMMON[1:]),
+    "qwen3": (
+        "attn.k_norm.scale", "attn.o.kernel", "attn.q_norm.scale", "attn.qkv.kernel",
+        *_COMMON[2:],
+    ),
+}  # fmt: skip
+"""Parameters of a layer in the order of the engine's flat tuple."""
+
+
 class TestDeclaration:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("quantization", [None, "fp8"])
+    def test_paths_and_their_order(self, family, quantization):
+        """Stored Orbax folders, conversion tables and the engine's programs depend on them."""
+        config = registry.config_from_hf(make_config(family, num_hidden_layers=11))
+        paths: list[str] = []
+        for path in PATHS[family]:
+            quantized = quantization is not None and path.endswith(".kernel")
+            paths += [path, f"{path}_scale"] if quantized else [path]
+        assert list(registry.declare(config, "bfloat16", quantization).specs) == [
+            "embed.embedding",
+            "final_norm.scale",
+            *(f"layers.{i}.{path}" for i in range(11) for path in paths),
+            "lm_head.embedding",
+        ]
+
     def test_specs(self):
         hf = make_config("llama", head_dim=24, attention_bias=True, mlp_bias=True)
-        config = ModelConfig.from_hf(hf | {"num_hidden_layers": 1})
+        config = registry.config_from_hf(hf | {"num_hidden_layers": 1})
         specs = registry.declare(config, "bfloat16").specs
         assert {path: spec.shape for path, spec in specs.items()} == {
             "embed.embedding": (512, 64),
@@ -175,27 +207,27 @@ class TestDeclaration:
         assert {spec.dtype for spec in specs.values()} == {jnp.dtype("bfloat16")}
 
     def test_q_and_k_norms_and_tied_head(self):
-        config = ModelConfig.from_hf(make_config("qwen3", tie_word_embeddings=True))
+        config = registry.config_from_hf(make_config("qwen3", tie_word_embeddings=True))
         specs = registry.declare(config, "float32").specs
         assert specs["layers.1.attn.q_norm.scale"].shape == (32,)
         assert "lm_head.embedding" not in specs
 
     def test_allocates_nothing_for_a_large_model(self):
         hf = REAL["Llama-3.1-8B-Instruct"]
-        declaration = registry.declare(ModelConfig.from_hf(hf), "bfloat16")
+        declaration = registry.declare(registry.config_from_hf(hf), "bfloat16")
         assert all(isinstance(s, jax.ShapeDtypeStruct) for s in declaration.specs.values())
         size = sum(int(np.prod(s.shape)) for s in declaration.specs.values())
         assert size == 8_030_261_248
 
     def test_bind_checks_paths(self):
-        declaration = registry.declare(ModelConfig.from_hf(make_config("llama")), "float32")
+        declaration = registry.declare(registry.config_from_hf(make_config("llama")), "float32")
         params = dict(declaration.specs)
         params["extra"] = params.pop("final_norm.scale")
         with pytest.raises(ModelLoadError, match=r"missing \['final_norm.scale'\].*\['extra'\]"):
             declaration.bind(params)
 
     def test_bind_inside_jit_puts_each_array_in_its_place(self):
-        declaration = registry.declare(ModelConfig.from_hf(make_config("qwen3")), "float32")
+        declaration = registry.declare(registry.config_from_hf(make_config("qwen3")), "float32")
         values = {path: jnp.full(s.shape, i) for i, (path, s) in enumerate(
             declaration.specs.items()
         )}  # fmt: skip
@@ -216,10 +248,9 @@ class TestDeclaration:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_same_module_trains(family):
     """Gradients reach every parameter, and the optimizer's steps lower the loss."""
-    config = ModelConfig.from_hf(make_config(family, num_hidden_layers=1))
-    model = registry.family(config.architecture)(
-        config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
-    )
+    config = registry.config_from_hf(make_config(family, num_hidden_layers=1))
+    make = Make(jnp.dtype("float32"), nnx.Rngs(0))
+    model = registry.family(config.architecture)(config, make)
     ids = jnp.arange(24, dtype=jnp.int32) * 7 % 512
 
     def loss_of(model):

@@ -11,7 +11,7 @@ import pytest
 import converters
 from jaxserve.models import rope
 from jaxserve.models.dense import DenseOps, split_heads
-from jaxserve.models.ops import Stream
+from jaxserve.models.ops import Residual
 from tests.checkpoints import FAMILIES, VOCAB, make_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -96,7 +96,7 @@ class TestParts:
             jnp.zeros((T, pair.config.head_dim // 2)),
         )
         norms = (n and n.scale[...] for n in (attn.q_norm, attn.k_norm))
-        qkv, stream = attn.qkv.read(Stream(jnp.asarray(x)), OPS, pair.ours.layers[1].input_norm)
+        qkv, stream = attn.qkv.read(Residual(jnp.asarray(x)), OPS, pair.ours.layers[1].input_norm)
         close(stream.x, x, 0)
         q, k, v = split_heads(qkv, *unturned, attn.spec, *norms)
         hf = pair.hf.model.layers[1].self_attn
@@ -128,13 +128,13 @@ class TestParts:
     def test_output_projection(self, pair):
         x = random(T, pair.config.num_heads * pair.config.head_dim)
         theirs = call(pair.hf.model.layers[0].self_attn.o_proj, x)
-        stream = pair.ours.layers[0].attn.o.write(jnp.asarray(x), OPS, Stream(jnp.ones((T, 64))))
+        stream = pair.ours.layers[0].attn.o.write(jnp.asarray(x), OPS, Residual(jnp.ones((T, 64))))
         close(stream.x, theirs + 1)
 
     def test_mlp(self, pair):
         x = random(T, 64)
         ours, theirs = pair.ours.layers[0], pair.hf.model.layers[0]
-        stream = ours.mlp(Stream(jnp.asarray(x)), OPS, ours.post_norm)
+        stream = ours.mlp(Residual(jnp.asarray(x)), OPS, ours.post_norm)
         close(stream.x, x + call(theirs.mlp, call(theirs.post_attention_layernorm, x)))
 
     @pytest.mark.parametrize("index", [0, 1])
@@ -144,7 +144,7 @@ class TestParts:
         positions = np.arange(T)
         cos, sin = rope.cos_sin(config.rope, config.head_dim, jnp.asarray(positions))
         layer = pair.ours.layers[index]
-        ours, cache = layer(Stream(jnp.asarray(x)), cos, sin, "passed on", None, OPS)
+        ours, cache = layer(Residual(jnp.asarray(x)), cos, sin, "passed on", None, OPS)
         distance = positions[:, None] - positions
         hidden = (distance < 0) | (distance >= (config.windows[index] or T))
         mask = torch.from_numpy(np.where(hidden, -1e30, 0).astype(np.float32))[None, None]

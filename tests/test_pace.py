@@ -12,7 +12,7 @@ import pytest
 from benchmarks.workloads import SHAPES
 from jaxserve.batch.batch import DecodeBatch, ExtendBatch
 from jaxserve.config import EngineConfig
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import config_from_hf
 from jaxserve.output.commit import commit, finish
 from jaxserve.request import LogprobSpec
 from jaxserve.scheduler.pace import Pace, attention_cost
@@ -20,7 +20,7 @@ from jaxserve.server_args import ServerArgs
 from tests.machines import GPU, MACHINES
 from tests.test_scheduler import Machine, Result, expected_tokens, make_request
 
-LLAMA = ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
+LLAMA = config_from_hf(SHAPES["llama-3.1-8b"])
 PACE = Pace.of(LLAMA, 8192, GPU.pacing, mixed=None)
 TOKEN_SECONDS = 2 * 7e9 / 600e12
 """Of an 8B model's products, on an H100."""

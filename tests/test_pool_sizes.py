@@ -16,6 +16,7 @@ import jaxserve
 from jaxserve.cache import pool
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import config_from_hf
 from jaxserve.server_args import ServerArgs
 from tests import gguf_files
 from tests.checkpoints import make_config
@@ -94,17 +95,17 @@ def resolve(model: ModelConfig, **options) -> EngineConfig:
 
 def count(monkeypatch, free: int, weights: int = 0, state: int = 0, **options) -> int:
     monkeypatch.setattr(pool, "available_host_memory", lambda: free)
-    model = ModelConfig.from_hf(make_config(max_position_embeddings=HUGE))
+    model = config_from_hf(make_config(max_position_embeddings=HUGE))
     return pool.count_pages(resolve(model, **options), model, FLOAT, None, weights, state)
 
 
 def test_tables_have_a_limit_of_their_own():
-    model = ModelConfig.from_hf(make_config("mistral", max_position_embeddings=HUGE))
+    model = config_from_hf(make_config("mistral", max_position_embeddings=HUGE))
     for rows in (1, 32, 4096):
         config = resolve(model, max_running_requests=rows)
         most = CPU.defaults.table_bytes
         assert 0.9 * most < 4 * (rows + 1) * config.program.table_width <= most
-    model = ModelConfig.from_hf(make_config("mistral", max_position_embeddings=131_072))
+    model = config_from_hf(make_config("mistral", max_position_embeddings=131_072))
     assert resolve(model).program.table_width == 131_072 // 16
 
 

@@ -16,7 +16,7 @@ import jaxserve
 from jaxserve.cache.pool import ALLOCATOR_FRACTION, count_pages, page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import config_from_hf
 from jaxserve.server_args import ServerArgs
 from jaxserve.step.compile import Programs
 from jaxserve.step.xla_options import xla_options
@@ -176,7 +176,7 @@ def test_results_count_among_a_programs_memory(large_cache):
 
 # -- sizing ---------------------------------------------------------------------------------------
 
-MODEL = ModelConfig.from_hf(
+MODEL = config_from_hf(
     {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

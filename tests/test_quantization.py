@@ -24,7 +24,6 @@ from converters.load import LoadedModel
 from jaxserve.cache import pool
 from jaxserve.errors import InvalidRequestError, ModelLoadError, NotSupportedError
 from jaxserve.models import registry
-from jaxserve.models.config import ModelConfig
 from jaxserve.models.dense import DenseOps, split_heads
 from jaxserve.models.quantization import SCHEMES, kernel_dtype, quantize, round_to, step_of
 from tests import gguf_files
@@ -136,7 +135,7 @@ class TestRounding:
 @both
 @pytest.mark.parametrize("family", FAMILIES)
 def test_declared_parameters(family, scheme):
-    config = ModelConfig.from_hf(make_config(family, tie_word_embeddings=family == "qwen2"))
+    config = registry.config_from_hf(make_config(family, tie_word_embeddings=family == "qwen2"))
     plain = registry.declare(config, "bfloat16")
     quantized = registry.declare(config, "bfloat16", scheme)
     assert (plain.scales, plain.quantization, quantized.quantization) == ({}, None, scheme)
@@ -561,7 +560,7 @@ class TestFp8Pages:
             assert [sample["output_ids"] for sample in many] == [one] * 3
 
     def test_the_pool_holds_twice_the_tokens_of_16_bits(self):
-        model = ModelConfig.from_hf(make_config())
+        model = registry.config_from_hf(make_config())
         half, byte = (
             pool.page_bytes(model, 16, jnp.dtype(dtype)) for dtype in (jnp.bfloat16, E4M3)
         )

@@ -14,7 +14,6 @@ from jaxserve.batch.pack import ExtendLayout
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
 from jaxserve.models import registry
-from jaxserve.models.config import ModelConfig
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
 from jaxserve.step import step
@@ -31,7 +30,7 @@ PAGES = 64
 def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
     """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
     monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
-    model = ModelConfig.from_hf({**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 4096})
+    model = registry.config_from_hf({**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 4096})
     engine = EngineConfig.resolve(ServerArgs("x", context_length=2048), model, GPU, 0)
     config = engine.program
     declaration = registry.declare(model, jnp.bfloat16, quantization)

@@ -10,28 +10,30 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExtendMeta:
-    """Packed ragged tokens of B sequences, each after a cached prefix.
-
-    slots [T]: flat cache position (page * S + offset) each token's K and V go to; out of range for
-    padding. page_table [B, W]. q_starts, q_lens, prefix_lens [B]: see paged_prefill. All int32.
-    """
+    """Packed ragged tokens of B sequences, each after a cached prefix. All int32; see
+    `paged_prefill`."""
 
     slots: jax.Array
+    """[T]: flat cache position (page * S + offset) each token's K and V go to; out of range for
+    padding."""
     page_table: jax.Array
+    """[B, W]."""
     q_starts: jax.Array
+    """[B]: each sequence's first packed token."""
     q_lens: jax.Array
+    """[B]: how many it has."""
     prefix_lens: jax.Array
+    """[B]: tokens cached before them."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeMeta:
-    """One token for each of B rows.
-
-    slots [B] as above. page_table [B, W]. lengths [B]: tokens to attend to, the current one
-    included; 0 for rows of padding. All int32.
-    """
+    """One token for each of B rows. All int32; see `paged_decode`."""
 
     slots: jax.Array
+    """[B], as above."""
     page_table: jax.Array
+    """[B, W]."""
     lengths: jax.Array
+    """[B]: tokens to attend to, the current one included; 0 for rows of padding."""

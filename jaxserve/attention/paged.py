@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
 from jaxserve.machine import Crossovers
 from jaxserve.models.layers import rms_norm
-from jaxserve.models.ops import AttentionSpec, Stream
+from jaxserve.models.ops import AttentionSpec, Residual
 from jaxserve.weights import kept_transposed
 from pallas_kernels import (
     add_norm,
@@ -24,17 +24,16 @@ from pallas_kernels import (
 
 
 class Cache(NamedTuple):
-    """What attention keeps between steps, donated.
-
-    k, v [L * P, S, K, H]: layer l has pages l * P to (l + 1) * P, of the same numbers in each. Two
-    arrays for all layers, because each donated array costs the host 14 us a step (H100, jax
-    0.11.2). locks [R * K] int32: counters with which the programs of a decode kernel find out who
-    is last; zero between kernels.
-    """
+    """What attention keeps between steps, donated. Two arrays for all layers, because each donated
+    array costs the host 14 us a step (H100, jax 0.11.2)."""
 
     k: jax.Array
+    """[L * P, S, K, H]: layer l has pages l * P to (l + 1) * P, of the same numbers in each."""
     v: jax.Array
+    """As k."""
     locks: jax.Array
+    """[R * K] int32: counters with which the programs of a decode kernel find out who is last; zero
+    between kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,29 +52,39 @@ class PagedOps:
     """See `paged_prefill`."""
 
     def linear_in(
-        self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float, **options: Any
-    ) -> tuple[jax.Array, Stream]:
+        self, stream: Residual, kernel: jax.Array, *, norm: jax.Array, eps: float,
+        bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
+    ) -> tuple[jax.Array, Residual]:  # fmt: skip
         """See `Ops.linear_in`."""
         if stream.pending is None:
-            return self._linear(stream.x, kernel, norm=norm, eps=eps, **options), stream
+            y = self._linear(stream.x, kernel, norm=norm, eps=eps, bias=bias, act=act, scale=scale)
+            return y, stream
         x, normed = self._add_norm(stream, norm, eps)
-        return self._linear(normed, kernel, **options), Stream(x)
+        return self._linear(normed, kernel, bias=bias, act=act, scale=scale), Residual(x)
 
-    def linear_out(self, y: jax.Array, kernel: jax.Array, stream: Stream, **options: Any) -> Stream:
+    def linear_out(
+        self, y: jax.Array, kernel: jax.Array, stream: Residual, *,
+        bias: jax.Array | None = None, scale: jax.Array | None = None,
+        norm: jax.Array | None = None, eps: float = 0.0,
+    ) -> Residual:  # fmt: skip
         """See `Ops.linear_out`."""
         assert stream.pending is None, "a product has read this stream, and so its pending part"
-        if self._leaves_the_sum(y, kernel):
-            return Stream(stream.x, self._linear(y, kernel, **options))
-        return Stream(self._linear(y, kernel, residual=stream.x, **options))
+        leaves_the_sum = self._leaves_the_sum(y, kernel)
+        if norm is None and not leaves_the_sum:
+            return Residual(self._linear(y, kernel, residual=stream.x, bias=bias, scale=scale))
+        added = self._linear(y, kernel, bias=bias, scale=scale)
+        if norm is not None:
+            added = rms_norm(added, norm, eps)
+        return Residual(stream.x, added) if leaves_the_sum else Residual(stream.x + added)
 
-    def norm(self, stream: Stream, scale: jax.Array, eps: float) -> jax.Array:
+    def norm(self, stream: Residual, scale: jax.Array, eps: float) -> jax.Array:
         """See `Ops.norm`."""
         if stream.pending is None:
             return rms_norm(stream.x, scale, eps)
         return self._add_norm(stream, scale, eps)[1]
 
     def _add_norm(
-        self, stream: Stream, scale: jax.Array, eps: float
+        self, stream: Residual, scale: jax.Array, eps: float
     ) -> tuple[jax.Array, jax.Array]:
         assert stream.pending is not None
         return add_norm(stream.x, stream.pending, scale, eps=eps, implementation=self.others)
@@ -89,9 +98,16 @@ class PagedOps:
         kept, transposed = self._as_kept(kernel)
         return not runs_as_one_kernel(y, kept, transposed=transposed)
 
-    def _linear(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    def _linear(
+        self, x: jax.Array, kernel: jax.Array, *, bias: jax.Array | None,
+        scale: jax.Array | None, norm: jax.Array | None = None, eps: float = 0.0,
+        act: str | None = None, residual: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
         kept, transposed = self._as_kept(kernel)
-        return linear(x, kept, transposed=transposed, implementation=self.others, **options)
+        return linear(
+            x, kept, bias=bias, norm=norm, eps=eps, residual=residual, act=act, scale=scale,
+            transposed=transposed, implementation=self.others,
+        )  # fmt: skip
 
     def _as_kept(self, kernel: jax.Array) -> tuple[jax.Array, bool]:
         """`kernel` [in, out] as it lies in memory, and whether that is [out, in]."""
@@ -111,8 +127,8 @@ class PagedOps:
             k_norm=k_norm, eps=spec.eps, first_page=first_page, implementation=self.others,
         )  # fmt: skip
         options = {
-            "scale": spec.scale, "window": spec.window, "first_page": first_page,
-            "implementation": self.attention,
+            "scale": spec.scale, "window": spec.window, "soft_cap": spec.soft_cap,
+            "first_page": first_page, "implementation": self.attention,
         }  # fmt: skip
         locks = cache.locks
         if isinstance(meta, DecodeMeta):

@@ -1,8 +1,10 @@
-"""Everything static about a model: one frozen object, read from a Hugging Face config.json."""
+"""Everything static about a model: one frozen object, and how its fields are read from a Hugging
+Face config.json (see `registry.config_from_hf`)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.errors import ModelLoadError, NotSupportedError
@@ -43,24 +45,29 @@ class ModelConfig:
     head_dim: int
     """H; need not be D / N."""
     rms_norm_eps: float
+    """Added to the mean square, of every norm."""
     rope: RopeConfig
     max_position_embeddings: int
     """As the checkpoint states it; what RoPE scalings are relative to."""
     context_length: int
     """Longest sequence in tokens, RoPE scaling included."""
     tie_word_embeddings: bool
+    """The output projection is the embedding's table."""
     attention_bias: bool
     """q, k and v have a bias."""
     attention_out_bias: bool
     """The output projection of attention has a bias."""
     mlp_bias: bool
+    """The MLP's products have one."""
     qk_norm: bool
     """RMSNorm over the head dim of q and k, before RoPE."""
     windows: tuple[int | None, ...]
     """Per layer: attend to the last w positions, the current one included; None is all."""
     hidden_act: str
+    """The MLP's activation: a name that `layers.activation` knows."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    """Any of them ends a sequence."""
     dtype: str
     """What the checkpoint says its weights are: one of DTYPES."""
 
@@ -70,65 +77,59 @@ class ModelConfig:
         windows = [window for window in self.windows if window is not None]
         return max(windows) if len(windows) == self.num_layers else None
 
-    @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
-        """Reads the dict of a config.json (transformers 4 or 5 spelling).
 
-        Raises NotSupportedError for an architecture or feature that we do not have (the message
-        lists the supported architectures), ModelLoadError for a missing or impossible value.
-        """
-        # The registry imports the families, and they import this module.
-        from jaxserve.models import registry
+def common_fields(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The fields of ModelConfig from the keys that every family's config.json has. What some
+    families spell or decide in their own way is here as most of them have it.
 
-        architecture = registry.architecture_of(hf)
-        family = registry.family(architecture)
-        # A null in the file is a statement ("no window"), an absent key takes the default.
-        hf = {**family.hf_defaults, **hf}
-        vocab_size = values.size(hf, "vocab_size")
-        num_layers = values.size(hf, "num_hidden_layers", most=MOST_LAYERS)
-        num_heads = values.size(hf, "num_attention_heads")
-        num_kv_heads = values.size(hf, "num_key_value_heads", num_heads)
-        hidden_size = values.size(hf, "hidden_size")
-        if num_heads % num_kv_heads:
-            raise ModelLoadError(
-                f"config.json: num_attention_heads={num_heads} is not a multiple of "
-                f"num_key_value_heads={num_kv_heads}"
-            )
-        head_dim = values.size(hf, "head_dim", hidden_size // num_heads)
-        if head_dim % 2:
-            raise ModelLoadError(f"config.json: head_dim={head_dim} is odd; RoPE needs pairs")
-        max_positions = values.size(hf, "max_position_embeddings")
-        rope = RopeConfig.from_hf(hf, max_positions)
-        if rope.type == "dynamic" and head_dim == 2:
-            raise ModelLoadError("config.json: head_dim=2 has no dynamic RoPE, which needs more")
-        fields: dict[str, Any] = {
-            "architecture": architecture,
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "intermediate_size": values.size(hf, "intermediate_size"),
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "rms_norm_eps": values.number(hf, "rms_norm_eps", 1e-6, least=0),
-            "rope": rope,
-            "max_position_embeddings": max_positions,
-            "context_length": _context_length(hf, rope),
-            "tie_word_embeddings": values.flag(hf, "tie_word_embeddings"),
-            "attention_bias": False,
-            "attention_out_bias": False,
-            "mlp_bias": False,
-            "qk_norm": False,
-            "windows": (None,) * num_layers,
-            "hidden_act": values.text(hf, "hidden_act", "silu"),
-            "bos_token_id": next(iter(values.token_ids(hf, "bos_token_id", vocab_size)), None),
-            "eos_token_ids": values.token_ids(hf, "eos_token_id", vocab_size),
-            "dtype": _dtype(hf),
-        }
-        return cls(**(fields | family.config_fields(hf)))
+    hf: with the family's defaults for absent keys; a null is a statement ("no window"). Raises
+    NotSupportedError for a feature that we do not have, ModelLoadError for a missing or impossible
+    value.
+    """
+    vocab_size = values.size(hf, "vocab_size")
+    num_layers = values.size(hf, "num_hidden_layers", most=MOST_LAYERS)
+    num_heads = values.size(hf, "num_attention_heads")
+    num_kv_heads = values.size(hf, "num_key_value_heads", num_heads)
+    hidden_size = values.size(hf, "hidden_size")
+    if num_heads % num_kv_heads:
+        raise ModelLoadError(
+            f"config.json: num_attention_heads={num_heads} is not a multiple of "
+            f"num_key_value_heads={num_kv_heads}"
+        )
+    head_dim = values.size(hf, "head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise ModelLoadError(f"config.json: head_dim={head_dim} is odd; RoPE needs pairs")
+    max_positions = values.size(hf, "max_position_embeddings")
+    rope = RopeConfig.from_hf(hf, max_positions)
+    if rope.type == "dynamic" and head_dim == 2:
+        raise ModelLoadError("config.json: head_dim=2 has no dynamic RoPE, which needs more")
+    return {
+        "architecture": architecture,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": values.size(hf, "intermediate_size"),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": values.number(hf, "rms_norm_eps", 1e-6, least=0),
+        "rope": rope,
+        "max_position_embeddings": max_positions,
+        "context_length": _context_length(hf, rope),
+        "tie_word_embeddings": values.flag(hf, "tie_word_embeddings"),
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "windows": (None,) * num_layers,
+        "hidden_act": values.text(hf, "hidden_act", "silu"),
+        "bos_token_id": next(iter(values.token_ids(hf, "bos_token_id", vocab_size)), None),
+        "eos_token_ids": values.token_ids(hf, "eos_token_id", vocab_size),
+        "dtype": _dtype(hf),
+    }
 
 
-def _context_length(hf: dict[str, Any], rope: RopeConfig) -> int:
+def _context_length(hf: Mapping[str, Any], rope: RopeConfig) -> int:
     """As SGLang derives it (srt/hf_transformers_utils, `get_context_length`): the first of
     _CONTEXT_KEYS, multiplied by the factor of a RoPE scaling that states no original context."""
     key = next(key for key in _CONTEXT_KEYS if hf.get(key) is not None)
@@ -142,7 +143,7 @@ def _context_length(hf: dict[str, Any], rope: RopeConfig) -> int:
     return length
 
 
-def _dtype(hf: dict[str, Any]) -> str:
+def _dtype(hf: Mapping[str, Any]) -> str:
     """`dtype` (transformers 5) or `torch_dtype` (older); float32 where neither is given."""
     key = "torch_dtype" if hf.get("dtype") is None else "dtype"
     name = values.text(hf, key, "float32").removeprefix("torch.")
@@ -153,12 +154,12 @@ def _dtype(hf: dict[str, Any]) -> str:
     return name
 
 
-def window_of(hf: dict[str, Any]) -> int | None:
+def window_of(hf: Mapping[str, Any]) -> int | None:
     """`sliding_window` in tokens; None where it is null."""
     return None if hf["sliding_window"] is None else values.size(hf, "sliding_window")
 
 
-def layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
+def layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Qwen's per-layer windows: `layer_types` where given, else the layers from
     `max_window_layers` on; none at all unless `use_sliding_window`."""
     num_layers = values.size(hf, "num_hidden_layers", most=MOST_LAYERS)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxserve.models import rope
 from jaxserve.models.layers import activation, rms_norm
-from jaxserve.models.ops import AttentionSpec, Stream
+from jaxserve.models.ops import AttentionSpec, Residual
 
 
 class DenseOps:
@@ -21,9 +21,9 @@ class DenseOps:
     """
 
     def linear_in(
-        self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float,
+        self, stream: Residual, kernel: jax.Array, *, norm: jax.Array, eps: float,
         bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
-    ) -> tuple[jax.Array, Stream]:  # fmt: skip
+    ) -> tuple[jax.Array, Residual]:  # fmt: skip
         """See `Ops.linear_in`."""
         y = product(rms_norm(stream.x, norm, eps), kernel, bias, scale)
         if act is not None:
@@ -32,13 +32,17 @@ class DenseOps:
         return y.astype(stream.x.dtype), stream
 
     def linear_out(
-        self, y: jax.Array, kernel: jax.Array, stream: Stream, *,
+        self, y: jax.Array, kernel: jax.Array, stream: Residual, *,
         bias: jax.Array | None = None, scale: jax.Array | None = None,
-    ) -> Stream:  # fmt: skip
+        norm: jax.Array | None = None, eps: float = 0.0,
+    ) -> Residual:  # fmt: skip
         """See `Ops.linear_out`."""
-        return Stream((product(y, kernel, bias, scale) + stream.x).astype(stream.x.dtype))
+        added = product(y, kernel, bias, scale)
+        if norm is not None:
+            added = rms_norm(added, norm, eps)
+        return Residual((added + stream.x).astype(stream.x.dtype))
 
-    def norm(self, stream: Stream, scale: jax.Array, eps: float) -> jax.Array:
+    def norm(self, stream: Residual, scale: jax.Array, eps: float) -> jax.Array:
         """See `Ops.norm`."""
         return rms_norm(stream.x, scale, eps)
 
@@ -57,7 +61,10 @@ class DenseOps:
             visible &= distance < spec.window
         if meta is not None:
             visible &= meta[:, None] == meta
-        weights = jax.nn.softmax(jnp.where(visible, scores * spec.scale, -jnp.inf), axis=-1)
+        scores = scores * spec.scale
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         out = jnp.einsum("kgts,skh->tkgh", weights.astype(v.dtype), v)
         return out.reshape(tokens, -1), cache
 

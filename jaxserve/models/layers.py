@@ -6,32 +6,24 @@ Letters: T tokens, V vocabulary, D model dim, F mlp dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.errors import NotSupportedError
-from jaxserve.models.ops import Ops, Stream
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.make import Make
+from jaxserve.models.ops import Ops, Residual
 from jaxserve.models.quantization import kernel_dtype, quantize
 from jaxserve.shown import quoted
-
-_INIT_STD = 0.02
-
-
-def normal_param(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
-    """Random weights, or zeros where `rngs` is None (a declaration needs the shape only)."""
-    if rngs is None:
-        return nnx.Param(jnp.zeros(shape, dtype))
-    return nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), shape, dtype))
 
 
 class Embedding(nnx.Module):
     """Rows of a [V, D] table; the same table is the output projection of a tied model."""
 
-    def __init__(self, vocab: int, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.embedding = normal_param(rngs, (vocab, dim), dtype)
+    def __init__(self, vocab: int, dim: int, make: Make):
+        self.embedding = make.normal(vocab, dim)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [T] int32 -> [T, D]. Ids outside the table take the nearest row."""
@@ -46,49 +38,68 @@ class Embedding(nnx.Module):
 class Linear(nnx.Module):
     """kernel [in, out] (+ bias [out]); how it is applied is up to `Ops`.
 
-    quantization: a scheme of models.quantization, whose kernel has a kernel_scale [out] float32.
+    Where `make.quantization` is a scheme, the kernel is int8 or float8 and has a kernel_scale [out]
+    float32 beside it.
     """
 
-    def __init__(
-        self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs | None,
-        quantization: str | None = None,
-    ):  # fmt: skip
-        kernel, scale = normal_param(rngs, (size_in, size_out), dtype), None
-        if quantization is not None:
-            values, steps = quantize(kernel[...], kernel_dtype(quantization))
+    def __init__(self, size_in: int, size_out: int, make: Make, *, bias: bool):
+        kernel, scale = make.normal(size_in, size_out), None
+        if make.quantization is not None:
+            values, steps = quantize(kernel[...], kernel_dtype(make.quantization))
             kernel, scale = nnx.Param(values), nnx.Param(steps)
         self.kernel, self.kernel_scale = kernel, scale
-        self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
+        self.bias = make.zeros(size_out) if bias else None
 
     def read(
-        self, stream: Stream, ops: Ops, norm: RMSNorm, act: str | None = None
-    ) -> tuple[jax.Array, Stream]:
+        self, stream: Residual, ops: Ops, norm: RMSNorm, act: str | None = None
+    ) -> tuple[jax.Array, Residual]:
         """norm(stream) [T, in] -> [T, out], or [T, out / 2] with a gated activation; the stream.
         See `Ops.linear_in`."""
         return ops.linear_in(
-            stream, self.kernel[...], norm=norm.scale[...], eps=norm.eps, act=act, **self._rest()
+            stream,
+            self.kernel[...],
+            norm=norm.weights(),
+            eps=norm.eps,
+            bias=self._bias(),
+            act=act,
+            scale=self._scale(),
         )
 
-    def write(self, y: jax.Array, ops: Ops, stream: Stream) -> Stream:
-        """y [T, in] -> the stream [T, out] with it. See `Ops.linear_out`."""
-        return ops.linear_out(y, self.kernel[...], stream, **self._rest())
+    def write(
+        self, y: jax.Array, ops: Ops, stream: Residual, norm: RMSNorm | None = None
+    ) -> Residual:
+        """y [T, in] -> the stream [T, out] with it, or with norm of it. See `Ops.linear_out`."""
+        return ops.linear_out(
+            y,
+            self.kernel[...],
+            stream,
+            bias=self._bias(),
+            scale=self._scale(),
+            norm=None if norm is None else norm.weights(),
+            eps=0.0 if norm is None else norm.eps,
+        )
 
-    def _rest(self) -> dict[str, jax.Array | None]:
-        return {
-            "bias": None if self.bias is None else self.bias[...],
-            "scale": None if self.kernel_scale is None else self.kernel_scale[...],
-        }
+    def _bias(self) -> jax.Array | None:
+        return None if self.bias is None else self.bias[...]
+
+    def _scale(self) -> jax.Array | None:
+        return None if self.kernel_scale is None else self.kernel_scale[...]
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis."""
+    """x / rms(x) * weights over the last axis."""
 
-    def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((dim,), dtype))
+    def __init__(self, dim: int, make: Make, *, eps: float):
+        self.scale = make.ones(dim)
         self.eps = eps
 
+    def weights(self) -> jax.Array:
+        """What normalized values are multiplied by, [dim]: the parameter, or what a family makes of
+        it."""
+        return self.scale[...]
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale[...], self.eps)
+        return rms_norm(x, self.weights(), self.eps)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -101,29 +112,22 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 class MLP(nnx.Module):
     """Gated MLP: (act(x @ gate) * (x @ up)) @ down, gate and up fused (Shazeer 2020)."""
 
-    def __init__(
-        self,
-        dim: int,
-        mlp_dim: int,
-        *,
-        act: str,
-        bias: bool,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs | None,
-        quantization: str | None = None,
-    ):
-        activation(act)  # an unknown name fails here, not in the first step
-        self.act = act
-        options: dict[str, Any] = {
-            "bias": bias, "dtype": dtype, "rngs": rngs, "quantization": quantization
-        }  # fmt: skip
-        self.gate_up = Linear(dim, 2 * mlp_dim, **options)
-        self.down = Linear(mlp_dim, dim, **options)
+    out_norm: RMSNorm | None = None
+    """Norm of what goes into the stream, where a family has one."""
 
-    def __call__(self, stream: Stream, ops: Ops, norm: RMSNorm) -> Stream:
+    def __init__(self, config: ModelConfig, index: int, make: Make):
+        """index: of the layer, for families whose layers differ."""
+        del index
+        activation(config.hidden_act)  # an unknown name fails here, not in the first step
+        self.act = config.hidden_act
+        dim, mlp_dim = config.hidden_size, config.intermediate_size
+        self.gate_up = Linear(dim, 2 * mlp_dim, make, bias=config.mlp_bias)
+        self.down = Linear(mlp_dim, dim, make, bias=config.mlp_bias)
+
+    def __call__(self, stream: Residual, ops: Ops, norm: RMSNorm) -> Residual:
         """The stream [T, D] with mlp(norm(stream)) added."""
         y, stream = self.gate_up.read(stream, ops, norm, act=self.act)
-        return self.down.write(y, ops, stream)
+        return self.down.write(y, ops, stream, self.out_norm)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

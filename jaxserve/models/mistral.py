@@ -1,17 +1,18 @@
-"""Mistral: Llama with a sliding window in every layer (Jiang et al. 2023; HF modeling_mistral)."""
+"""Mistral: a sliding window in every layer (Jiang et al. 2023; HF modeling_mistral)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxserve.models.config import window_of
-from jaxserve.models.llama import Llama
+from jaxserve.models.decoder import Decoder
 
 
-class Mistral(Llama):
-    """Differs from Llama in its config only: `windows` reach `attend`."""
+class Mistral(Decoder):
+    """Differs from `Decoder` in its config only: `windows` reach `attend`."""
 
-    hf_defaults: ClassVar[dict[str, Any]] = {
+    hf_defaults: ClassVar[Mapping[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096 * 32,
         "sliding_window": 4096,

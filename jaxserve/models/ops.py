@@ -16,27 +16,34 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What is static about one layer's attention.
-
-    layer: its index. scale: multiplies the scores. window: w keeps the last w positions, the
-    current one included; None keeps all. eps: of the RMSNorm over each head, where there is one.
-    """
+    """What is static about one layer's attention."""
 
     layer: int
+    """Its index."""
     num_heads: int
+    """N."""
     num_kv_heads: int
+    """K."""
     head_dim: int
+    """H."""
     scale: float
+    """Multiplies the scores."""
     window: int | None
+    """w keeps the last w positions, the current one included; None keeps all."""
     eps: float
+    """Of the RMSNorm over each head, where there is one."""
+    soft_cap: float | None = None
+    """Scaled scores become soft_cap * tanh(scores / soft_cap) (Gemma 2); None leaves them."""
 
 
-class Stream(NamedTuple):
-    """The residual stream of T tokens: x [T, D], and what the last layer adds to it where an
-    implementation of `Ops` leaves the sum to the next norm, else None."""
+class Residual(NamedTuple):
+    """The residual stream of T tokens."""
 
     x: jax.Array
+    """[T, D]."""
     pending: jax.Array | None = None
+    """[T, D]: what the last layer adds to x, where an implementation of `Ops` leaves the sum to the
+    next norm."""
 
 
 class Ops(Protocol):
@@ -45,11 +52,11 @@ class Ops(Protocol):
     float8. Products have the dtype of what is multiplied."""
 
     def linear_in(
-        self, stream: Stream, kernel: jax.Array, *, norm: jax.Array, eps: float,
+        self, stream: Residual, kernel: jax.Array, *, norm: jax.Array, eps: float,
         bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
-    ) -> tuple[jax.Array, Stream]:  # fmt: skip
-        """The stream, RMS-normalized with scales norm [in] (Zhang and Sennrich 2019), times kernel:
-        [T, out]; and the stream as it goes on.
+    ) -> tuple[jax.Array, Residual]:  # fmt: skip
+        """The stream, RMS-normalized with weights norm [in] (Zhang and Sennrich 2019), times
+        kernel: [T, out]; and the stream as it goes on.
 
         act: a gated MLP's activation: kernel is gate columns, then up columns, and the result is
         act(gate) * up, [T, out / 2] (Shazeer 2020).
@@ -57,14 +64,19 @@ class Ops(Protocol):
         ...
 
     def linear_out(
-        self, y: jax.Array, kernel: jax.Array, stream: Stream, *,
+        self, y: jax.Array, kernel: jax.Array, stream: Residual, *,
         bias: jax.Array | None = None, scale: jax.Array | None = None,
-    ) -> Stream:  # fmt: skip
-        """The stream with y [T, in] times kernel added to it."""
+        norm: jax.Array | None = None, eps: float = 0.0,
+    ) -> Residual:  # fmt: skip
+        """The stream with y [T, in] times kernel added to it.
+
+        norm [out]: the product, bias included, is RMS-normalized with these weights and eps before
+        it is added (Gemma 2).
+        """
         ...
 
-    def norm(self, stream: Stream, scale: jax.Array, eps: float) -> jax.Array:
-        """The stream, RMS-normalized with scale [D]: [T, D], behind the last layer."""
+    def norm(self, stream: Residual, scale: jax.Array, eps: float) -> jax.Array:
+        """The stream, RMS-normalized with weights scale [D]: [T, D], behind the last layer."""
         ...
 
     def attend(
@@ -73,8 +85,8 @@ class Ops(Protocol):
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Causal attention of T new tokens, and the cache with their keys and values.
 
-        qkv [T, (N + 2K) * H]: heads of q, k, v. q_norm, k_norm [H]: RMSNorm over each head, before
-        q and k are rotated by cos, sin [T, H/2] float32. `cache` and `meta` are the caller's own.
-        Returns [T, N * H] in qkv's dtype, and the new cache.
+        qkv [T, (N + 2K) * H]: heads of q, k, v. q_norm, k_norm [H]: weights of an RMSNorm over each
+        head, before q and k are rotated by cos, sin [T, H/2] float32. `cache` and `meta` are the
+        caller's own. Returns [T, N * H] in qkv's dtype, and the new cache.
         """
         ...

@@ -1,17 +1,18 @@
-"""Qwen2 and Qwen2.5: Llama with a bias on q, k and v (Yang et al. 2024; HF modeling_qwen2)."""
+"""Qwen2 and Qwen2.5: a bias on q, k and v (Yang et al. 2024; HF modeling_qwen2)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxserve.models.config import layer_windows
-from jaxserve.models.llama import Llama
+from jaxserve.models.decoder import Decoder
 
 
-class Qwen2(Llama):
-    """Differs from Llama in its config only: the biases, and windows in the upper layers."""
+class Qwen2(Decoder):
+    """Differs from `Decoder` in its config only: the biases, and windows in the upper layers."""
 
-    hf_defaults: ClassVar[dict[str, Any]] = {
+    hf_defaults: ClassVar[Mapping[str, Any]] = {
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
         "max_window_layers": 28,

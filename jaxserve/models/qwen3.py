@@ -1,18 +1,19 @@
-"""Qwen3: Llama with RMSNorm on each head of q and k (Qwen team 2025; HF modeling_qwen3)."""
+"""Qwen3: RMSNorm on each head of q and k (Qwen team 2025; HF modeling_qwen3)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxserve.models import values
 from jaxserve.models.config import layer_windows
-from jaxserve.models.llama import Llama
+from jaxserve.models.decoder import Decoder
 
 
-class Qwen3(Llama):
-    """Differs from Llama in its config only: `qk_norm`, and windows in the upper layers."""
+class Qwen3(Decoder):
+    """Differs from `Decoder` in its config only: `qk_norm`, and windows in the upper layers."""
 
-    hf_defaults: ClassVar[dict[str, Any]] = {
+    hf_defaults: ClassVar[Mapping[str, Any]] = {
         "head_dim": 128,
         "max_position_embeddings": 32768,
         "sliding_window": 4096,

@@ -10,17 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PathParts
 
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import values
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.config import ModelConfig, common_fields
+from jaxserve.models.decoder import Decoder
 from jaxserve.models.llama import Llama
+from jaxserve.models.make import Make
 from jaxserve.models.mistral import Mistral
 from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
 from jaxserve.shown import quoted
 
-_FAMILIES: tuple[tuple[str, str, type[Llama]], ...] = (
+_FAMILIES: tuple[tuple[str, str, type[Decoder]], ...] = (
     # architecture in config.json, its model_type, class
     ("LlamaForCausalLM", "llama", Llama),
     ("MistralForCausalLM", "mistral", Mistral),
@@ -49,7 +52,7 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
     )
 
 
-def family(architecture: str) -> type[Llama]:
+def family(architecture: str) -> type[Decoder]:
     """The nnx class of an architecture. Raises NotSupportedError, listing the supported ones."""
     for name, _, cls in _FAMILIES:
         if name == architecture:
@@ -60,22 +63,33 @@ def family(architecture: str) -> type[Llama]:
     )
 
 
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Reads the dict of a config.json (transformers 4 or 5 spelling).
+
+    Raises NotSupportedError for an architecture or feature that we do not have (the message lists
+    the supported architectures), ModelLoadError for a missing or impossible value.
+    """
+    architecture = architecture_of(hf)
+    cls = family(architecture)
+    hf = {**cls.hf_defaults, **hf}
+    return cls.config_class(**(common_fields(hf, architecture) | cls.config_fields(hf)))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Declaration:
-    """A model without its arrays.
-
-    dtype: of every parameter, the quantized kernels and their scales excepted. graphdef: the
-    module's structure. specs: shape and dtype of each parameter by dotted path, in the order in
-    which the engine passes them as a flat tuple.
-    """
+    """A model without its arrays."""
 
     config: ModelConfig
     dtype: jnp.dtype
+    """Of every parameter, the quantized kernels and their scales excepted."""
     quantization: str | None
     """A scheme of models.quantization."""
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[Decoder]
+    """The module's structure."""
     specs: Mapping[str, jax.ShapeDtypeStruct]
-    keys: tuple[tuple[Any, ...], ...]
+    """Shape and dtype of each parameter by dotted path, in the order in which the engine passes
+    them as a flat tuple."""
+    keys: tuple[PathParts, ...]
     """The nnx key of each path of `specs`."""
 
     @functools.cached_property
@@ -83,7 +97,7 @@ class Declaration:
         """Path of each quantized kernel -> path of its scale."""
         return {path: f"{path}_scale" for path in self.specs if f"{path}_scale" in self.specs}
 
-    def bind(self, params: Mapping[str, Any]) -> Llama:
+    def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
         """The module with `params` (arrays or tracers) in place. Works inside jit.
 
         Raises ModelLoadError unless the paths are exactly those of `specs`.
@@ -98,7 +112,9 @@ class Declaration:
         return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
 
 
-def declare(config: ModelConfig, dtype: Any, quantization: str | None = None) -> Declaration:
+def declare(
+    config: ModelConfig, dtype: jax.typing.DTypeLike, quantization: str | None = None
+) -> Declaration:
     """The parameters of a model and how to bind them; allocates nothing.
 
     dtype: of every parameter. quantization: a scheme of models.quantization; kernels of the layers'
@@ -107,7 +123,8 @@ def declare(config: ModelConfig, dtype: Any, quantization: str | None = None) ->
     """
     cls = family(config.architecture)
     dtype = jnp.dtype(dtype)
-    shapes = nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=None, quantization=quantization))
+    make = Make(dtype, quantization=quantization)
+    shapes = nnx.eval_shape(lambda: cls(config, make))
     graphdef, state = nnx.split(shapes)
     flat = nnx.to_flat_state(state)
     keys = tuple(key for key, _ in flat)

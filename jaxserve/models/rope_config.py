@@ -24,29 +24,31 @@ _ORIGINAL = "original_max_position_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """How positions become angles.
-
-    type: one of ROPE_TYPES. theta: base of the geometric series of frequencies.
-    factor: how far the context is stretched; 1 for "default".
-    original_max_positions: tokens that the model was pretrained on, before stretching.
-    context_factor: what the context that the config states is to be multiplied by: `factor`, or 1
-    where an original context says that the stated one is the stretched one.
-    low_freq_factor, high_freq_factor: "llama3" only, bounds of the band that is blended.
-    beta_fast, beta_slow, truncate: "yarn" only, bounds of its ramp in rotations.
-    attention_factor: "yarn" multiplies cos and sin by this; 1 elsewhere.
-    """
+    """How positions become angles. Hashable: layers of one config share cos and sin."""
 
     type: str = "default"
+    """One of ROPE_TYPES."""
     theta: float = _DEFAULT_THETA
+    """Base of the geometric series of frequencies."""
     factor: float = 1.0
+    """How far the context is stretched; 1 for "default"."""
     original_max_positions: int = 0
+    """Tokens that the model was pretrained on, before stretching."""
     context_factor: float = 1.0
+    """What the context that the config states is to be multiplied by: `factor`, or 1 where an
+    original context says that the stated one is the stretched one."""
     low_freq_factor: float = 1.0
+    """Of "llama3": lower bound of the band that is blended, in turns over the original context."""
     high_freq_factor: float = 1.0
+    """Of "llama3": its upper bound."""
     beta_fast: float = 32.0
+    """Of "yarn": where its ramp begins, in rotations over the original context."""
     beta_slow: float = 1.0
+    """Of "yarn": where it ends."""
     truncate: bool = True
+    """Of "yarn": the ramp's bounds are whole dimensions."""
     attention_factor: float = 1.0
+    """What "yarn" multiplies cos and sin by; 1 elsewhere."""
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from jaxserve.sampler.sampler import Sampler
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 from jaxserve.step.state import Progress
 
+if TYPE_CHECKING:
+    from jaxserve.models.decoder import Decoder
+
 INPUT_LOGPROB_ROWS = 256
 """Rows of logits alive at once when input logprobs are wanted."""
 
@@ -31,7 +34,7 @@ INPUT_LOGPROB_ROWS = 256
 class StepModel:
     """The model as the step sees it. bind: flat parameters -> module."""
 
-    bind: Callable[[tuple[jax.Array, ...]], Any]
+    bind: Callable[[tuple[jax.Array, ...]], Decoder]
     ops: PagedOps
     sampler: Sampler
     page_size: int

@@ -1,0 +1,158 @@
+"""The operations that models leave to their caller, plain and paged, against NumPy; and the seams
+of the decoder that no family here uses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxserve.attention.meta import DecodeMeta, ExtendMeta
+from jaxserve.attention.paged import Cache, PagedOps
+from jaxserve.models import registry, rope
+from jaxserve.models.decoder import Decoder, Layer
+from jaxserve.models.dense import DenseOps
+from jaxserve.models.make import Make
+from jaxserve.models.ops import AttentionSpec, Residual
+from tests.checkpoints import make_config
+
+N, K, H = 4, 2, 8
+PAGES, PAGE_SIZE, LAYERS = 6, 4, 2
+PAGED = PagedOps(None, None, PAGES, "cpu")
+SPECS = {
+    "plain": {},
+    "soft cap": {"soft_cap": 2.0},
+    "soft cap and window": {"soft_cap": 0.5, "window": 5},
+}
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def attention(qkv: np.ndarray, spec: AttentionSpec) -> np.ndarray:
+    """[T, N * H]: each token and head by itself, without rotation."""
+    q, k, v = np.split(qkv.reshape(len(qkv), -1, H).astype(np.float64), [N, N + K], axis=1)
+    out = np.zeros_like(q)
+    for t in range(len(qkv)):
+        first = 0 if spec.window is None else max(0, t + 1 - spec.window)
+        for n in range(N):
+            scores = k[first : t + 1, n // (N // K)] @ q[t, n] * spec.scale
+            if spec.soft_cap is not None:
+                scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
+            weights = np.exp(scores) / np.exp(scores).sum()
+            out[t, n] = weights @ v[first : t + 1, n // (N // K)]
+    return out.reshape(len(qkv), -1)
+
+
+@pytest.fixture(params=SPECS)
+def spec(request):
+    facts = {"window": None, "scale": 1.0, "eps": 0.0} | SPECS[request.param]
+    return AttentionSpec(1, num_heads=N, num_kv_heads=K, head_dim=H, **facts)
+
+
+def unturned(tokens: int):
+    return jnp.ones((tokens, H // 2)), jnp.zeros((tokens, H // 2))
+
+
+def test_dense_attention(spec):
+    qkv = random(13, (N + 2 * K) * H)
+    out, _ = DenseOps().attend(jnp.asarray(qkv), *unturned(13), None, None, spec)
+    np.testing.assert_allclose(out, attention(qkv, spec), rtol=0, atol=1e-5)
+
+
+def test_paged_attention_of_a_prompt_and_a_token_behind_it(spec):
+    qkv = random(13, (N + 2 * K) * H)
+    want = attention(qkv, spec)
+    pages = np.asarray([[4, 0, 3, 2]], np.int32)
+    slots = pages[0, np.arange(16) // PAGE_SIZE] * PAGE_SIZE + np.arange(16) % PAGE_SIZE
+    slots[12:] = LAYERS * PAGES * PAGE_SIZE + np.arange(4)  # padding
+    shape = (LAYERS * PAGES, PAGE_SIZE, K, H)
+    cache = Cache(jnp.full(shape, jnp.nan), jnp.full(shape, jnp.nan), jnp.zeros(K, jnp.int32))
+
+    def ints(*values):
+        return jnp.asarray(values, jnp.int32)
+
+    meta = ExtendMeta(jnp.asarray(slots, jnp.int32), jnp.asarray(pages), ints(0), ints(12), ints(0))
+    padded = jnp.asarray(np.concatenate([qkv[:12], random(4, qkv.shape[1], seed=1)]))
+    out, cache = PAGED.attend(padded, *unturned(16), cache, meta, spec)
+    np.testing.assert_allclose(out[:12], want[:12], rtol=0, atol=1e-5)
+    meta = DecodeMeta(ints(pages[0, 3] * PAGE_SIZE), jnp.asarray(pages), ints(13))
+    out, _ = PAGED.attend(jnp.asarray(qkv[12:]), *unturned(1), cache, meta, spec)
+    np.testing.assert_allclose(out, want[12:], rtol=0, atol=1e-5)
+
+
+class SumLeft(PagedOps):
+    """As on a GPU, where a kernel makes the sum with the next norm."""
+
+    def _leaves_the_sum(self, y, kernel) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "ops", [DenseOps(), PAGED, SumLeft(None, None, PAGES, "cpu")], ids=["dense", "paged", "left"]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_behind_a_product(ops, bias):
+    y, kernel, x = random(5, 6), random(6, 8, seed=1), random(5, 8, seed=2)
+    norm, after = 1 + random(8, seed=3), 1 + random(8, seed=4)
+    added = 3 * random(8, seed=5) if bias else np.zeros(8, np.float32)
+    product = y @ kernel + added
+    rms = np.sqrt((product**2).mean(-1, keepdims=True) + 0.25)
+    total = x + product / rms * norm
+    want = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-6) * after
+    stream = ops.linear_out(
+        jnp.asarray(y), jnp.asarray(kernel), Residual(jnp.asarray(x)),
+        bias=jnp.asarray(added) if bias else None, norm=jnp.asarray(norm), eps=0.25,
+    )  # fmt: skip
+    assert (stream.pending is not None) == isinstance(ops, SumLeft)
+    np.testing.assert_allclose(ops.norm(stream, jnp.asarray(after), 1e-6), want, rtol=0, atol=1e-5)
+
+
+class TwoRopes(Layer):
+    """The second layer turns faster."""
+
+    def __init__(self, config, index, make):
+        super().__init__(config, index, make)
+        if index == 1:
+            self.rope = dataclasses.replace(config.rope, theta=100.0)
+
+
+class TwoRopesDecoder(Decoder):
+    layer = TwoRopes
+
+
+@pytest.fixture(scope="module")
+def config():
+    return registry.config_from_hf(make_config("llama"))
+
+
+def make() -> Make:
+    return Make(jnp.dtype("float32"), nnx.Rngs(0))
+
+
+def test_each_layer_gets_the_rope_that_it_asks_for(config):
+    model, plain = TwoRopesDecoder(config, make()), Decoder(config, make())
+    ids, positions = jnp.arange(20), jnp.arange(20)
+    turned = [rope.cos_sin(layer.rope, config.head_dim, positions) for layer in model.layers]
+    assert float(jnp.abs(turned[0][0] - turned[1][0]).max()) > 1
+    stream = Residual(model.embed(ids))
+    for layer, angles in zip(model.layers, turned, strict=True):
+        stream, _ = layer(stream, *angles, None, None, DenseOps())
+    want = model.final_norm(stream.x)
+    hidden, _ = model(ids, positions, None, None, DenseOps())
+    np.testing.assert_array_equal(hidden, want)
+    assert float(jnp.abs(hidden - plain(ids, positions, None, None, DenseOps())[0]).max()) > 1e-3
+
+
+def test_what_is_embedded_may_stand_in_a_tokens_place(config):
+    model = Decoder(config, make())
+    positions = jnp.arange(6)
+    want, _ = model(jnp.asarray([1, 2, 300, 4, 5, 6]), positions, None, None, DenseOps())
+    image = model.embed.embedding[...][300]
+    embedded = model.embed(jnp.asarray([1, 2, 3, 4, 5, 6])).at[2].set(image)
+    hidden, _ = model.run(embedded, positions, None, None, DenseOps())
+    np.testing.assert_array_equal(hidden, want)
