@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +27,6 @@ EXTRAS = {
     "max_logprob_ids": 128,
     "logit_bias_capacity": 1024,
 }
-DOCS = Path(__file__).parent.parent / "docs" / "api.md"
 
 
 def parse(line: str) -> ServerArgs:
@@ -300,19 +297,3 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(None) == str(tmp_path / ".cache" / "jaxserve" / "programs")
-
-
-def section(title: str) -> str:
-    return DOCS.read_text().split(f"\n### {title}\n")[1].split("\n#")[0]
-
-
-def test_the_docs_list_every_option():
-    table = re.findall(r"^\| `(\w+)` \|", section("Implemented"), re.MULTILINE)
-    assert sorted(table) == sorted(OPTIONS)
-    assert all(f"`{alias}`" in section("Implemented") for alias in ALIASES)
-    for title, names in (
-        ("Accepted without effect", NO_OP),
-        ("Known, not supported yet", UNSUPPORTED),
-    ):
-        listed = section(title).strip().split("\n\n")[-1]
-        assert re.findall(r"`(\w+)`", listed) == list(names)
