@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import jaxserve
 from docs import generate
 from jaxserve import errors, sglang_alias
+from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.options import ALIASES, OPTIONS
 
@@ -61,12 +63,12 @@ def test_every_sampling_parameter_and_argument_is_described():
     assert first_column(shown) == [*jaxserve.SamplingParams.__dataclass_fields__]
     assert not re.search(r"\|\s*\|$", shown, re.MULTILINE)
     arguments = page("api/arguments.md")
-    for name in generate.GenerateOptions.__annotations__:
+    for name in GenerateOptions.__annotations__:
         assert f"`{name}`" in arguments
     refused = arguments.split("Not supported yet")[1].split("\n\n")[1]
     for name in re.findall(r"`(\w+)`", refused):
         with pytest.raises(jaxserve.NotSupportedError, match=name):
-            generate.Arguments.collect({}, **{name: "given"})
+            Arguments.collect({}, **{name: "given"})
 
 
 def test_every_method_that_is_refused_is_listed():
@@ -88,7 +90,7 @@ def test_every_error_is_listed_with_the_builtin_that_it_is(name):
     classes = error_classes()
     assert listed.keys() | {"JaxserveError"} == classes.keys()
     for error, builtin in listed.items():
-        assert issubclass(classes[error], __builtins__[builtin])
+        assert issubclass(classes[error], getattr(builtins, builtin))
 
 
 def test_a_mark_without_a_table_is_an_error():
@@ -104,7 +106,7 @@ def test_a_mark_without_a_table_is_an_error():
 def messages():
     """Every text in the code, with "..." for what is put into it."""
     found = set()
-    for package in ("jaxserve", "converters"):
+    for package in ("jaxserve", "converters", "examples"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
