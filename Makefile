@@ -31,12 +31,12 @@ endif
 
 # What takes longer than a change should wait for: documentation, notebook, thousands of seeded runs.
 check: .venv/check.stamp
-	$(BIN)/mkdocs build --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	$(BIN)/python -m pytest -m long
 
 # Into site/; a broken link is an error.
 docs: .venv/docs.stamp
-	$(BIN)/mkdocs build --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 # Programs written for SGLang, each in an environment of its own (docs/from_sglang.md).
 clients: .venv/demo.stamp
