@@ -134,7 +134,7 @@ def test_the_messages_that_are_explained_are_those_of_the_code():
 
 def test_every_key_of_a_result_is_described(tiny_models):
     described = set(re.findall(r"`(\w+)`", page("api/results.md")))
-    options = {"max_total_tokens": 1024, "enable_metrics": True, "enable_hierarchical_cache": True}
+    options = {"context_length": 512, "enable_metrics": True}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         result = engine.generate(
             ["Hello"],
