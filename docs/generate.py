@@ -1,7 +1,8 @@
 """What of the documentation is made from the code: mkdocs calls `on_page_markdown` for each page.
 
-A line `<!-- table: NAME -->` becomes the table of that name in TABLES. Only this file knows where
-the code keeps what the tables show; it imports nothing that needs JAX.
+A line `<!-- table: NAME -->` becomes the table of that name in TABLES, and the file that a block of
+code names (```python some/file.py) its title. Only this file knows where the code keeps what the
+tables show; it imports nothing that needs JAX.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from jaxserve.sampling_params import TOP_K_ALL, SamplingParams
 from jaxserve.server_args import ServerArgs
 
 MARK = re.compile(r"^<!-- table: ([\w-]+) -->$", re.MULTILINE)
+NAMED_BLOCK = re.compile(r"^```(\w+) ([\w./-]+)$", re.MULTILINE)
 ARGUMENT_DEFAULTS = {"logprob_start_len": -1, "top_logprobs_num": 0}
 """What None means, where it means a number."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page with its tables. KeyError: there is no such table."""
+    """The page with its tables and titles. KeyError: there is no such table."""
+    markdown = NAMED_BLOCK.sub(r'```\1 title="\2"', markdown)
     return MARK.sub(lambda found: TABLES[found[1]](), markdown)
 
 
