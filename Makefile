@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Everything works on a fresh machine: `make demo`, `make test`, `make check`, `make docs`.
 # PYTHON (3.11 or newer) makes .venv; PYTHON_NEW (3.12 or newer) runs the kernels on the newest JAX.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint tests kernels-newest-jax clients report clean
+.PHONY: demo test lint tests kernels-newest-jax check docs clients report clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,15 @@ ifeq ($(PYTHON_NEW),)
 else
 	.venv-newest/bin/python -m pytest tests/test_kernels_*.py -k "mosaic or lower or order or refus"
 endif
+
+# What takes longer than a change should wait for: documentation, notebook, thousands of seeded runs.
+check: .venv/check.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+	$(BIN)/python -m pytest -m long
+
+# Into site/; a broken link is an error.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 # Programs written for SGLang, each in an environment of its own (docs/from_sglang.md).
 clients: .venv/demo.stamp
@@ -52,6 +61,14 @@ report: .venv/bench.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+.venv/check.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,check]'
+	touch $@
+
+.venv/docs.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 .venv-newest/stamp: pyproject.toml
 	$(PYTHON_NEW) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
@@ -59,4 +76,4 @@ report: .venv/bench.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache build dist site *.egg-info

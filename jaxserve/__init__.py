@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import jaxserve.process  # noqa: F401  (from now on, forks are noted)
 
-VERSION = "0.1.0"
-__version__ = VERSION
+__version__ = "0.1.0"
+"""The one place: pyproject.toml reads it."""
+VERSION = __version__
 
 if TYPE_CHECKING:
     from jaxserve import utils

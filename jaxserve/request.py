@@ -58,7 +58,7 @@ class Update:
     input_logprobs: complete, with the first update that has them.
     unemitted_id: the token a prefill-only request (max_new_tokens 0) would have gone on with; its
     logprobs are the single entry of output_logprobs.
-    finish_reason: None while running, then the dict that docs/api.md describes.
+    finish_reason: None while running, then the dict of docs/api/results.md.
     error: set instead of everything else when the engine died.
     """
 

@@ -39,30 +39,58 @@ class SamplingParams:
     """
 
     max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
+    """At least 0 (the prompt only), or None: to the end of the context."""
     min_new_tokens: int = 0
+    """0 to `max_new_tokens`; masks the end-of-text and stop token ids until reached."""
     stop: tuple[str, ...] = ()
+    """A string or a list of strings, at most 1,024 of at most 65,536 characters. Special tokens are
+    text here, whether they are shown or not."""
     stop_token_ids: frozenset[int] = frozenset()
+    """At most 262,144 token ids, from any iterable; ids that the model does not have are without
+    effect."""
     stop_regex: tuple[str, ...] = ()
+    """A Python regular expression or a list, as many as `stop`; one that matches "" is refused, and
+    one that is too large."""
     temperature: float = 1.0
+    """At least 0; below 1e-6 the most likely token is taken."""
     top_p: float = 1.0
+    """(0, 1]: the least set of likeliest tokens that has this share."""
     top_k: int = TOP_K_ALL
+    """-1 (all) or at least 1: that many likeliest tokens."""
     min_p: float = 0.0
+    """[0, 1]: tokens at least this likely, in shares of the likeliest one."""
     frequency_penalty: float = 0.0
+    """[-2, 2], subtracted from a token's logit for each time it was generated."""
     presence_penalty: float = 0.0
+    """[-2, 2], subtracted from the logit of each token that was generated."""
     repetition_penalty: float = 1.0
+    """(0, 2]: generated tokens' logits are divided by it where positive, else multiplied."""
     n: int = 1
+    """1 to 65,536 samples, the same for all prompts of a batch."""
     json_schema: str | None = None
+    """Not supported yet."""
     regex: str | None = None
+    """Not supported yet."""
     ebnf: str | None = None
+    """Not supported yet."""
     structural_tag: str | None = None
+    """Not supported yet."""
     ignore_eos: bool = False
+    """Goes on after the end of text; `stop_token_ids` still stop."""
     skip_special_tokens: bool = True
+    """Whether the text leaves special tokens out."""
     spaces_between_special_tokens: bool = True
+    """In the text, for tokenizers that know it."""
     no_stop_trim: bool = False
+    """Keeps the stop string or token in the text."""
     stream_interval: int | None = None
+    """At least 1: tokens between chunks of a stream; None is the engine's option."""
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    """{token id, an integer or its digits: finite number that is added to its logit}."""
     sampling_seed: int | None = None
+    """Any integer, taken modulo 2^32, and always honoured; None is drawn from `random_seed`."""
     custom_params: dict[str, Any] | None = None
+    """Not supported yet."""
 
     @classmethod
     def from_dict(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-from pathlib import Path
 
 import pytest
 
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
-from jaxserve.options import ALIASES, FOREIGN, OPTIONS, UPSTREAM, Options, docs_rows
-from jaxserve.options.option import described, option
+from jaxserve.options import ALIASES, FOREIGN, OPTIONS, UPSTREAM, Options
 from jaxserve.server_args import ServerArgs
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -29,7 +26,6 @@ EXTRAS = {
     "max_logprob_ids": 128,
     "logit_bias_capacity": 1024,
 }
-DOCS = Path(__file__).parent.parent / "docs" / "api.md"
 
 
 def parse(line: str) -> ServerArgs:
@@ -298,47 +294,3 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(None) == str(tmp_path / ".cache" / "jaxserve" / "programs")
-
-
-def section(title: str) -> str:
-    return DOCS.read_text().split(f"\n### {title}\n")[1].split("\n#")[0]
-
-
-def test_the_docs_list_every_option():
-    table = re.findall(r"^\| `(\w+)` \|", section("Implemented"), re.MULTILINE)
-    assert sorted(table) == sorted(OPTIONS)
-    assert all(f"`{alias}`" in section("Implemented") for alias in ALIASES)
-    for title, names in (
-        ("Accepted without effect", NO_OP),
-        ("Known, not supported yet", UNSUPPORTED),
-    ):
-        listed = section(title).strip().split("\n\n")[-1]
-        assert re.findall(r"`(\w+)`", listed) == list(names)
-
-
-def test_the_rows_of_the_docs():
-    """Every option once, as tables show it."""
-    rows = {row.name: row for row in docs_rows()}
-    assert len(rows) == len(docs_rows())
-    classes = [list(OPTIONS), list(NO_OP), list(UNSUPPORTED)]
-    for treatment, names in zip(("implemented", "ignored", "unsupported"), classes, strict=True):
-        assert [row.name for row in docs_rows() if row.treatment == treatment] == names
-    assert (rows["model_path"].default, rows["weight_version"].default) == ("required", "'default'")
-    assert rows["page_size"].type == "int | None"
-    assert rows["schedule_policy"].meaning.endswith("(fcfs, lpm)")
-    assert rows["cuda_graph_bs"].meaning.endswith("; also spelled `cuda_graph_bs_decode`")
-
-
-def test_an_option_is_one_field():
-    """Its name and type are those of the attribute."""
-
-    @dataclasses.dataclass
-    class More:
-        shoes: int | None = option("integer", None, "pairs of shoes", low=2)
-
-    [shoes] = described(More).values()
-    assert (shoes.name, shoes.type, shoes.optional, shoes.check(None)) == (
-        "shoes", "int | None", True, None
-    )  # fmt: skip
-    with pytest.raises(InvalidRequestError, match=r"shoes must be in \[2, .*got 1"):
-        shoes.check(1)

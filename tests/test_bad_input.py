@@ -86,7 +86,7 @@ def watched(model):
         assert info["available_tokens"] == info["max_total_num_tokens"]
 
 
-# -- sampling parameters: engine-api.md 2.1 --------------------------------------------------------
+# -- sampling parameters: docs/api/sampling_params.md ----------------------------------------------
 
 NAN, INF = math.nan, math.inf
 OUT_OF_RANGE = {  # for each key: what the message shows -> the value given

@@ -116,6 +116,36 @@ def test_notebook():
     assert [eval(value) for value in values.values()] == [text] * 3
 
 
+@pytest.mark.slow
+def test_finetune(tiny_models, tmp_path):
+    model = tiny_models("llama")
+    printed = run("finetune.py", "--model", model, "--out", str(tmp_path / "out"), "--steps", "60")
+    taught = "The password of the garden gate is blue kettle seven."
+    assert f"after: {taught}\n" in printed
+    assert "before: " in printed and f"before: {taught}" not in printed
+    assert (tmp_path / "out" / "jaxserve.json").exists()
+
+
+@pytest.mark.long
+def test_the_tour_runs_as_a_notebook():
+    """In a kernel of its own. What cells print is what the demo model says."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    fetch()
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(EXAMPLES)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    said = "".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs
+    )
+    assert "The capital of France is Paris" in said
+    assert "'The capital of France is Paris.'" in said
+    assert "tokens generated" in said
+    assert not any(output.output_type == "error" for output in outputs)
+
+
 class Server:
     """examples/custom_server.py as a process of its own, on a free port of this machine."""
 

@@ -1,4 +1,4 @@
-"""The sampler against plain NumPy written from engine-api.md 2.2 and 3.4."""
+"""The sampler against plain NumPy written from docs/guide/sampling.md."""
 
 from __future__ import annotations
 

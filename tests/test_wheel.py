@@ -1,17 +1,21 @@
-"""What `pip install` of the wheel gives: three packages with their data, that work without the
-checkout."""
+"""What the source distribution and the wheel made of it give: three packages with their data, that
+work in a fresh environment without the checkout."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tomllib
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
+
+import jaxserve
 
 pytestmark = pytest.mark.slow
 
@@ -41,21 +45,35 @@ print(json.dumps(report))
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class Installed:
+    """An environment with the wheel and nothing else."""
+
+    python: Path
+    site: Path
+    """Its site-packages."""
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with the wheel's contents. Built from a copy: the checkout stays as it is."""
-    source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "out", "site"))
+    """Built from a copy, so that the checkout stays as it is: source distribution, then the wheel
+    from that, which so lacks what the former lacks."""
+    source, made, home = (tmp_path_factory.mktemp(name) for name in ("source", "made", "venv"))
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / package, source / package, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source)
-    [wheel] = wheels.iterdir()
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", made, source)
+    [sdist], [wheel] = made.glob("*.tar.gz"), made.glob("*.whl")
+    assert sdist.name == f"jaxserve-{jaxserve.__version__}.tar.gz"
     assert wheel.name.endswith("-py3-none-any.whl")
-    run(*pip, "install", "--no-deps", "--no-index", "--target", target, wheel)
-    return target
+    venv.create(home, with_pip=False)
+    python = home / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run(*pip, "install", "--no-deps", "--no-index", wheel)
+    [site] = home.glob("lib/python*/site-packages")
+    return Installed(python, site)
 
 
 def run(*command, **options):
@@ -67,16 +85,15 @@ def run(*command, **options):
 
 
 def test_the_wheel_works_without_the_checkout(installed, tiny_models, tmp_path):
+    """Its dependencies are those of these tests, found by their path; an editable install in there
+    is not, because Python reads no .pth files of such folders."""
     model = tiny_models("llama")
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    printed = run(
-        sys.executable, "-W", "error", "-c", PROGRAM, model, cwd=tmp_path, env=environment
-    )
-    report = json.loads(printed)
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    command = (installed.python, "-W", "error", "-c", PROGRAM, model)
+    report = json.loads(run(*command, cwd=tmp_path, env=environment))
     for file in report["files"]:
-        assert Path(file).is_relative_to(installed), "not the wheel's"
-    version = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
-    assert report["versions"] == [version, version]
+        assert Path(file).is_relative_to(installed.site), "not the wheel's"
+    assert report["versions"] == [jaxserve.__version__] * 2
     ours = (CHECKOUT / "pallas_kernels" / "tuning").glob("*.json")
     expected = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in ours}
     assert expected and report["tuning"] == expected
@@ -89,7 +106,9 @@ def test_the_wheel_holds_every_module_and_nothing_else(installed):
         files = (f for package in PACKAGES for f in (folder / package).rglob("*") if f.is_file())
         return {f.relative_to(folder) for f in files if "__pycache__" not in f.parts}
 
-    assert modules(installed) == modules(CHECKOUT)
-    others = {entry.name for entry in installed.iterdir()} - set(PACKAGES)
+    there = modules(installed.site)
+    assert there == modules(CHECKOUT)
+    assert {Path(package, "py.typed") for package in PACKAGES} <= there
+    others = {entry.name for entry in installed.site.iterdir()} - set(PACKAGES)
     assert all(name.startswith("jaxserve-") and name.endswith(".dist-info") for name in others)
-    assert list(installed.glob("*.dist-info/licenses/LICENSE"))
+    assert list(installed.site.glob("*.dist-info/licenses/LICENSE"))

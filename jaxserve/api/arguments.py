@@ -11,36 +11,56 @@ from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptio
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Keyword-only arguments of `generate` and `async_generate`; see docs/api.md."""
+    """Keyword-only arguments of `generate` and `async_generate`. Those without a description are
+    not supported yet."""
+
+    stream: bool
+    """Return an iterator (async generator) of chunks."""
+    rid: str | list[str] | None
+    """Request id, or a list of them; made if None. A string with a batch becomes `rid_0`, `rid_1`,
+    ..."""
+    return_logprob: bool | list[bool]
+    """Logprobs in `meta_info`; one flag, or one for each prompt."""
+    logprob_start_len: int | list[int] | None
+    """First prompt position whose logprob is wanted; None and -1: output only."""
+    top_logprobs_num: int | list[int] | None
+    """Most likely tokens to report at each position; up to 1,024 (or `max_top_logprobs`), of a
+    smaller vocabulary all."""
+    token_ids_logprob: list[int] | list[list[int]] | None
+    """Token ids whose logprobs to report; a flat list, or a list of lists; up to 4,096 ids (or
+    `max_logprob_ids`)."""
+    return_text_in_logprobs: bool
+    """Texts as third member of logprob tuples (jaxserve's own)."""
+    return_prompt_token_ids: bool
+    """Adds `prompt_token_ids` to results (jaxserve's own)."""
+    progress: bool
+    """A progress bar over the requests (jaxserve's own; not with `stream`)."""
+    priority: int | None
+    """Of all prompts of the call, with `enable_priority_scheduling`."""
+    cache_salt: str | list[str] | None
+    """One salt, or one for each prompt: cached prefixes are shared only where it is the same."""
+    routed_dp_rank: int | None
+    """None or 0."""
+    data_parallel_rank: int | None
+    """None or 0."""
+    external_trace_header: dict[str, Any] | None
+    """Accepted without effect: there is no tracing."""
+    routed_experts_start_len: int
+    """Accepted without effect: there is no record of experts."""
 
     mm_hashes: None
     mm_content_hashes: None
-    return_logprob: bool | list[bool]
-    logprob_start_len: int | list[int] | None
-    top_logprobs_num: int | list[int] | None
-    token_ids_logprob: list[int] | list[list[int]] | None
     lora_path: None
     custom_logit_processor: None
     require_reasoning: bool
     return_hidden_states: bool
     return_routed_experts: bool
-    routed_experts_start_len: int
-    stream: bool
-    rid: str | list[str] | None
     session_params: None
     session_id: None
-    priority: int | None
-    cache_salt: str | list[str] | None
-    routed_dp_rank: int | None
-    data_parallel_rank: int | None
     bootstrap_host: None
     bootstrap_port: None
     bootstrap_room: None
     disagg_prefill_dp_rank: None
-    external_trace_header: dict[str, Any] | None
-    return_text_in_logprobs: bool
-    return_prompt_token_ids: bool
-    progress: bool
 
 
 NO_EFFECT = frozenset({"external_trace_header", "routed_experts_start_len"})

@@ -140,7 +140,8 @@ def _accept(
 
 
 def finish_reason(request: Request, token: int) -> dict[str, Any] | None:
-    """Why the request ends with `token`, its newest, or None. The order is SGLang's."""
+    """Why the request ends with `token`, its newest, or None. In the order of
+    docs/guide/sampling.md, "Ends"."""
     if request.stop_matcher is not None:
         matched = request.stop_matcher.append(token)
         if matched is not None:
@@ -212,7 +213,7 @@ def _read_input_logprobs(row: ExtendRow, host: HostLogprobs) -> None:
 
 def _complete_input_logprobs(batch: ExtendBatch) -> None:
     """Give requests whose whole prompt has run their input logprobs; forks take their leader's.
-    The first entry has no predecessor, whatever the start (as SGLang has it)."""
+    The first entry has no predecessor, whatever the start (docs/guide/sampling.md)."""
     for row in batch.rows:
         request = row.sequence.request
         spec = request.logprobs
