@@ -1,10 +1,12 @@
 # Everything works on a fresh machine: `make demo`, `make test`, `make check`, `make docs`.
 # PYTHON (3.11 or newer) makes .venv; PYTHON_NEW (3.12 or newer) runs the kernels on the newest JAX.
+# JOBS test files run side by side, in processes of some 4 GiB.
 
 PYTHON ?= python3
 PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 	"$$HOME"/.pyenv/versions/3.12.*/bin/python; do \
 	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
+JOBS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test lint tests kernels-newest-jax check docs clients report clean
@@ -20,7 +22,7 @@ lint: .venv/test.stamp
 	$(BIN)/pyright
 
 tests: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile
 
 kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
 ifeq ($(PYTHON_NEW),)

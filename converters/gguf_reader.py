@@ -229,7 +229,31 @@ class _Header:
         if kind != _STRING:
             return self._numbers(kind, count, what)
         self._reserve(8 * count, what)  # before a damaged count makes us loop for hours
-        return [self._string(what) for _ in range(count)]
+        found = self._buffered_strings(count, what)
+        while len(found) < count:
+            found.append(self._string(what))
+            found += self._buffered_strings(count - len(found), what)
+        return found
+
+    def _buffered_strings(self, most: int, what: str) -> list[str]:
+        """The next strings that lie in `data` whole, at most `most`. (A vocabulary and its merges
+        are 200,000: a call of `_string` for each would be a tenth of loading a small model.)"""
+        most = min(most, _MAX_STRINGS - self.strings)
+        data, at, end = self.data, self.at, len(self.data)
+        found: list[str] = []
+        try:
+            while len(found) < most and at + _U64.size <= end:
+                start = at + _U64.size
+                stop = start + _U64.unpack_from(data, at)[0]
+                if stop > end:
+                    break
+                found.append(data[start:stop].decode())
+                at = stop
+        except UnicodeDecodeError as error:
+            raise self._damaged(f"{what} is not UTF-8") from error
+        self.at = at
+        self.strings += len(found)
+        return found
 
     def _numbers(self, kind: int, count: int, what: str) -> np.ndarray:
         dtype = _SCALARS.get(kind)

@@ -13,7 +13,7 @@ from converters.files import OpenFile
 
 _ROWS = 64
 """Rows read at a time where they are cast or transposed: both sides stay in the cache."""
-_BYTES = 1 << 18
+_BYTES = 1 << 19
 """Or as many rows as make this many bytes."""
 
 

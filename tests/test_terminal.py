@@ -49,8 +49,9 @@ def engine(model):
 
 def run(*arguments, typed=""):
     return subprocess.run(
-        [*COMMAND, *arguments], input=typed, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
+        [*COMMAND, *arguments], input=typed, capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env={**os.environ, "TQDM_DISABLE": "1"},  # no word of compiling, where that takes long
+    )  # fmt: skip
 
 
 def user(text):
