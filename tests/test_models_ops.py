@@ -18,10 +18,11 @@ from jaxserve.models.dense import DenseOps
 from jaxserve.models.make import Make
 from jaxserve.models.ops import AttentionSpec, Residual
 from tests.checkpoints import make_config
+from tests.machines import CPU
 
 N, K, H = 4, 2, 8
 PAGES, PAGE_SIZE, LAYERS = 6, 4, 2
-PAGED = PagedOps(None, None, PAGES, "cpu")
+PAGED = PagedOps(None, None, PAGES, CPU.crossovers)
 SPECS = {
     "plain": {},
     "soft cap": {"soft_cap": 2.0},
