@@ -97,7 +97,7 @@ class EngineLoop(Uncopyable):
         if config.precompile:
             runner.precompile()
         loop = cls(config, runner)
-        loop._warn_of_a_short_pool()
+        loop.limits.log_cut(asked=config.max_total_tokens is not None)
         loop._thread.start()
         loop.startup_seconds = time.perf_counter() - started
         return loop
@@ -115,16 +115,6 @@ class EngineLoop(Uncopyable):
             *program.logprob_columns(wide=False),
             *program.logprob_columns(wide=True),
         )
-
-    def _warn_of_a_short_pool(self) -> None:
-        limits = self.limits
-        if limits.longest < limits.context_length:
-            asked = self.config.max_total_tokens is not None
-            logger.log(
-                logging.INFO if asked else logging.WARNING,
-                "the context of %d tokens is cut to %d: the KV cache holds no more (see "
-                "max_total_tokens, context_length)", limits.context_length, limits.longest,
-            )  # fmt: skip
 
     # -- from any thread --------------------------------------------------------------------------
 

@@ -94,7 +94,9 @@ class SumLeft(PagedOps):
 
 
 @pytest.mark.parametrize(
-    "ops", [DenseOps(), PAGED, SumLeft(None, None, PAGES, "cpu")], ids=["dense", "paged", "left"]
+    "ops",
+    [DenseOps(), PAGED, SumLeft(None, None, PAGES, CPU.crossovers)],
+    ids=["dense", "paged", "left"],
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_norm_behind_a_product(ops, bias):

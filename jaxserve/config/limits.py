@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +32,13 @@ class Limits:
     def longest(self) -> int:
         """Tokens of prompt and output together: what the context allows and the pool can hold."""
         return min(self.context_length, self.max_total_tokens)
+
+    def log_cut(self, asked: bool) -> None:
+        """Say so where the pool holds less than the context. asked: by max_total_tokens, which is
+        no reason to warn."""
+        if self.longest < self.context_length:
+            logger.log(
+                logging.INFO if asked else logging.WARNING,
+                "the context of %d tokens is cut to %d: the KV cache holds no more (see "
+                "max_total_tokens, context_length)", self.context_length, self.longest,
+            )  # fmt: skip
