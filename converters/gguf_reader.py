@@ -8,6 +8,7 @@ the file's size, and against what real models have, before anything of that size
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import struct
@@ -229,19 +230,21 @@ class _Header:
         if kind != _STRING:
             return self._numbers(kind, count, what)
         self._reserve(8 * count, what)  # before a damaged count makes us loop for hours
-        found = self._buffered_strings(count, what)
+        found: list[str] = []
         while len(found) < count:
-            found.append(self._string(what))
-            found += self._buffered_strings(count - len(found), what)
+            found += self._buffered_strings(count - len(found))
+            if len(found) < count:
+                found.append(self._string(what))
         return found
 
-    def _buffered_strings(self, most: int, what: str) -> list[str]:
-        """The next strings that lie in `data` whole, at most `most`. (A vocabulary and its merges
-        are 200,000: a call of `_string` for each would be a tenth of loading a small model.)"""
+    def _buffered_strings(self, most: int) -> list[str]:
+        """The next good strings that lie in `data` whole, at most `most`; `_string` reads on, or
+        says what is wrong. (A vocabulary and its merges are 200,000: a call of it for each would be
+        a tenth of loading a small model.)"""
         most = min(most, _MAX_STRINGS - self.strings)
         data, at, end = self.data, self.at, len(self.data)
         found: list[str] = []
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             while len(found) < most and at + _U64.size <= end:
                 start = at + _U64.size
                 stop = start + _U64.unpack_from(data, at)[0]
@@ -249,8 +252,6 @@ class _Header:
                     break
                 found.append(data[start:stop].decode())
                 at = stop
-        except UnicodeDecodeError as error:
-            raise self._damaged(f"{what} is not UTF-8") from error
         self.at = at
         self.strings += len(found)
         return found
