@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -167,17 +168,38 @@ def without_compilation_cache() -> Iterator[None]:
 
     An executable that came out of that cache cannot be serialized again: it loads, and then lacks
     its functions when it runs (CPU, jax 0.10.2 and 0.12.0). Whether the cache is used is decided
-    once, hence the resets.
+    once, hence the resets. Blocks of several threads may overlap: it is back after the last.
     """
-    from jax.experimental.compilation_cache import compilation_cache
-
-    if not jax.config.jax_enable_compilation_cache:  # pyright: ignore[reportAttributeAccessIssue]
-        yield
-        return
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
+    with _cache_off.lock:
+        if not _cache_off.blocks:
+            config: Any = jax.config
+            _cache_off.wanted = config.jax_enable_compilation_cache
+            _use_compilation_cache(False)
+        _cache_off.blocks += 1
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", True)
+        with _cache_off.lock:
+            _cache_off.blocks -= 1
+            if not _cache_off.blocks:
+                _use_compilation_cache(_cache_off.wanted)
+
+
+class _CacheOff:
+    """Who does without JAX's compilation cache at the moment."""
+
+    lock = threading.Lock()
+    blocks = 0
+    wanted = True
+    """Whether it was in use before."""
+
+
+_cache_off = _CacheOff()
+
+
+def _use_compilation_cache(wanted: bool) -> None:
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if jax.config.jax_enable_compilation_cache != wanted:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_enable_compilation_cache", wanted)
         compilation_cache.reset_cache()

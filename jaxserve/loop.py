@@ -70,6 +70,7 @@ class EngineLoop(Uncopyable):
             PageAllocator(runner.num_pages),
             window=self._window,
             host=self._host,
+            ready=lambda: runner.ready,
             on_finish=self._stats.ended,
         )
         self._queue_limit = QueueLimit(config.max_queued, config.policy.priorities)
@@ -94,8 +95,6 @@ class EngineLoop(Uncopyable):
         weight_bytes = sum(x.nbytes for x in params)
         config = EngineConfig.resolve(args, loaded.config, kind, weight_bytes)
         runner = Runner(config, loaded)
-        if config.precompile:
-            runner.precompile()
         loop = cls(config, runner)
         loop.limits.log_cut(asked=config.max_total_tokens is not None)
         loop._thread.start()
@@ -307,10 +306,10 @@ class EngineLoop(Uncopyable):
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Names the block in a profiler's trace, and counts its time but for compilations."""
-        started, compiled = time.perf_counter(), self._runner.programs.compile_seconds
+        started, compiled = time.perf_counter(), self._runner.programs.engine_seconds
         with phase(name):
             yield
-        compiling = self._runner.programs.compile_seconds - compiled
+        compiling = self._runner.programs.engine_seconds - compiled
         self._stats.spent(name, time.perf_counter() - started - compiling)
 
     def _recover(self, error: Exception) -> None:

@@ -68,6 +68,27 @@ def check_jax() -> None:
         )
 
 
+def end_despite() -> bool:
+    """Called at the interpreter's end, makes the process end with its status although threads are
+    deep in C++ code of JAX, which they would leave for an interpreter that is gone.
+
+    Python 3.11 to 3.13 ends such a thread by unwinding its stack, which C++ does not allow: the
+    process would abort with status 134. Instead the thread stops where it is, for ever, and the
+    process ends before the destructors of global objects that it may still use. False where the
+    C library has no `on_exit` (macOS): threads must be waited for there.
+    """
+    program = ctypes.CDLL(None)
+    try:
+        runtime = ctypes.CDLL("libstdc++.so.6")
+        set_terminate = runtime._ZSt13set_terminatePFvvE  # std::set_terminate
+        on_exit, leave, stop = program.on_exit, program._exit, program.pause
+    except (OSError, AttributeError):
+        return False
+    set_terminate(ctypes.cast(stop, ctypes.c_void_p))
+    on_exit(ctypes.cast(leave, ctypes.c_void_p), None)
+    return True
+
+
 def _in_forked_child() -> None:
     # Not imported: where JAX is not loaded, it has no threads. It has no public names for these.
     bridge = sys.modules.get("jax._src.xla_bridge")

@@ -32,26 +32,43 @@ def kept_transposed(kernel: jax.Array | jax.ShapeDtypeStruct, crossovers: Crosso
 Arrays = tuple[jax.Array, ...]
 
 
+Bind = Callable[[Arrays], "Decoder"]
+"""Parameters (or tracers) as they are kept -> the module."""
+
+
+def kept(
+    declaration: Declaration, crossovers: Crossovers
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Bind]:
+    """(by path, the parameters as the step takes them, a flat tuple with some transposed; what
+    makes the module of them): XLA folds the transposition into the product."""
+    turned = {
+        name: name.endswith(".kernel") and kept_transposed(spec, crossovers)
+        for name, spec in declaration.specs.items()
+    }
+
+    def bind(arrays: Arrays) -> Decoder:
+        parts = zip(turned.items(), arrays, strict=True)
+        return declaration.bind({name: x.T if turn else x for (name, turn), x in parts})
+
+    specs = {
+        name: jax.ShapeDtypeStruct(spec.shape[::-1], spec.dtype) if turned[name] else spec
+        for name, spec in declaration.specs.items()
+    }
+    return specs, bind
+
+
 def arrange(
     declaration: Declaration, params: dict[str, jax.Array], crossovers: Crossovers
-) -> tuple[Arrays, Callable[[Arrays], Decoder]]:
-    """(arrays, bind): the parameters as the step takes them, a flat tuple with some transposed, and
-    what makes the module of them (or of tracers): XLA folds the transposition into the product.
+) -> tuple[Arrays, Bind]:
+    """(arrays, bind): the parameters as `kept` has them.
 
     Takes the arrays out of `params`, so that a transposed one's original is freed at once.
     """
-    names = tuple(declaration.specs)
-    turned = [
-        name.endswith(".kernel") and kept_transposed(spec, crossovers)
-        for name, spec in declaration.specs.items()
-    ]
+    specs, bind = kept(declaration, crossovers)
 
-    def place(name: str, turn: bool) -> jax.Array:
+    def place(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
         array = params.pop(name)
+        turn = spec is not declaration.specs[name]
         return jax.block_until_ready(array.T) if turn else array
 
-    def bind(arrays: Arrays) -> Decoder:
-        parts = zip(names, arrays, turned, strict=True)
-        return declaration.bind({name: x.T if turn else x for name, x, turn in parts})
-
-    return tuple(place(*each) for each in zip(names, turned, strict=True)), bind
+    return tuple(place(*each) for each in specs.items()), bind

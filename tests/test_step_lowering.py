@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ import pytest
 
 from benchmarks.workloads import SHAPES
 from jaxserve.attention.paged import PagedOps
+from jaxserve.batch.buckets import Buckets
 from jaxserve.batch.pack import ExtendLayout
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
 from jaxserve.models import registry
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
-from jaxserve.step import step
+from jaxserve.step import products, step
 from jaxserve.step.state import initial_state
 from pallas_kernels import Device, compat
 from tests.kernels.support import quiet
@@ -27,20 +29,26 @@ H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 PAGES = 64
 
 
-def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
-    """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
-    monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
+def declared(shape, quantization=None):
+    """(config, engine's config, model as a step sees it, parameters) of two layers of a shape."""
     model = registry.config_from_hf({**SHAPES[shape], "num_hidden_layers": 2, "vocab_size": 4096})
     engine = EngineConfig.resolve(ServerArgs("x", context_length=2048), model, GPU, 0)
-    config = engine.program
     declaration = registry.declare(model, jnp.bfloat16, quantization)
     names = tuple(declaration.specs)
     stepped = step.StepModel(
         bind=lambda params: declaration.bind(dict(zip(names, params, strict=True))),
         ops=PagedOps(None, None, PAGES, GPU.crossovers),
-        sampler=Sampler(config.max_top_logprobs, False, None),
-        page_size=config.page_size,
+        sampler=Sampler(engine.program.max_top_logprobs, False, None),
+        page_size=engine.program.page_size,
     )
+    return model, engine, stepped, tuple(declaration.specs.values())
+
+
+def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
+    """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
+    monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
+    model, engine, stepped, params = declared(shape, quantization)
+    config = engine.program
     cache = jax.eval_shape(
         lambda: make_cache(model, PAGES, config.page_size, config.max_rows, jnp.dtype(kv))
     )
@@ -51,7 +59,6 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16",
     else:
         layout = ExtendLayout(size, engine.buckets.extend_rows(size), config.table_width)
         function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)
-    params = tuple(declaration.specs.values())
     uploaded = jax.ShapeDtypeStruct(upload, jnp.int32)
     return compat.lower_for_cuda(function, params, cache, *state, uploaded)
 
@@ -91,3 +98,22 @@ def test_several_steps_of_a_quantized_model_lower(monkeypatch):
         monkeypatch, "llama-3.1-8b", "decode", 8, quantization="fp8", kv="float8_e4m3fn", steps=4
     )
     assert "paged_decode" in text
+
+
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b"])
+@pytest.mark.parametrize(("ladder", "size"), [("decode", 8), ("decode", 64), ("extend", 64)])
+def test_the_products_alone_are_those_of_the_steps(monkeypatch, shape, ladder, size):
+    """Else XLA would time kernels while requests run."""
+    step_text = lowered(monkeypatch, shape, ladder, size)
+    model, _, stepped, params = declared(shape)
+    attended = jax.ShapeDtypeStruct((size, model.num_heads * model.head_dim), jnp.bfloat16)
+    rows = Buckets.extend_rows(size) if ladder == "extend" else size
+    tokens, at = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (size, rows))
+    function = functools.partial(products.products, stepped)
+    text = compat.lower_for_cuda(function, params, (attended,) * 2, tokens, at)
+
+    def multiplied(text):
+        return set(re.findall(r"stablehlo\.dot_general .*?: (\(.*)", text))
+
+    assert multiplied(step_text) and multiplied(step_text) <= multiplied(text)
+    assert "rope_kv_write" not in text and "paged" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections.abc import Container
 
 DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Where every row costs about the same."""
@@ -12,6 +13,10 @@ EXTEND_ROWS = (8, 16, 32, 64, 128)
 """Sequences in one extend step: a row of the LM head each, so they cost little."""
 ALIGNMENT = 8
 """Each packed sequence starts at a multiple of this (TMA boxes of the prefill kernel)."""
+FIRST_ROWS = 8
+"""A few callers' decode steps: on a GPU of 8 rows hardly longer than of one."""
+FIRST_TOKENS = 512
+"""One caller's usual prompt."""
 
 
 def padded_length(tokens: int) -> int:
@@ -40,6 +45,19 @@ class Buckets:
     def max_tokens(self) -> int:
         return self.extend[-1]
 
+    @property
+    def first(self) -> Buckets:
+        """What an engine has when it begins to answer: the largest of each list, which can run
+        anything, and one for a few callers."""
+        return Buckets(_first(self.decode, FIRST_ROWS), _first(self.extend, FIRST_TOKENS))
+
+    def only(self, decode: Container[int], extend: Container[int]) -> Buckets:
+        """Those that are in `decode` and `extend`."""
+        return Buckets(
+            tuple(b for b in self.decode if b in decode),
+            tuple(t for t in self.extend if t in extend),
+        )
+
     def decode_rows(self, rows: int) -> int:
         """The smallest bucket that holds `rows` rows."""
         return self.decode[bisect.bisect_left(self.decode, rows)]
@@ -58,3 +76,26 @@ class Buckets:
     @property
     def max_extend_rows(self) -> int:
         return self.extend_rows(self.max_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What can run now: an engine answers before all of its programs are compiled. The largest
+    bucket of each list is always there, so whatever fits into another one runs."""
+
+    buckets: Buckets
+    """Those whose programs are there."""
+    several: frozenset[int]
+    """Numbers of rows B with a program of several decode steps."""
+
+    @classmethod
+    def everything(cls, buckets: Buckets) -> Ready:
+        """All of `buckets`."""
+        return cls(buckets, frozenset(buckets.decode))
+
+
+def _first(sizes: tuple[int, ...], enough: int) -> tuple[int, ...]:
+    """The largest of `sizes`, ascending, that is at most `enough` (or the smallest), and the
+    last."""
+    small = max((size for size in sizes if size <= enough), default=sizes[0])
+    return tuple(sorted({small, sizes[-1]}))

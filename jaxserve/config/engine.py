@@ -41,7 +41,10 @@ class EngineConfig:
     overlap: bool
     """The next step is dispatched before this one's tokens are read."""
     precompile: bool
-    """All programs are compiled before the first request."""
+    """Programs are compiled before they are wanted: a few before the first request, the others
+    while requests run."""
+    wait_until_compiled: bool
+    """All of them before the first request."""
     max_total_tokens: int | None
     """Cap on the pool, in tokens."""
     mem_fraction: float | None
@@ -95,6 +98,9 @@ class EngineConfig:
             max_queued=options.max_queued_requests,
             overlap=not options.disable_overlap_schedule,
             precompile=machine.is_gpu if options.precompile is None else options.precompile,
+            wait_until_compiled=(
+                options.wait_until_compiled or options.enable_deterministic_inference
+            ),
             max_total_tokens=options.max_total_tokens,
             mem_fraction=options.mem_fraction_static,
             memory=machine.memory,

@@ -253,7 +253,13 @@ class Options:
 
     # jaxserve's own.
     precompile: bool | None = option(
-        "flag", None, "compile every program at start; None: on GPU only"
+        "flag", None, "compile programs before they are wanted; None: on GPU only"
+    )
+    wait_until_compiled: bool = option(
+        "flag",
+        False,
+        "the constructor returns when every program is compiled, not as soon as some can run "
+        "anything (precompile only)",
     )
     compilation_cache_dir: str | None = option(
         "path", None, "folder of compiled programs; None: the user's cache; '': off"

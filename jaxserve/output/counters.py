@@ -18,7 +18,7 @@ def collect(
     """Counters and sizes between two steps, see docs/api.md."""
     config, programs, cache = runner.config, runner.programs, scheduler.pages
     size, pages, free = config.program.page_size, cache.num_pages, cache.available
-    host = HostPages(0, 0) if host is None else host
+    host, ready = HostPages(0, 0) if host is None else host, runner.ready.buckets
     return {
         "page_size": size,
         "num_pages": pages,
@@ -35,6 +35,10 @@ def collect(
         "num_continuous_decode_steps": config.program.steps_per_dispatch,
         "late_compiles": programs.late_compiles,
         "programs": len(programs),
+        "programs_compiling": programs.compiling,
+        "programs_untimed": programs.untimed,
+        "decode_buckets": list(ready.decode),
+        "extend_buckets": list(ready.extend),
         "compile_seconds": programs.compile_seconds,
         "num_running": len(scheduler.live) - len(scheduler.waiting),
         "num_waiting": len(scheduler.waiting),

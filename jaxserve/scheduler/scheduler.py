@@ -20,6 +20,7 @@ from itertools import islice
 import numpy as np
 
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
+from jaxserve.batch.buckets import Ready
 from jaxserve.batch.sequence import Sequence
 from jaxserve.batch.slots import Rows, Slots
 from jaxserve.cache.host import HostPages
@@ -60,11 +61,13 @@ class Scheduler:
         *,
         window: Window | None = None,
         host: HostPages | None = None,
+        ready: Callable[[], Ready] | None = None,
         on_finish: Callable[[Request], object] = lambda request: None,
     ):
         """window: of the model, if none of its layers sees further and the pool holds it and one
         aligned chunk. host: the memory for evicted pages; its copies are to be made before each
-        step. on_finish: called with each request that has left, its outputs complete."""
+        step. ready: what can run, asked each step; None: everything. on_finish: called with each
+        request that has left, its outputs complete."""
         self.policy = scheduling.policy
         self.page_size = scheduling.page_size
         self.pages = PrefixCache(pages, self.page_size, scheduling.eviction, host)
@@ -78,6 +81,8 @@ class Scheduler:
             scheduling.chunk_alignment, window, chunk=scheduling.extend_tokens,
         )  # fmt: skip
         self._scheduling = scheduling
+        everything = Ready.everything(scheduling.buckets)
+        self._ready = ready or (lambda: everything)
         self._mixing = Mixing(scheduling, self.running, self.slots, self.admission)
         self._preemption = Preemption(self.policy.threshold, self.running, self.admission)
         self._arrivals = 0
@@ -180,7 +185,7 @@ class Scheduler:
         pace = scheduling.pace if expectant is not None and expectant.watched else None
         riders = mixing.riders(expectant, pace)
         planner = ExtendPlanner(
-            scheduling.buckets, scheduling.extend_tokens, scheduling.max_prefill_rows,
+            self._ready().buckets, scheduling.extend_tokens, scheduling.max_prefill_rows,
             scheduling.chunk_alignment, pace, len(riders.slots) if riders else 0,
         )  # fmt: skip
         self._extend_admitted(planner)
@@ -263,7 +268,9 @@ class Scheduler:
         if steps > 1 and (self.prefilling or self._may_admit):
             steps = 1
         steps = steps if self.running.drop_complete(steps) >= steps else 1
-        rows, new_pages = self.rows, []
+        rows, new_pages, ready = self.rows, [], self._ready()
+        if steps > 1 and ready.buckets.decode_rows(len(rows.slots)) not in ready.several:
+            steps = 1
         starved = self.admission.grow(rows, new_pages, steps)
         if starved and steps > 1:
             self.admission.shrink(rows, new_pages)
@@ -279,7 +286,7 @@ class Scheduler:
         if not self.running:
             return self._schedule_extend()
         self.slots.advance(rows.slots, steps)
-        bucket = self._scheduling.buckets.decode_rows(len(rows.slots))
+        bucket = ready.buckets.decode_rows(len(rows.slots))
         return DecodeBatch(rows, bucket, tuple(new_pages), steps)
 
     @property

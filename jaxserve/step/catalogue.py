@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 ProgramKey = tuple[str, int]
@@ -43,7 +43,15 @@ class Program:
     donated: tuple[str, ...] = ()
     """Arguments that the program takes over and gives back."""
     buckets: tuple[int, ...] = ()
-    """Compiled at the start, in this order; others when they are first wanted."""
+    """Compiled without anybody asking, in this order; others when they are first wanted."""
+    first: tuple[int, ...] | None = None
+    """Those of them that an engine cannot answer without; None is all."""
+    ladder: str = ""
+    """Which ladder of sizes the buckets are rungs of: "extend", "decode" or "several" (decode
+    steps). A rung can be used when all programs of it are there. "": of none."""
+    choices: str = ""
+    """Kind of the program, of the same bucket, whose compilation makes XLA choose the kernels of
+    this one's products, see step.products; "" where nothing is chosen by timing."""
     mosaic: Callable[[int], bool] = never
     """Whether the program of a bucket has a Mosaic kernel: those are compiled first."""
 
@@ -70,15 +78,38 @@ class Catalogue:
         donated = tuple(map(list(program.arguments).index, program.donated))
         return Lowerable(program.function(bucket), tuple(specs), donated)
 
-    def with_mosaic(self) -> list[ProgramKey]:
-        """The programs that are compiled at the start and have Mosaic kernels.
+    def mosaic_first(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
+        """`keys` in the order in which they are best compiled: those with Mosaic kernels first.
 
-        They come first: such a kernel is compiled with options of LLVM that are not XLA's, so it
-        waits until no other program is in LLVM, and its program waits with it (jaxlib 0.11.2).
-        Among programs without, that is at the end.
+        Such a kernel is compiled with options of LLVM that are not XLA's, so it waits until no
+        other program is in LLVM, and its program waits with it (jaxlib 0.11.2). Among programs
+        without, that is at the end.
         """
-        return [key for key in self.beforehand() if self._programs[key[0]].mosaic(key[1])]
+        return sorted(keys, key=lambda key: not self._programs[key[0]].mosaic(key[1]))
 
     def beforehand(self) -> list[ProgramKey]:
-        """Everything that is compiled at the start."""
+        """Everything that is compiled without anybody asking."""
         return [(program.kind, b) for program in self._programs.values() for b in program.buckets]
+
+    def first(self) -> list[ProgramKey]:
+        """Those of `beforehand` that an engine cannot answer without."""
+        return [key for key in self.beforehand() if self._is_first(key)]
+
+    def choices(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
+        """The programs that are to be compiled at rest, so that `keys` need not be."""
+        kinds = ((self._programs[kind].choices, bucket) for kind, bucket in keys)
+        return list(dict.fromkeys(key for key in kinds if key[0]))
+
+    def rungs(self, ladder: str, ready: Container[ProgramKey]) -> frozenset[int]:
+        """The buckets of `ladder` of which every program is among `ready`."""
+        programs = [p for p in self._programs.values() if p.ladder == ladder and p.buckets]
+        wanted = {bucket for program in programs for bucket in program.buckets}
+        return frozenset(
+            bucket
+            for bucket in wanted
+            if all((p.kind, bucket) in ready for p in programs if bucket in p.buckets)
+        )
+
+    def _is_first(self, key: ProgramKey) -> bool:
+        first = self._programs[key[0]].first
+        return first is None or key[1] in first

@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,6 +16,8 @@ from jaxserve.compat import Settings, on_backend_compile, without_compilation_ca
 from jaxserve.step.catalogue import Lowerable, ProgramKey
 from jaxserve.step.notice import Notice
 from jaxserve.step.stored import StoredPrograms
+from jaxserve.step.workers import Workers
+from jaxserve.step.xla_options import CHOSEN_BEFORE, WITHOUT_CHOICE
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +29,28 @@ CompilerOptions = Callable[[int], dict[str, str | bool]]
 class Programs:
     """Compiled executables by key.
 
-    A program is compiled, or loaded from `stored`, on first use, or by `precompile`. Late compiles
-    are those after `precompile`, and any XLA compilation on the engine thread that is not the first
-    use of a program: a shape that slipped through the buckets.
+    A program is compiled, or loaded from `stored`, on first use, by `build`, or by `build_behind`
+    while others run. Late compiles are first uses after `expect_no_more`, and any XLA compilation
+    on the engine thread that is not the first use of a program: a shape that slipped through the
+    buckets.
     """
 
     def __init__(
-        self, builder: Builder, device: Any, options: CompilerOptions,
+        self,
+        builder: Builder,
+        device: Any,
+        options: CompilerOptions,
         stored: StoredPrograms | None = None,
-    ):  # fmt: skip
+        *,
+        times_kernels: bool = False,
+    ):
+        """times_kernels: XLA chooses kernels by timing them, which it must not while requests
+        run."""
         self._builder = builder
         self._device = device
         self._options = options
         self._stored = stored
+        self._times_kernels = times_kernels
         self._settings = Settings.here()
         self._notice = Notice()
         self._compiled: dict[ProgramKey, Any] = {}
@@ -49,8 +59,17 @@ class Programs:
         self._lowering = threading.Lock()
         self._engine_thread: int | None = None
         self._complete = False
+        self._closed = False
+        self._behind: Workers[ProgramKey] | None = None
+        self._wanted: set[ProgramKey] = set()
         self.late_compiles = 0
+        self.untimed = 0
+        """Programs whose kernels XLA could not choose by timing, because they were compiled while
+        requests ran and no choice had been made before."""
         self.compile_seconds = 0.0
+        """Of all threads, loading included."""
+        self.engine_seconds = 0.0
+        """Of them, what the engine thread waited for."""
         self._stop_listening = on_backend_compile(self._on_compile)
 
     def watch_this_thread(self) -> None:
@@ -59,24 +78,37 @@ class Programs:
 
     def close(self) -> None:
         """Let go of the executables, whoever still holds this object (an exception's traceback,
-        say): each takes memory and, on a CPU, some 250 of a process's 65,530 mappings."""
+        say): each takes memory and, on a CPU, some 250 of a process's 65,530 mappings. What is
+        being compiled is not waited for."""
         self._stop_listening()
+        if self._behind is not None:
+            self._behind.stop()
+        self._closed = True
         self._compiled.clear()
 
     def __call__(self, key: ProgramKey, *args: Any) -> Any:
         """Run the program on arrays of its exact shapes."""
         program = self._compiled.get(key)
         if program is None:
+            started = time.perf_counter()
             with self._fresh(), self._notice.shown([_name(key)]):
                 program = self._compile(key, late=self._complete)
+            self.engine_seconds += time.perf_counter() - started
         return program(*args)
-
-    def _fresh(self) -> contextlib.AbstractContextManager[None]:
-        """Programs to be stored must not come from JAX's cache."""
-        return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
 
     def __len__(self) -> int:
         return len(self._compiled)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._compiled
+
+    @property
+    def compiling(self) -> int:
+        """Programs that are still to come, without anybody asking for them."""
+        behind = self._behind
+        if behind is None or not behind.busy:
+            return 0
+        return sum(key not in self._compiled for key in list(self._wanted))
 
     def memory(self, key: ProgramKey) -> int:
         """Bytes the program needs beside its arguments: temporaries, and results in other places
@@ -84,66 +116,157 @@ class Programs:
         self.build([key], threads=1)
         return self._memory[key]
 
-    def build(self, keys: Iterable[ProgramKey], threads: int) -> None:
+    def load(self, keys: Iterable[ProgramKey], threads: int) -> None:
+        """Those of `keys` that are stored."""
+        if self._stored is not None:
+            self._all(self._load, self._missing(keys), threads)
+
+    def build(
+        self, keys: Iterable[ProgramKey], threads: int, choices: Iterable[ProgramKey] = ()
+    ) -> None:
         """Compile `keys` in parallel (XLA compiles outside the interpreter lock), the first ones
-        first."""
-        missing = [key for key in keys if key not in self._compiled]
-        pool = ThreadPoolExecutor(threads, "jaxserve-compile")
+        first. choices: programs that are compiled for what XLA learns by it, and forgotten."""
+        missing = self._missing(keys)
         notice = self._notice.shown([_name(key) for key in missing])
-        with self._fresh(), _without_garbage_collection(), notice as ready, pool:
+        with self._fresh(), notice as ready:
 
-            def make(key: ProgramKey) -> None:
-                self._compile(key, late=False)
-                ready()
+            def make(job: tuple[ProgramKey, bool]) -> None:
+                key, kept = job
+                if kept:
+                    self._compile(key)
+                    ready()
+                else:
+                    self._choose(key)
 
-            list(pool.map(make, missing))
+            jobs = [(key, True) for key in missing] + [(key, False) for key in choices]
+            self._all(make, jobs, threads)
 
-    def precompile(self, keys: Iterable[ProgramKey], threads: int) -> None:
-        """`build` everything there is: what is compiled after this is late."""
-        self.build(keys, threads)
+    def build_behind(self, keys: Iterable[ProgramKey], threads: int) -> None:
+        """Compile `keys` while requests run, each stored as soon as it is done. One that fails is
+        logged; it is then missing."""
+        self._wanted = set(self._missing(keys))
+        missing = [key for key in keys if key in self._wanted]
+
+        def make(key: ProgramKey) -> None:
+            try:
+                with self._fresh():
+                    self._compile(key, at_rest=False)
+            except Exception:
+                logger.exception("%s[%d] could not be compiled; larger programs serve", *key)
+
+        self._behind = Workers(make, missing, threads)
+
+    def expect_no_more(self) -> None:
+        """What is compiled on first use from now on is late."""
         self._complete = True
 
-    def _compile(self, key: ProgramKey, late: bool) -> Any:
+    def _missing(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
+        return [key for key in dict.fromkeys(keys) if key not in self._compiled]
+
+    def _all(self, do: Callable[[Any], object], jobs: list[Any], threads: int) -> None:
+        workers = Workers(do, jobs, threads)
+        workers.wait()
+        for _, error in workers.errors:
+            raise error
+
+    def _fresh(self) -> contextlib.AbstractContextManager[None]:
+        """Programs to be stored must not come from JAX's cache."""
+        return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
+
+    def _compile(self, key: ProgramKey, *, late: bool = False, at_rest: bool = True) -> Any:
         # On whichever thread: a builder may trace, too, to learn shapes.
         with self._settings.applied(), jax.default_device(self._device):
-            return self._make(key, late)
+            started = time.perf_counter()
+            how, program = "loaded", self._find(key)
+            if program is None:
+                how, program = "compiled", self._make(key, at_rest)
+            if not self._closed:
+                self._compiled[key] = program
+        self._count(key, how, time.perf_counter() - started, late)
+        return program
 
-    def _make(self, key: ProgramKey, late: bool) -> Any:
-        started = time.perf_counter()
-        function, abstract, donated = self._builder(key)
-        name = _name(key)
-        options = self._options(key[1])
-        file, found = "", None
-        if self._stored is not None:
-            file = self._stored.name(name, abstract, donated, options)
-            found = self._stored.load(file)
-        if found is not None:
-            program, self._memory[key] = found
+    def _load(self, key: ProgramKey) -> None:
+        with self._settings.applied(), jax.default_device(self._device):
+            started = time.perf_counter()
+            program = self._find(key)
+            if program is None:
+                return
+            self._compiled[key] = program
+        self._count(key, "loaded", time.perf_counter() - started)
+
+    def _choose(self, key: ProgramKey) -> None:
+        with self._settings.applied(), jax.default_device(self._device):
+            started = time.perf_counter()
+            lowered, options = self._lower(key, self._builder(key))
+            self._xla(lowered, options)
+        logger.info("kernels of %s[%d] chosen in %.1f s", *key, time.perf_counter() - started)
+
+    def _find(self, key: ProgramKey) -> Any | None:
+        """The stored program."""
+        stored = self._stored
+        if stored is None:
+            return None
+        found = stored.load(self._file(stored, key, self._builder(key)))
+        if found is None:
+            return None
+        program, self._memory[key] = found
+        return program
+
+    def _make(self, key: ProgramKey, at_rest: bool) -> Any:
+        lowerable = self._builder(key)
+        lowered, options = self._lower(key, lowerable)
+        timed = True
+        if at_rest or not self._times_kernels:
+            program = self._xla(lowered, options)
         else:
-            self._expected.active = True
-            try:
-                program = jax.jit(_named(function, name), donate_argnums=donated)
-                # Python, so one at a time at best: in turn, XLA has work after the first program;
-                # side by side, all threads end late and together
-                with self._lowering:
-                    lowered = program.lower(*abstract)
-                with self._notice.compiling():
-                    program = lowered.compile(options)
-            finally:
-                self._expected.active = False
-            self._memory[key] = _memory_beside_arguments(program)
-            if self._stored is not None:
-                self._stored.store(file, program, self._memory[key])
-        seconds = time.perf_counter() - started
-        self._compiled[key] = program
+            program, timed = self._compile_untimed(key, lowered, options)
+        self._memory[key] = _memory_beside_arguments(program)
+        stored = self._stored
+        if stored is not None and timed:
+            stored.store(self._file(stored, key, lowerable), program, self._memory[key])
+        return program
+
+    def _compile_untimed(
+        self, key: ProgramKey, lowered: Any, options: dict[str, str | bool]
+    ) -> tuple[Any, bool]:
+        """(program, whether its kernels had been chosen by timing before). One whose were not is
+        not worth keeping: a later start compiles it at rest."""
+        try:
+            return self._xla(lowered, options | CHOSEN_BEFORE), True
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+        self.untimed += 1
+        logger.info("the kernels of %s[%d] are chosen without timing them", *key)
+        return self._xla(lowered, options | WITHOUT_CHOICE), False
+
+    def _lower(self, key: ProgramKey, lowerable: Lowerable) -> tuple[Any, dict[str, str | bool]]:
+        function, abstract, donated = lowerable
+        program = jax.jit(_named(function, _name(key)), donate_argnums=donated)
+        # Python, so one at a time at best: in turn, XLA has work after the first program; side by
+        # side, all threads end late and together
+        with self._lowering, _without_garbage_collection():
+            return program.lower(*abstract), self._options(key[1])
+
+    def _xla(self, lowered: Any, options: dict[str, str | bool]) -> Any:
+        self._expected.active = True
+        try:
+            with self._notice.compiling():
+                return lowered.compile(options)
+        finally:
+            self._expected.active = False
+
+    def _file(self, stored: StoredPrograms, key: ProgramKey, lowerable: Lowerable) -> str:
+        options = self._options(key[1])
+        return stored.name(_name(key), lowerable.arguments, lowerable.donated, options)
+
+    def _count(self, key: ProgramKey, how: str, seconds: float, late: bool = False) -> None:
         self.compile_seconds += seconds
         if late:
             self.late_compiles += 1
             logger.warning("late compile of %s[%d]: %.1f s", *key, seconds)
         else:
-            how = "compiled" if found is None else "loaded"
             logger.info("%s %s[%d] in %.1f s", how, *key, seconds)
-        return program
 
     def _on_compile(self, seconds: float) -> None:
         on_engine = threading.get_ident() == self._engine_thread

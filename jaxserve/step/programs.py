@@ -14,11 +14,14 @@ from jaxserve.attention.paged import PagedOps
 from jaxserve.batch.pack import ExtendLayout
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import Declaration, declare
 from jaxserve.sampler.sampler import Sampler
-from jaxserve.step import pages, step
+from jaxserve.step import pages, products, step
 from jaxserve.step.catalogue import Catalogue, Program
 from jaxserve.step.memory import Memory
 from jaxserve.step.wide import WIDE
+from jaxserve.step.xla_options import chooses_by_timing
+from jaxserve.weights import Bind, kept
 from pallas_kernels import decode_implementation
 
 
@@ -32,13 +35,23 @@ class Facts:
     """Of activations."""
     params: tuple[jax.ShapeDtypeStruct, ...]
     """Abstract parameters, in the order in which `bind` takes them."""
-    bind: Callable[[tuple[jax.Array, ...]], Any]
-    """Flat parameters -> module."""
+    bind: Bind
+    declaration: Declaration
     device: Any
 
     @property
     def config(self) -> EngineConfig:
         return self.memory.config
+
+    def shallow(self, layers: int) -> Facts:
+        """Of the same model with its first `layers` layers alone (as parameters, not arrays)."""
+        model = dataclasses.replace(self.model, num_layers=min(layers, self.model.num_layers))
+        of = self.declaration
+        declaration = declare(model, of.dtype, of.quantization)
+        specs, bind = kept(declaration, self.config.program.crossovers)
+        return dataclasses.replace(
+            self, model=model, params=tuple(specs.values()), bind=bind, declaration=declaration
+        )
 
     def step_model(self, top: int) -> step.StepModel:
         """The model over a cache of the present size; top: columns of the best logprobs."""
@@ -69,10 +82,14 @@ class Facts:
         )
 
     @property
-    def decode_kinds(self) -> tuple[str, ...]:
-        """Of the programs with one decode step and, where there are any, with several."""
-        several = self.config.program.steps_per_dispatch > 1
-        return ("decode", "decode_many") if several else ("decode",)
+    def decode_kinds(self) -> dict[str, int]:
+        """Steps of each kind of decode program: one, and where there are any, several."""
+        several = self.config.program.steps_per_dispatch
+        return {"decode": 1} | ({"decode_many": several} if several > 1 else {})
+
+    def choices(self, ladder: str) -> str:
+        """Kind of the program that chooses the products' kernels of those of `ladder`."""
+        return f"{ladder}_products" if chooses_by_timing(self.config.program) else ""
 
     def state(self, wide: bool = False) -> dict[str, Any]:
         """The abstract arguments of a step that an engine keeps, by name."""
@@ -87,7 +104,9 @@ class Facts:
 def engine_programs(facts: Facts) -> Catalogue:
     """Every program that a batch can need."""
     wide = [dataclasses.replace(entry, buckets=()) for entry in step_programs(facts, wide=True)]
-    return Catalogue([*step_programs(facts), *page_programs(facts), *wide])
+    return Catalogue(
+        [*step_programs(facts), *page_programs(facts), *choosing_programs(facts), *wide]
+    )
 
 
 def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
@@ -117,6 +136,9 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
             {**state, "packed": vector},
             donated=("cache", "progress", "sampled", "row_params"),
             buckets=buckets.extend[::-1],
+            first=buckets.first.extend,
+            ladder="extend",
+            choices=facts.choices("extend"),
             mosaic=lambda tokens: True,
         )
     ]
@@ -127,9 +149,12 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
             {**state, "rows": lambda rows: _ints(2, rows)},
             donated=("cache", "progress", "sampled"),
             buckets=buckets.decode[::-1],
+            first=buckets.first.decode if steps == 1 else buckets.decode[-1:],
+            ladder="decode" if steps == 1 else "several",
+            choices=facts.choices("decode"),
             mosaic=facts.decodes_with_mosaic,
         )
-        for kind, steps in zip(facts.decode_kinds, (1, program.steps_per_dispatch), strict=False)
+        for kind, steps in facts.decode_kinds.items()
     ]
     hidden = facts.model.hidden_size
     entries.append(
@@ -142,9 +167,42 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
                 "hidden": lambda tokens: jax.ShapeDtypeStruct((tokens, hidden), facts.dtype),
             },
             buckets=buckets.extend[::-1],
+            first=buckets.first.extend,
+            ladder="extend",
+            choices=facts.choices("extend"),
         )
     )
     return entries
+
+
+def choosing_programs(facts: Facts) -> list[Program]:
+    """The products of extend and decode steps, see step.products."""
+    if not chooses_by_timing(facts.config.program):
+        return []
+    few = facts.shallow(products.LAYERS)
+    model = few.model
+
+    def attended(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        each = jax.ShapeDtypeStruct((tokens, model.num_heads * model.head_dim), facts.dtype)
+        return (each,) * model.num_layers
+
+    def entry(ladder: str, rows: Callable[[int], int]) -> Program:
+        """rows: packed tokens -> rows that sample."""
+        return Program(
+            facts.choices(ladder),
+            lambda tokens: functools.partial(products.products, few.step_model(top=0)),
+            {
+                "params": few.params,
+                "attended": attended,
+                "tokens": _ints,
+                "at": lambda tokens: _ints(rows(tokens)),
+            },
+        )
+
+    return [
+        entry("extend", facts.config.buckets.extend_rows),
+        entry("decode", lambda rows: rows),
+    ]
 
 
 def page_programs(facts: Facts) -> list[Program]:

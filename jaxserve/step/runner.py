@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,20 +10,22 @@ import numpy as np
 
 from jaxserve.batch import pack
 from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
+from jaxserve.batch.buckets import Ready
 from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import COPYING_BYTES
 from jaxserve.cache.pool import cache_dtype
 from jaxserve.config import EngineConfig
 from jaxserve.step import step
-from jaxserve.step.catalogue import Catalogue, ProgramKey
+from jaxserve.step.catalogue import ProgramKey
 from jaxserve.step.compile import Programs
 from jaxserve.step.memory import Memory
 from jaxserve.step.pages import COPY_WIDTH
+from jaxserve.step.precompile import Precompilation
 from jaxserve.step.programs import Facts, engine_programs
 from jaxserve.step.result import Prepared, StepResult
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WIDE, WideIds
-from jaxserve.step.xla_options import xla_options
+from jaxserve.step.xla_options import chooses_by_timing, xla_options
 from jaxserve.weights import arrange
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ class Runner:
         self._arrays: dict[str, Any] = {"params": params}
         """What the device keeps, by the names that programs have for it."""
         self.dtype = loaded.declaration.dtype
-        self._quantized = loaded.declaration.quantization is not None
         self._device = next(iter(params[0].devices()))
         self.memory = Memory(
             config,
@@ -52,12 +52,14 @@ class Runner:
             self._device,
             sum(p.nbytes for p in params),
         )
-        self._catalogue = self._make_catalogue()
-        self.programs = self._make_programs()
+        self._declaration = loaded.declaration
+        self._declare_programs()
+        self._precompilation.first()
         if config.program.platform != "cpu":
             self._fit_pool()
         self.host = self.memory.make_host_pool()
         self.reset()
+        self._precompilation.rest()
 
     @property
     def config(self) -> EngineConfig:
@@ -73,14 +75,28 @@ class Runner:
 
     # -- programs ---------------------------------------------------------------------------------
 
-    def _make_catalogue(self) -> Catalogue:
+    def _declare_programs(self) -> None:
+        """For a pool of the present size."""
         params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self._arrays["params"])
-        facts = Facts(self.model_config, self.memory, self.dtype, params, self._bind, self._device)
-        return engine_programs(facts)
-
-    def _make_programs(self) -> Programs:
-        options = functools.partial(xla_options, self.config.program, quantized=self._quantized)
-        return Programs(self._catalogue.lowerable, self._device, options, self._stored)
+        facts = Facts(
+            self.model_config,
+            self.memory,
+            self.dtype,
+            params,
+            self._bind,
+            self._declaration,
+            self._device,
+        )
+        quantized = self._declaration.quantization is not None
+        self._catalogue = engine_programs(facts)
+        self.programs = Programs(
+            self._catalogue.lowerable,
+            self._device,
+            functools.partial(xla_options, self.config.program, quantized=quantized),
+            self._stored,
+            times_kernels=chooses_by_timing(self.config.program),
+        )
+        self._precompilation = Precompilation(self.config, self._catalogue, self.programs)
 
     def _fit_pool(self) -> None:
         """Make sure that the largest programs' temporaries fit beside the pool."""
@@ -88,18 +104,15 @@ class Runner:
         largest: list[ProgramKey] = [("extend", buckets.max_tokens), ("decode", buckets.decode[-1])]
         if self.config.program.steps_per_dispatch > 1:
             largest.append(("decode_many", buckets.decode[-1]))
-        first = self._catalogue.with_mosaic() if self.config.precompile else []
-        self.programs.build(dict.fromkeys([*first, *largest]), threads=os.cpu_count() or 1)
         if self.memory.make_room(max(map(self.programs.memory, largest))):
             self.programs.close()
-            self._catalogue = self._make_catalogue()
-            self.programs = self._make_programs()
+            self._declare_programs()
+            self._precompilation.first()
 
-    def precompile(self) -> None:
-        """Compile every program a batch can need."""
-        threads = os.cpu_count() or 1
-        self.programs.build(self._catalogue.with_mosaic(), threads)
-        self.programs.precompile(self._catalogue.beforehand(), threads)
+    @property
+    def ready(self) -> Ready:
+        """What can run now."""
+        return self._precompilation.ready
 
     @functools.cached_property
     def _stored(self) -> StoredPrograms | None:

@@ -30,3 +30,15 @@ def xla_options(
     if config.deterministic:
         options |= {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": "0"}
     return options
+
+
+CHOSEN_BEFORE: dict[str, str | bool] = {"xla_gpu_require_complete_aot_autotune_results": True}
+"""Further options: find every kernel that is chosen by timing chosen already, or fail with
+NOT_FOUND."""
+WITHOUT_CHOICE: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
+"""Further options: take the kernels that are likely to be fast, without timing."""
+
+
+def chooses_by_timing(config: ProgramConfig) -> bool:
+    """Whether XLA times kernels on the device while it compiles."""
+    return config.platform != "cpu" and not config.deterministic

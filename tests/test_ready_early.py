@@ -1,0 +1,264 @@
+"""An engine answers when few of its programs are there; the others are compiled behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import jaxserve
+from jaxserve.config import EngineConfig
+from jaxserve.step.compile import Programs
+from jaxserve.step.workers import Workers
+from tests.test_programs import OPTIONS, SHORT
+
+EARLY = {**OPTIONS, "precompile": True, "dtype": "float32"}
+DECODE, EXTEND = [1, 2, 4, 8], [64, 128]
+FIRST = 2 + 1 + 2
+"""extend and input_logprobs of 128 tokens, decode of 8 rows, and the two for pages and lists."""
+PROMPTS = [[(7 * row + i) % 500 for i in range(5 + 15 * row)] for row in range(12)]
+PARAMS = [
+    {"temperature": row % 2, "max_new_tokens": 3 + row, "ignore_eos": True, "sampling_seed": row}
+    for row in range(12)
+]
+
+
+def everything(engine):
+    """Tokens and prompt logprobs of a few calls."""
+    one = engine.generate(input_ids=PROMPTS[3], sampling_params=SHORT)
+    rows = engine.generate(input_ids=PROMPTS, sampling_params=PARAMS)
+    scored = engine.generate(
+        input_ids=PROMPTS[:5], sampling_params=SHORT, return_logprob=True, logprob_start_len=0
+    )
+    return (
+        [row["output_ids"] for row in [one, *rows]],
+        [[x[0] for x in row["meta_info"]["input_token_logprobs"][1:]] for row in scored],
+    )
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """An event without which nothing is compiled behind; the test sets it."""
+    opened = threading.Event()
+    compile_one = Programs._compile
+
+    def gated(self, key, *, late=False, at_rest=True):
+        if not at_rest:
+            opened.wait(60)
+        return compile_one(self, key, late=late, at_rest=at_rest)
+
+    monkeypatch.setattr(Programs, "_compile", gated)
+    yield opened
+    opened.set()
+
+
+def until_complete(engine):
+    deadline = time.monotonic() + 120
+    while engine.get_server_info()["programs_compiling"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return engine.get_server_info()
+
+
+def test_requests_use_the_programs_that_are_there(tiny_models, gate):
+    path = tiny_models("llama")
+    with jaxserve.Engine(model_path=path, **EARLY, wait_until_compiled=True) as engine:
+        info = engine.get_server_info()
+        expected = everything(engine)
+    programs = info["programs"]
+    assert info["programs_compiling"] == info["late_compiles"] == 0
+    assert (info["decode_buckets"], info["extend_buckets"]) == (DECODE, EXTEND)
+    with jaxserve.Engine(model_path=path, **EARLY) as engine:
+        info = engine.get_server_info()
+        assert (info["decode_buckets"], info["extend_buckets"]) == ([8], [128])
+        assert info["programs"] == FIRST
+        assert info["programs_compiling"] == programs - FIRST
+        tokens, logprobs = everything(engine)
+        assert tokens == expected[0]
+        for row, same in zip(logprobs, expected[1], strict=True):
+            assert row == pytest.approx(same, abs=1e-5)
+        info = engine.get_server_info()
+        assert info["programs"] == FIRST and info["late_compiles"] == 0
+        gate.set()
+        info = until_complete(engine)
+        assert (info["decode_buckets"], info["extend_buckets"]) == (DECODE, EXTEND)
+        assert info["programs"] == programs and info["programs_untimed"] == 0
+        assert everything(engine)[0] == expected[0]
+        assert engine.get_server_info()["late_compiles"] == 0
+
+
+def test_several_steps_at_once_wait_for_their_programs(tiny_models, gate):
+    options = {**OPTIONS, "precompile": True, "num_continuous_decode_steps": 4}
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+        runner = engine._loop._runner
+        assert runner.ready.several == {8}
+        before = engine.get_server_info()["decode_steps"]
+        engine.generate(input_ids=[5, 6], sampling_params={**SHORT, "max_new_tokens": 9})
+        assert engine.get_server_info()["decode_steps"] - before == 8
+        gate.set()
+        until_complete(engine)
+        assert runner.ready.several == {1, 2, 4, 8}
+
+
+def test_deterministic_inference_waits_for_its_programs(tiny_models, gate):
+    options = {**OPTIONS, "precompile": True, "enable_deterministic_inference": True}
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+        info = engine.get_server_info()
+        assert info["programs_compiling"] == 0
+        assert len(info["decode_buckets"]) == len(info["extend_buckets"]) == 1
+
+
+def test_each_program_is_stored_at_once(tiny_models, gate, monkeypatch, tmp_path):
+    resolve = EngineConfig.resolve
+
+    def resolved(*args):
+        return dataclasses.replace(resolve(*args), program_folder=tmp_path)
+
+    monkeypatch.setattr(EngineConfig, "resolve", resolved)
+    path = tiny_models("llama")
+    options = {**OPTIONS, "precompile": True, "max_running_requests": 2}
+    options["chunked_prefill_size"] = 64
+    with jaxserve.Engine(model_path=path, **options) as engine:
+        first = engine.get_server_info()
+        assert len(list(tmp_path.iterdir())) == first["programs"]
+    next(tmp_path.glob("decode*")).unlink()
+    left = len(list(tmp_path.iterdir()))
+    with jaxserve.Engine(model_path=path, **options) as engine:
+        gate.set()
+        info = until_complete(engine)
+        assert len(list(tmp_path.iterdir())) == info["programs"] > first["programs"] > left
+    gate.clear()
+    with jaxserve.Engine(model_path=path, **options) as engine:
+        assert engine.get_server_info()["programs_compiling"] == 0
+        assert engine.get_server_info()["programs"] == info["programs"]
+
+
+def test_a_program_that_cannot_be_compiled_is_done_without(tiny_models, monkeypatch, caplog):
+    compile_one = Programs._compile
+
+    def broken(self, key, *, late=False, at_rest=True):
+        if key in (("decode", 2), ("extend", 64)):
+            raise RuntimeError("no such kernel")
+        return compile_one(self, key, late=late, at_rest=at_rest)
+
+    monkeypatch.setattr(Programs, "_compile", broken)
+    with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS, precompile=True) as engine:
+        info = until_complete(engine)
+        assert (info["decode_buckets"], info["extend_buckets"]) == ([1, 4, 8], [128])
+        engine.generate(input_ids=[[5, 6], [7]], sampling_params=SHORT)
+        assert engine.get_server_info()["late_compiles"] == 0
+    assert "decode[2] could not be compiled" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["shutdown", "collected"])
+def test_nobody_waits_for_what_is_being_compiled_behind(tiny_models, gate, end):
+    engine = jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS, precompile=True)
+    engine.generate(input_ids=[5, 6], sampling_params=SHORT)
+    programs = engine._loop._runner.programs
+    assert programs.compiling
+    started = time.monotonic()
+    if end == "shutdown":
+        engine.shutdown()
+    del engine
+    assert time.monotonic() - started < 2
+    gate.set()
+    behind = programs._behind
+    behind.wait(60)
+    assert not behind.busy and len(programs) == 0
+
+
+def test_workers_stop_when_whoever_waits_is_interrupted():
+    begun, done = threading.Event(), []
+
+    def do(job):
+        begun.set()
+        time.sleep(0.05)
+        done.append(job)
+
+    workers = Workers(do, range(100), threads=2)
+    begun.wait()
+    waits = workers._threads[0]
+
+    def interrupted(timeout=None):
+        raise KeyboardInterrupt
+
+    waits.join = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        workers.wait()
+    del waits.join
+    workers.wait(10)
+    assert not workers.busy and len(done) <= 2
+
+
+def test_errors_of_jobs_are_kept_and_the_others_done():
+    done = []
+
+    def do(job):
+        if job == 3:
+            raise ValueError(job)
+        done.append(job)
+
+    workers = Workers(do, range(6), threads=1)
+    workers.wait()
+    assert done == [0, 1, 2, 4, 5]
+    assert [(job, str(error)) for job, error in workers.errors] == [(3, "3")]
+
+
+LEAVING = """
+import sys, threading, time
+import jax, jax.numpy as jnp
+from jaxserve.step.workers import Workers
+
+def long(x):
+    for i in range({operations}):
+        x = jnp.sort(jnp.sin(x) @ x + i, axis=0)
+    return x
+
+class AtTheEnd:
+    def __del__(self, sleep=time.sleep):
+        sleep({finalizing})
+
+kept = AtTheEnd()
+lowered = jax.jit(long).lower(jax.ShapeDtypeStruct((65, 65), jnp.float32))
+compiling = threading.Event()
+
+def do(job):
+    compiling.set()
+    lowered.compile()
+    print("compiled", flush=True)
+
+workers = Workers(do, range(5), threads=2)
+compiling.wait()
+time.sleep(0.3)
+print("leaving", time.time(), flush=True)
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("", 0), ("1 / 0", 1)])
+def test_a_program_ends_with_its_status_while_xla_compiles(end, status):
+    result, seconds = leave(end, operations=1500, finalizing=0)
+    assert result.returncode == status, result.stderr
+    assert "compiled" not in result.stdout
+    assert seconds < 6  # on a busy machine; half a second of it is waiting for the compilation
+
+
+def test_a_compilation_may_end_while_the_interpreter_goes():
+    result, _ = leave("sys.exit(3)", operations=100, finalizing=8)
+    assert result.returncode == 3, result.stderr
+
+
+def leave(end, operations, finalizing):
+    """A program that ends while XLA compiles `operations` sorts: (result, seconds it took to)."""
+    script = LEAVING.format(end=end, operations=operations, finalizing=finalizing)
+    environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env={**os.environ, **environment}
+    )
+    return result, time.time() - float(result.stdout.split()[1])
