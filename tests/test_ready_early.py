@@ -168,6 +168,7 @@ def test_nobody_waits_for_what_is_being_compiled_behind(tiny_models, gate, end):
     assert time.monotonic() - started < 2
     gate.set()
     behind = programs._behind
+    assert behind is not None
     behind.wait(60)
     assert not behind.busy and len(programs) == 0
 
