@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxserve.compat import Settings, on_backend_compile, without_compilation_cache
+from jaxserve.parallel.mesh import first_device
 from jaxserve.step.catalogue import Lowerable, ProgramKey
 from jaxserve.step.notice import Notice
 from jaxserve.step.stored import StoredPrograms
@@ -34,11 +36,11 @@ class Programs:
     """
 
     def __init__(
-        self, builder: Builder, device: Any, options: CompilerOptions,
+        self, builder: Builder, mesh: Mesh, options: CompilerOptions,
         stored: StoredPrograms | None = None,
     ):  # fmt: skip
         self._builder = builder
-        self._device = device
+        self._mesh = mesh
         self._options = options
         self._stored = stored
         self._settings = Settings.here()
@@ -104,8 +106,9 @@ class Programs:
         self._complete = True
 
     def _compile(self, key: ProgramKey, late: bool) -> Any:
-        # On whichever thread: a builder may trace, too, to learn shapes.
-        with self._settings.applied(), jax.default_device(self._device):
+        # On whichever thread: a builder may trace, too, to learn shapes. Shardings say where a
+        # program runs; kernels are chosen for the default device.
+        with self._settings.applied(), jax.default_device(first_device(self._mesh)):
             return self._make(key, late)
 
     def _make(self, key: ProgramKey, late: bool) -> Any:

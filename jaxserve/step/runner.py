@@ -15,6 +15,7 @@ from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import COPYING_BYTES
 from jaxserve.cache.pool import cache_dtype
 from jaxserve.config import EngineConfig
+from jaxserve.parallel.mesh import first_device, replicated
 from jaxserve.step import step
 from jaxserve.step.catalogue import Catalogue, ProgramKey
 from jaxserve.step.compile import Programs
@@ -28,6 +29,8 @@ from jaxserve.step.xla_options import xla_options
 from jaxserve.weights import arrange
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from converters import LoadedModel
 
 phase = jax.profiler.TraceAnnotation
@@ -35,21 +38,23 @@ phase = jax.profiler.TraceAnnotation
 
 
 class Runner:
-    """One model on one device. Not thread-safe: the engine thread calls it."""
+    """One model on one mesh. Not thread-safe: the engine thread calls it."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel):
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, mesh: Mesh):
+        """loaded: with parameters that lie on `mesh`."""
         self.model_config = loaded.config
         params, self._bind = arrange(loaded.declaration, loaded.params, config.program.crossovers)
         self._arrays: dict[str, Any] = {"params": params}
         """What the device keeps, by the names that programs have for it."""
         self.dtype = loaded.declaration.dtype
         self._quantized = loaded.declaration.quantization is not None
-        self._device = next(iter(params[0].devices()))
+        self._mesh = mesh
+        self._replicated = replicated(mesh)
         self.memory = Memory(
             config,
             self.model_config,
             cache_dtype(config.program.kv_cache_dtype, self.dtype),
-            self._device,
+            mesh,
             sum(p.nbytes for p in params),
         )
         self._catalogue = self._make_catalogue()
@@ -74,13 +79,16 @@ class Runner:
     # -- programs ---------------------------------------------------------------------------------
 
     def _make_catalogue(self) -> Catalogue:
-        params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self._arrays["params"])
-        facts = Facts(self.model_config, self.memory, self.dtype, params, self._bind, self._device)
+        params = tuple(
+            jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
+            for p in self._arrays["params"]
+        )
+        facts = Facts(self.model_config, self.memory, self.dtype, params, self._bind, self._mesh)
         return engine_programs(facts)
 
     def _make_programs(self) -> Programs:
         options = functools.partial(xla_options, self.config.program, quantized=self._quantized)
-        return Programs(self._catalogue.lowerable, self._device, options, self._stored)
+        return Programs(self._catalogue.lowerable, self._mesh, options, self._stored)
 
     def _fit_pool(self) -> None:
         """Make sure that the largest programs' temporaries fit beside the pool."""
@@ -106,7 +114,7 @@ class Runner:
         if self.config.program_folder is None:
             return None
         facts = (self.config.program, self.model_config)
-        stored = StoredPrograms(self.config.program_folder, self._device, facts)
+        stored = StoredPrograms(self.config.program_folder, self._mesh, facts)
         stored.prune()
         return stored
 
@@ -117,12 +125,12 @@ class Runner:
         self._free()
         if self.host is not None:
             self.host.reset()
-        with jax.default_device(self._device):
+        with jax.default_device(first_device(self._mesh)):
             self._arrays["cache"] = self.memory.make_cache()
             self._arrays.update(self.memory.make_state()._asdict())
         self._upload: tuple[np.ndarray, jax.Array] | None = None
         _, width = self.config.program.logprob_columns(wide=True)
-        self._wide_ids = WideIds(self.config.program.max_rows, width, self._device)
+        self._wide_ids = WideIds(self.config.program.max_rows, width, self._replicated)
 
     def memory_usage(self) -> dict[str, float]:
         """GiB by use, and the device's own count where it keeps one."""
@@ -172,7 +180,7 @@ class Runner:
 
     def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:
         if self._upload is None or not np.array_equal(self._upload[0], upload):
-            self._upload = (upload, jax.device_put(upload, self._device))
+            self._upload = (upload, jax.device_put(upload, self._replicated))
         kind = "decode" if batch.steps == 1 else "decode_many"
         ending, wide = self._reporting(batch)
         return self._run((kind + ending, batch.row_bucket), rows=self._upload[1], **wide)
