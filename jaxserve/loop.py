@@ -30,6 +30,7 @@ from jaxserve.output.commit import ABORTED, commit, fail, failure_reason, finish
 from jaxserve.output.counters import collect
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
+from jaxserve.parallel.mesh import first_device
 from jaxserve.process import Home, Uncopyable, abandon
 from jaxserve.request import Request, Update
 from jaxserve.scheduler.queue_limit import QueueLimit
@@ -40,6 +41,8 @@ from jaxserve.step.result import StepResult
 from jaxserve.step.runner import Runner, phase
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from converters import LoadedModel
     from jaxserve.api.profile import ProfileSpec
     from jaxserve.server_args import ServerArgs
@@ -85,16 +88,15 @@ class EngineLoop(Uncopyable):
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
     @classmethod
-    def start(cls, args: ServerArgs, loaded: LoadedModel) -> EngineLoop:
-        """Build an engine around a model, compile what is to be compiled beforehand, and start its
-        thread."""
+    def start(cls, args: ServerArgs, loaded: LoadedModel, mesh: Mesh) -> EngineLoop:
+        """Build an engine around a model whose parameters lie on `mesh`, compile what is to be
+        compiled beforehand, and start its thread."""
         started = time.perf_counter()
-        params = loaded.params.values()
-        device = next(iter(next(iter(params)).devices()))
+        device = first_device(mesh)
         kind = machine_of(device.platform, device.device_kind)
-        weight_bytes = sum(x.nbytes for x in params)
+        weight_bytes = sum(x.nbytes for x in loaded.params.values())
         config = EngineConfig.resolve(args, loaded.config, kind, weight_bytes)
-        runner = Runner(config, loaded)
+        runner = Runner(config, loaded, mesh)
         loop = cls(config, runner)
         loop.limits.log_cut(asked=config.max_total_tokens is not None)
         loop._thread.start()

@@ -11,6 +11,7 @@ import converters
 from jaxserve.api.startup import start, tokenizer_eos
 from jaxserve.errors import InvalidRequestError, ModelLoadError
 from jaxserve.loop import EngineLoop
+from jaxserve.parallel.mesh import mesh_of, replicated
 from jaxserve.server_args import ServerArgs
 from tests.api_fakes import byte_level_tokenizer
 
@@ -71,7 +72,8 @@ def test_options_reach_the_loader(calls):
         "download_dir": "d",
         "seed": 5,
     }
-    assert sharding.device_set == {jax.devices("cpu")[0]}
+    mesh = mesh_of(jax.devices("cpu")[0])
+    assert sharding == replicated(mesh)
     assert calls["tokenizer"] == (
         ("tok",),
         {
@@ -81,7 +83,7 @@ def test_options_reach_the_loader(calls):
             "chat_template": "{{ x }}",
         },
     )
-    assert calls["loop"] == ((args, calls["loaded"]), {})
+    assert calls["loop"] == ((args, calls["loaded"], mesh), {})
     assert (started.loop, started.tokenizer, started.load_format, started.quantization) == (
         LOOP,
         TOKENIZER,
@@ -91,10 +93,11 @@ def test_options_reach_the_loader(calls):
     assert started.eos_ids == {3, 4, TOKENIZER.eos_token_id}
 
 
-def test_defaults_leave_the_choice_to_the_loader(calls):
+def test_defaults_take_the_first_device_and_leave_the_dtype_to_the_loader(calls):
     started = start(ServerArgs("model", skip_tokenizer_init=True, compilation_cache_dir=""))
     assert started.tokenizer is None and started.eos_ids == {3, 4} and "tokenizer" not in calls
-    assert calls["load"][1]["sharding"] is None and calls["load"][1]["dtype"] == "auto"
+    assert calls["load"][1]["dtype"] == "auto"
+    assert calls["load"][1]["sharding"] == replicated(mesh_of(jax.devices()[0]))
     assert tokenizer_eos(None) == frozenset()
 
 

@@ -98,6 +98,11 @@ def test_options_are_on_the_ground_floor():
         assert all(name.startswith(allowed) for name in ours), (path, ours)
 
 
+@pytest.mark.parametrize("path", files("jaxserve/parallel"), ids=lambda p: p.name)
+def test_meshes_know_nothing_of_the_engine(path):
+    assert not {name for name in imports(path) if name.startswith("jaxserve.")}
+
+
 def test_machines_know_nothing_of_the_engine():
     assert not {name for name in imports(ROOT / "jaxserve/machine.py") if "jaxserve" in name}
 

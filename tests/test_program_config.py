@@ -11,6 +11,7 @@ import converters
 from jaxserve.batch.buckets import Buckets
 from jaxserve.config import EngineConfig, HostMemory, ProgramConfig
 from jaxserve.machine import DeviceMemory
+from jaxserve.parallel.mesh import mesh_of, replicated
 from jaxserve.scheduler.policy import Policy
 from jaxserve.server_args import ServerArgs
 from jaxserve.step.runner import Runner
@@ -21,6 +22,7 @@ OPTIONS = {
     "context_length": 128, "max_running_requests": 4, "max_total_tokens": 512,
     "num_continuous_decode_steps": 2,
 }  # fmt: skip
+MESH = mesh_of(jax.devices()[0])
 KEYS = [("decode", 2), ("decode_many", 2), ("extend", 64)]
 OF_ARGUMENTS_AND_CODE = {
     "crossovers": GPU.crossovers,
@@ -43,7 +45,7 @@ class Made:
     def __init__(self, config: EngineConfig, loaded: converters.LoadedModel, folder: str):
         copies = {name: array.copy() for name, array in loaded.params.items()}
         config = dataclasses.replace(config, program_folder=folder)
-        self.runner = Runner(config, dataclasses.replace(loaded, params=copies))
+        self.runner = Runner(config, dataclasses.replace(loaded, params=copies), MESH)
         self.programs = self.runner.programs
 
     def name(self, key):
@@ -60,7 +62,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def loaded(tiny_models):
-    return converters.load(tiny_models("llama"))
+    return converters.load(tiny_models("llama"), sharding=replicated(MESH))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from jaxserve.cache.pool import ALLOCATOR_FRACTION, count_pages, page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.models.registry import config_from_hf
+from jaxserve.parallel.mesh import mesh_of
 from jaxserve.server_args import ServerArgs
 from jaxserve.step.compile import Programs
 from jaxserve.step.xla_options import xla_options
@@ -112,7 +113,7 @@ def test_programs_are_traced_in_turn_and_compiled_side_by_side():
 
         return traced, (jax.ShapeDtypeStruct((8,), jnp.float32),), ()
 
-    programs = Programs(builder, jax.devices("cpu")[0], lambda rows: {})
+    programs = Programs(builder, mesh_of(jax.devices("cpu")[0]), lambda rows: {})
     keys = [("scale", n) for n in range(8)]
     assert gc.isenabled()
     programs.build(keys, threads=8)

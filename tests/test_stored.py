@@ -10,6 +10,7 @@ import pytest
 
 from jaxserve.compat import without_compilation_cache
 from jaxserve.folders import PrivateFolder, UnsafeFileError
+from jaxserve.parallel.mesh import mesh_of
 from jaxserve.step import stored
 from jaxserve.step.stored import StoredPrograms
 
@@ -32,7 +33,7 @@ def place(tmp_path, program, caplog):
 
 
 def store(place):
-    return StoredPrograms(place, jax.devices("cpu")[0], ())
+    return StoredPrograms(place, mesh_of(jax.devices("cpu")[0]), ())
 
 
 def warned(caplog):

@@ -16,7 +16,7 @@ from jaxserve.process import check_jax
 from jaxserve.server_args import ServerArgs
 
 if TYPE_CHECKING:
-    import jax
+    from jax.sharding import Mesh
 
     from jaxserve.loop import EngineLoop
 
@@ -60,13 +60,14 @@ def start(args: ServerArgs) -> Started:
 def _start(args: ServerArgs) -> Started:
     import converters
     from jaxserve.loop import EngineLoop
+    from jaxserve.parallel.mesh import replicated
 
     if args.trust_remote_code:
         warnings.warn(
             "trust_remote_code=True is ignored: jaxserve never runs a checkpoint's code",
             stacklevel=4,
         )
-    sharding = _prepare_jax(args)
+    mesh = _prepare_jax(args)
     tokenizer = None
     if not args.skip_tokenizer_init:
         tokenizer = converters.load_tokenizer(
@@ -81,14 +82,14 @@ def _start(args: ServerArgs) -> Started:
         load_format=args.load_format,
         dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
         quantization=args.quantization,
-        sharding=sharding,
+        sharding=replicated(mesh),
         config_overrides=args.config_overrides,
         revision=args.revision,
         download_dir=args.download_dir,
         seed=args.random_seed or 0,
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
-    loop = EngineLoop.start(args, loaded)
+    loop = EngineLoop.start(args, loaded, mesh)
     facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
     return Started(
         loop,
@@ -114,13 +115,12 @@ def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
-    """Configures JAX for an engine; where its parameters go, None for the default device."""
-    import jax
-
+def _prepare_jax(args: ServerArgs) -> Mesh:
+    """Configures JAX for an engine; the devices that it runs on."""
     from jaxserve import compat
     from jaxserve.cache.host_pool import pinned_limit
     from jaxserve.cache.pool import ALLOCATOR_FRACTION
+    from jaxserve.parallel.mesh import mesh_of
 
     compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
     if args.enable_hierarchical_cache:
@@ -131,7 +131,7 @@ def _prepare_jax(args: ServerArgs) -> jax.sharding.Sharding | None:
         folder = None if configured else _cache_folder(args.compilation_cache_dir)
         if configured or folder:
             compat.enable_compilation_cache(folder)
-    return None if args.device is None else jax.sharding.SingleDeviceSharding(device)
+    return mesh_of(device)
 
 
 def _device(option: str | None) -> Any:

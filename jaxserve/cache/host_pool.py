@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.memory import available_host_memory
+from jaxserve.parallel.mesh import replicated
 
 BLOCK_BYTES = 32 << 20
 MOST_PAGES = 16
@@ -37,15 +38,15 @@ def pages_per_block(page_bytes: int, num_pages: int) -> int:
 
 class HostPool:
     """Blocks [2, L, C, S, K, H] (K and V, layers, pages of a block) in the memory space
-    "pinned_host" of `device`. Not thread-safe: the engine thread calls it."""
+    "pinned_host" of `mesh`. Not thread-safe: the engine thread calls it."""
 
     def __init__(
-        self, device: Any, shape: tuple[int, ...], dtype: jnp.dtype, num_bytes: int, asked: str
+        self, mesh: Mesh, shape: tuple[int, ...], dtype: jnp.dtype, num_bytes: int, asked: str
     ):
         """shape: of a block. num_bytes: of the whole pool. asked: the option and its value.
         InvalidRequestError: it is less than a block, or more than the machine has."""
-        self._device = jax.sharding.SingleDeviceSharding(device)
-        self._host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._device = replicated(mesh)
+        self._host = replicated(mesh, memory_kind="pinned_host")
         self._copying: deque[jax.Array] = deque()
         self.block_bytes = jax.ShapeDtypeStruct(shape, dtype).size * dtype.itemsize
         self.num_blocks = num_bytes // self.block_bytes
@@ -63,8 +64,7 @@ class HostPool:
                 "GiB are there to give"
             )
         try:
-            with jax.default_device(device):
-                empty = jnp.zeros(shape, dtype)
+            empty = jnp.zeros(shape, dtype, device=self._device)
             self._blocks = [jax.device_put(empty, self._host) for _ in range(self.num_blocks)]
             jax.block_until_ready(self._blocks)
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from jaxserve.attention.paged import Cache
 from jaxserve.errors import InvalidRequestError
@@ -102,9 +103,15 @@ def coarse(pages: int) -> int:
 
 
 def make_cache(
-    model: ModelConfig, num_pages: int, page_size: int, max_rows: int, dtype: jnp.dtype
+    model: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    max_rows: int,
+    dtype: jnp.dtype,
+    sharding: Sharding | None = None,
 ) -> Cache:
-    """Empty pages, and locks for `max_rows` rows."""
+    """Empty pages, and locks for `max_rows` rows. sharding: None is the default device."""
     shape = (model.num_layers * num_pages, page_size, model.num_kv_heads, model.head_dim)
-    locks = jnp.zeros(max_rows * model.num_kv_heads, jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), locks)
+    locks = jnp.zeros(max_rows * model.num_kv_heads, jnp.int32, device=sharding)
+    k, v = (jnp.zeros(shape, dtype, device=sharding) for _ in range(2))
+    return Cache(k, v, locks)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxserve.compat import Settings, on_backend_compile, without_compilation_cache
+from jaxserve.parallel.mesh import first_device
 from jaxserve.step.catalogue import Lowerable, ProgramKey
 from jaxserve.step.notice import Notice
 from jaxserve.step.stored import StoredPrograms
@@ -38,7 +40,7 @@ class Programs:
     def __init__(
         self,
         builder: Builder,
-        device: Any,
+        mesh: Mesh,
         options: CompilerOptions,
         stored: StoredPrograms | None = None,
         *,
@@ -47,7 +49,7 @@ class Programs:
         """times_kernels: XLA chooses kernels by timing them, which it must not while requests
         run."""
         self._builder = builder
-        self._device = device
+        self._mesh = mesh
         self._options = options
         self._stored = stored
         self._times_kernels = times_kernels
@@ -160,6 +162,13 @@ class Programs:
         """What is compiled on first use from now on is late."""
         self._complete = True
 
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """On whichever thread: a builder may trace, too, to learn shapes. Shardings say where a
+        program runs; kernels are chosen for the default device."""
+        with self._settings.applied(), jax.default_device(first_device(self._mesh)):
+            yield
+
     def _missing(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         return [key for key in dict.fromkeys(keys) if key not in self._compiled]
 
@@ -174,8 +183,7 @@ class Programs:
         return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
 
     def _compile(self, key: ProgramKey, *, late: bool = False, at_rest: bool = True) -> Any:
-        # On whichever thread: a builder may trace, too, to learn shapes.
-        with self._settings.applied(), jax.default_device(self._device):
+        with self._on_device():
             started = time.perf_counter()
             how, program = "loaded", self._find(key)
             if program is None:
@@ -186,7 +194,7 @@ class Programs:
         return program
 
     def _load(self, key: ProgramKey) -> None:
-        with self._settings.applied(), jax.default_device(self._device):
+        with self._on_device():
             started = time.perf_counter()
             program = self._find(key)
             if program is None:
@@ -195,7 +203,7 @@ class Programs:
         self._count(key, "loaded", time.perf_counter() - started)
 
     def _choose(self, key: ProgramKey) -> None:
-        with self._settings.applied(), jax.default_device(self._device):
+        with self._on_device():
             started = time.perf_counter()
             lowered, options = self._lower(key, self._builder(key))
             self._xla(lowered, options)

@@ -8,33 +8,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxserve.attention.paged import Cache
 from jaxserve.cache.host_pool import BLOCK_BYTES, COPYING_BYTES, HostPool, pages_per_block
 from jaxserve.cache.pool import count_pages, make_cache, page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.parallel.mesh import abstract, first_device, replicated
 from jaxserve.step.state import DeviceState, initial_state
 
 
 class Memory:
-    """Sizes of one engine's pool, state and host tier on `device`, and the arrays of these sizes.
+    """Sizes of one engine's pool, state and host tier on `mesh`, and the arrays of these sizes.
 
     config: with tables no wider than the pool, where a sequence cannot be longer. num_pages: of the
     pool.
     """
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, device: Any,
+        self, config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, mesh: Mesh,
         weight_bytes: int,
     ):  # fmt: skip
-        """dtype: of the pages. weight_bytes: of the parameters, which are on the device already.
+        """dtype: of the pages. weight_bytes: of the parameters, which are on the mesh already.
         InvalidRequestError: no page fits."""
         self.config = config
         self.cache_dtype = dtype
         self.weight_bytes = weight_bytes
         self._model = model
-        self._device = device
+        self._mesh = mesh
+        self._replicated = replicated(mesh)
         self.num_pages = 0
         self._size(0)
 
@@ -49,8 +52,9 @@ class Memory:
     def _size(self, program_bytes: int, most: int | None = None) -> None:
         state = jax.eval_shape(self.make_state)
         others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        device = first_device(self._mesh)
         pages = count_pages(
-            self.config, self._model, self.cache_dtype, self._device, self.weight_bytes, others
+            self.config, self._model, self.cache_dtype, device, self.weight_bytes, others
         )
         if self._model.window is None and pages < self.config.program.table_width:
             program = dataclasses.replace(self.config.program, table_width=pages)
@@ -63,22 +67,28 @@ class Memory:
         """Empty pages."""
         program = self.config.program
         return make_cache(
-            self._model, self.num_pages, program.page_size, program.max_rows, self.cache_dtype
+            self._model,
+            self.num_pages,
+            program.page_size,
+            program.max_rows,
+            self.cache_dtype,
+            self._replicated,
         )
 
     def make_state(self) -> DeviceState:
         """Empty slots."""
-        return initial_state(self.config.program, self._model.vocab_size)
+        state = initial_state(self.config.program, self._model.vocab_size)
+        return jax.device_put(state, self._replicated)
 
     @functools.cached_property
     def cache_spec(self) -> Cache:
-        """Shapes of `make_cache`."""
-        return jax.eval_shape(self.make_cache)
+        """Shapes and shardings of `make_cache`."""
+        return abstract(jax.eval_shape(self.make_cache), self._replicated)
 
     @functools.cached_property
     def state_spec(self) -> DeviceState:
-        """Shapes of `make_state`."""
-        return jax.eval_shape(self.make_state)
+        """Shapes and shardings of `make_state`."""
+        return abstract(jax.eval_shape(self.make_state), self._replicated)
 
     @functools.cached_property
     def block_pages(self) -> int:
@@ -100,7 +110,7 @@ class Memory:
         if option is None:
             return None
         num_bytes = option.num_bytes(self.num_pages * self._page_bytes)
-        return HostPool(self._device, self.block_shape, self.cache_dtype, num_bytes, option.name)
+        return HostPool(self._mesh, self.block_shape, self.cache_dtype, num_bytes, option.name)
 
     def usage(self, arrays: dict[str, Any], host: HostPool | None) -> dict[str, float]:
         """GiB by use, and the device's own count where it keeps one. arrays: what the engine keeps
@@ -115,7 +125,8 @@ class Memory:
         }
         if host is not None:
             usage["host_kvcache"] = host.nbytes / gib
-        stats = self._device.memory_stats() if self.config.program.platform != "cpu" else None
+        on_cpu = self.config.program.platform == "cpu"
+        stats = None if on_cpu else first_device(self._mesh).memory_stats()
         if stats:
             usage["in_use"] = stats["bytes_in_use"] / gib
             usage["peak"] = stats["peak_bytes_in_use"] / gib

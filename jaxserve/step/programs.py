@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxserve.attention.paged import PagedOps
 from jaxserve.batch.pack import ExtendLayout
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration, declare
+from jaxserve.parallel.mesh import abstract, first_device, replicated
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import pages, products, step
 from jaxserve.step.catalogue import Catalogue, Program
@@ -29,19 +31,29 @@ from pallas_kernels import decode_implementation
 class Facts:
     """What the programs of an engine are made of."""
 
-    model: ModelConfig
+    declaration: Declaration
     memory: Memory
-    dtype: jnp.dtype
-    """Of activations."""
     params: tuple[jax.ShapeDtypeStruct, ...]
     """Abstract parameters, in the order in which `bind` takes them."""
     bind: Bind
-    declaration: Declaration
-    device: Any
+    mesh: Mesh
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.declaration.config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations."""
+        return self.declaration.dtype
 
     @property
     def config(self) -> EngineConfig:
         return self.memory.config
+
+    def array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An abstract argument of which every device has a whole copy."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
     def shallow(self, layers: int) -> Facts:
         """Of the same model with its first `layers` layers alone (as parameters, not arrays)."""
@@ -49,9 +61,8 @@ class Facts:
         of = self.declaration
         declaration = declare(model, of.dtype, of.quantization)
         specs, bind = kept(declaration, self.config.program.crossovers)
-        return dataclasses.replace(
-            self, model=model, params=tuple(specs.values()), bind=bind, declaration=declaration
-        )
+        params = abstract(tuple(specs.values()), replicated(self.mesh))
+        return dataclasses.replace(self, declaration=declaration, params=params, bind=bind)
 
     def step_model(self, top: int) -> step.StepModel:
         """The model over a cache of the present size; top: columns of the best logprobs."""
@@ -69,9 +80,9 @@ class Facts:
         """Whether a decode step of `rows` rows has a Mosaic kernel. (Being wrong about it only
         costs time at the first start.)"""
         model, program = self.model, self.config.program
-        q = jax.ShapeDtypeStruct((rows, model.num_heads, model.head_dim), self.dtype)
-        table = _ints(rows, program.table_width)
-        with jax.default_device(self.device):
+        q = self.array(rows, model.num_heads, model.head_dim, dtype=self.dtype)
+        table = self.array(rows, program.table_width)
+        with jax.default_device(first_device(self.mesh)):
             name = decode_implementation(q, self.memory.cache_spec.k, table, program.attention)
         return name.startswith("mosaic")
 
@@ -96,7 +107,7 @@ class Facts:
         state = self.memory.state_spec._asdict()
         _, named = self.config.program.logprob_columns(wide)
         state["sparse"] = state["sparse"]._replace(
-            logprob_ids=_ints(self.config.program.max_rows + 1, named)
+            logprob_ids=self.array(self.config.program.max_rows + 1, named)
         )
         return {"params": self.params, "cache": self.memory.cache_spec, **state}
 
@@ -117,7 +128,7 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
     top, _ = program.logprob_columns(wide)
 
     def vector(tokens: int) -> jax.ShapeDtypeStruct:
-        return _ints(facts.layout(tokens).size)
+        return facts.array(facts.layout(tokens).size)
 
     def extend(tokens: int) -> Callable[..., Any]:
         return functools.partial(step.extend_step, facts.step_model(top), facts.layout(tokens))
@@ -146,7 +157,7 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
         Program(
             kind + ending,
             decode(steps),
-            {**state, "rows": lambda rows: _ints(2, rows)},
+            {**state, "rows": lambda rows: facts.array(2, rows)},
             donated=("cache", "progress", "sampled"),
             buckets=buckets.decode[::-1],
             first=buckets.first.decode if steps == 1 else buckets.decode[-1:],
@@ -164,7 +175,7 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
             {
                 **{name: state[name] for name in ("params", "row_params", "sparse")},
                 "packed": vector,
-                "hidden": lambda tokens: jax.ShapeDtypeStruct((tokens, hidden), facts.dtype),
+                "hidden": lambda tokens: facts.array(tokens, hidden, dtype=facts.dtype),
             },
             buckets=buckets.extend[::-1],
             first=buckets.first.extend,
@@ -183,7 +194,7 @@ def choosing_programs(facts: Facts) -> list[Program]:
     model = few.model
 
     def attended(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        each = jax.ShapeDtypeStruct((tokens, model.num_heads * model.head_dim), facts.dtype)
+        each = facts.array(tokens, model.num_heads * model.head_dim, dtype=facts.dtype)
         return (each,) * model.num_layers
 
     def entry(ladder: str, rows: Callable[[int], int]) -> Program:
@@ -194,8 +205,8 @@ def choosing_programs(facts: Facts) -> list[Program]:
             {
                 "params": few.params,
                 "attended": attended,
-                "tokens": _ints,
-                "at": lambda tokens: _ints(rows(tokens)),
+                "tokens": facts.array,
+                "at": lambda tokens: facts.array(rows(tokens)),
             },
         )
 
@@ -213,19 +224,19 @@ def page_programs(facts: Facts) -> list[Program]:
     def of_layers(function: Callable[..., Any]) -> Callable[[int], Callable[..., Any]]:
         return lambda bucket: functools.partial(function, layers)
 
-    row = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in sparse._asdict().items()}
+    row = {name: facts.array(*x.shape[1:], dtype=x.dtype) for name, x in sparse._asdict().items()}
     entries = [
         Program(
             "copy_pages",
             of_layers(pages.copy_pages),
-            {"cache": cache, "sources": _ints, "targets": _ints},
+            {"cache": cache, "sources": facts.array, "targets": facts.array},
             donated=("cache",),
             buckets=(pages.COPY_WIDTH,),
         ),
         Program(
             "install_sparse",
             lambda bucket: pages.install_sparse,
-            {"sparse": sparse, "slot": _ints(), **row},
+            {"sparse": sparse, "slot": facts.array(), **row},
             donated=("sparse",),
             buckets=(0,),
         ),
@@ -233,24 +244,20 @@ def page_programs(facts: Facts) -> list[Program]:
     if facts.config.host is None:
         return entries
     block = (memory.block_pages,)
-    content = jax.ShapeDtypeStruct(memory.block_shape, memory.cache_dtype)
+    content = facts.array(*memory.block_shape, dtype=memory.cache_dtype)
     return [
         *entries,
         Program(
             "gather_pages",
             of_layers(pages.gather_pages),
-            {"cache": cache, "pages": _ints},
+            {"cache": cache, "pages": facts.array},
             buckets=block,
         ),
         Program(
             "scatter_pages",
             of_layers(pages.scatter_pages),
-            {"cache": cache, "pages": _ints, "content": content},
+            {"cache": cache, "pages": facts.array, "content": content},
             donated=("cache",),
             buckets=block,
         ),
     ]
-
-
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -15,6 +15,7 @@ from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import COPYING_BYTES
 from jaxserve.cache.pool import cache_dtype
 from jaxserve.config import EngineConfig
+from jaxserve.parallel.mesh import first_device, replicated
 from jaxserve.step import step
 from jaxserve.step.catalogue import ProgramKey
 from jaxserve.step.compile import Programs
@@ -29,6 +30,8 @@ from jaxserve.step.xla_options import chooses_by_timing, xla_options
 from jaxserve.weights import arrange
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from converters import LoadedModel
 
 phase = jax.profiler.TraceAnnotation
@@ -36,20 +39,22 @@ phase = jax.profiler.TraceAnnotation
 
 
 class Runner:
-    """One model on one device. Not thread-safe: the engine thread calls it."""
+    """One model on one mesh. Not thread-safe: the engine thread calls it."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel):
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, mesh: Mesh):
+        """loaded: with parameters that lie on `mesh`."""
         self.model_config = loaded.config
         params, self._bind = arrange(loaded.declaration, loaded.params, config.program.crossovers)
         self._arrays: dict[str, Any] = {"params": params}
         """What the device keeps, by the names that programs have for it."""
         self.dtype = loaded.declaration.dtype
-        self._device = next(iter(params[0].devices()))
+        self._mesh = mesh
+        self._replicated = replicated(mesh)
         self.memory = Memory(
             config,
             self.model_config,
             cache_dtype(config.program.kv_cache_dtype, self.dtype),
-            self._device,
+            mesh,
             sum(p.nbytes for p in params),
         )
         self._declaration = loaded.declaration
@@ -77,21 +82,16 @@ class Runner:
 
     def _declare_programs(self) -> None:
         """For a pool of the present size."""
-        params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self._arrays["params"])
-        facts = Facts(
-            self.model_config,
-            self.memory,
-            self.dtype,
-            params,
-            self._bind,
-            self._declaration,
-            self._device,
+        params = tuple(
+            jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
+            for p in self._arrays["params"]
         )
+        facts = Facts(self._declaration, self.memory, params, self._bind, self._mesh)
         quantized = self._declaration.quantization is not None
         self._catalogue = engine_programs(facts)
         self.programs = Programs(
             self._catalogue.lowerable,
-            self._device,
+            self._mesh,
             functools.partial(xla_options, self.config.program, quantized=quantized),
             self._stored,
             times_kernels=chooses_by_timing(self.config.program),
@@ -119,7 +119,7 @@ class Runner:
         if self.config.program_folder is None:
             return None
         facts = (self.config.program, self.model_config)
-        stored = StoredPrograms(self.config.program_folder, self._device, facts)
+        stored = StoredPrograms(self.config.program_folder, self._mesh, facts)
         stored.prune()
         return stored
 
@@ -130,12 +130,12 @@ class Runner:
         self._free()
         if self.host is not None:
             self.host.reset()
-        with jax.default_device(self._device):
+        with jax.default_device(first_device(self._mesh)):
             self._arrays["cache"] = self.memory.make_cache()
             self._arrays.update(self.memory.make_state()._asdict())
         self._upload: tuple[np.ndarray, jax.Array] | None = None
         _, width = self.config.program.logprob_columns(wide=True)
-        self._wide_ids = WideIds(self.config.program.max_rows, width, self._device)
+        self._wide_ids = WideIds(self.config.program.max_rows, width, self._replicated)
 
     def memory_usage(self) -> dict[str, float]:
         """GiB by use, and the device's own count where it keeps one."""
@@ -185,7 +185,7 @@ class Runner:
 
     def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:
         if self._upload is None or not np.array_equal(self._upload[0], upload):
-            self._upload = (upload, jax.device_put(upload, self._device))
+            self._upload = (upload, jax.device_put(upload, self._replicated))
         kind = "decode" if batch.steps == 1 else "decode_many"
         ending, wide = self._reporting(batch)
         return self._run((kind + ending, batch.row_bucket), rows=self._upload[1], **wide)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh
 
 from jaxserve.compat import find_mosaic_runtime, settings, versions
 from jaxserve.folders import PrivateFolder
@@ -31,24 +32,26 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class StoredPrograms:
-    """Executables in `folder`, for `device` and a program that `facts` determine together with its
+    """Executables in `folder`, for `mesh` and a program that `facts` determine together with its
     arguments: everything else that could change what is compiled goes into the file's name."""
 
-    def __init__(self, folder: Path, device: Any, facts: Iterable[Any]):
+    def __init__(self, folder: Path, mesh: Mesh, facts: Iterable[Any]):
         self._folder = PrivateFolder(folder)
         self._warned = False
-        self._device = device
+        self._devices = list(mesh.devices.flat)
+        first = self._devices[0]
         self._common = "\n".join(
             [
-                versions(), settings(), os.environ.get("XLA_FLAGS", ""), device.device_kind,
-                device.client.platform_version, _sources(), *map(repr, facts),
+                versions(), settings(), os.environ.get("XLA_FLAGS", ""), first.device_kind,
+                first.client.platform_version, repr(mesh.shape),
+                repr([device.id for device in self._devices]), _sources(), *map(repr, facts),
             ]
         )  # fmt: skip
 
     def name(self, name: str, abstract: Any, donated: Any, options: Any) -> str:
         """Of the file in which the program of these (abstract) arguments is, or would be."""
         leaves, tree = jax.tree.flatten(abstract)
-        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+        shapes = [(leaf.shape, str(leaf.dtype), repr(leaf.sharding)) for leaf in leaves]
         text = "\n".join(
             [self._common, name, repr(shapes), str(tree), repr(donated), repr(options)]
         )
@@ -63,8 +66,8 @@ class StoredPrograms:
             find_mosaic_runtime()
             serialized, in_tree, out_tree, memory = pickle.loads(_verified(name, content))
             program = serialize_executable.deserialize_and_load(
-                serialized, in_tree, out_tree, backend=self._device.client,
-                execution_devices=[self._device],
+                serialized, in_tree, out_tree, backend=self._devices[0].client,
+                execution_devices=self._devices,
             )  # fmt: skip
             self._folder.touch(name)
         except Exception as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxserve.batch.batch import Batch
 
@@ -14,12 +15,13 @@ WIDE = "_wide"
 
 
 class WideIds:
-    """The rows' ids on `device`: [R+1, I] int32, R `slots`, I `width`. Uploaded anew only when the
-    rows change; usual programs have theirs in the device's state instead, a row at a time."""
+    """The rows' ids, placed by `sharding`: [R+1, I] int32, R `slots`, I `width`. Uploaded anew only
+    when the rows change; usual programs have theirs in the device's state instead, a row at a time.
+    """
 
-    def __init__(self, slots: int, width: int, device: Any):
+    def __init__(self, slots: int, width: int, sharding: Sharding):
         self._shape = slots + 1, width
-        self._device = device
+        self._sharding = sharding
         self._rows: Any = None
         self._array: Any = None
 
@@ -31,5 +33,5 @@ class WideIds:
             named = np.zeros(self._shape, np.int32)
             for slot, ids in rows:
                 named[slot, : len(ids)] = ids
-            self._rows, self._array = rows, jax.device_put(named, self._device)
+            self._rows, self._array = rows, jax.device_put(named, self._sharding)
         return self._array

@@ -1,0 +1,1 @@
+"""On which devices an engine runs, and what of it lies where."""
