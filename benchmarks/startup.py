@@ -16,9 +16,9 @@ in the page cache either way, but for the first process's imports. Of each start
     compiled        XLA compilations until then, not counting what JAX's cache had
     compile_thread_s  compile_s added up over the threads that compile
 
-With --load there is a third start, `rest`, that waits until everything is compiled; and each
-start goes on, the cold and the warm one at once with 64 streams of all lengths, which is when the
-cold one compiles most of its programs:
+With --load the cold and the warm start do not wait until everything is compiled, as a third one,
+`rest`, does; and each start goes on, the cold and the warm one at once with 64 streams of all
+lengths, which is when the cold one compiles most of its programs:
 
     load            requests, seconds, and the longest pause between two chunks of a stream
     complete_s      from the process's start until every program was there
@@ -93,7 +93,7 @@ def start(model: str, options: dict[str, Any], load: bool) -> dict[str, Any]:
 def go_on(engine: Any, options: dict[str, Any]) -> dict[str, Any]:
     """What requests meet while programs are compiled, and afterwards."""
     result: dict[str, Any] = {}
-    if not options.get("wait_until_compiled"):
+    if not options["wait_until_compiled"]:
         result["load"] = streams(engine)
     while engine.get_server_info()["programs_compiling"]:
         time.sleep(0.05)
@@ -216,11 +216,10 @@ def run(
                 rest = launch(model, waiting, Path(folder), load)
                 del rest["machine"]
                 starts.setdefault("rest", []).append(rest)
+            options = {**options, "wait_until_compiled": False}
         with tempfile.TemporaryDirectory() as folder:
             for kind in ("cold", "warm"):
-                result = launch(
-                    model, {"wait_until_compiled": False, **options}, Path(folder), load
-                )
+                result = launch(model, options, Path(folder), load)
                 machine = result.pop("machine")
                 starts[kind].append(result)
             if kept is not None:

@@ -116,6 +116,7 @@ def test_what_concerns_the_host_changes_no_program(base, config, loaded, tmp_pat
         "max_queued": 9,
         "overlap": not config.overlap,
         "precompile": not config.precompile,
+        "wait_until_compiled": not config.wait_until_compiled,
         "max_total_tokens": 527,  # as many pages
         "mem_fraction": 0.5,
         "memory": DeviceMemory(0.5, 0.1),

@@ -91,7 +91,7 @@ def test_a_compilation_that_slips_through_is_counted(tiny_models, caplog):
 
 def test_a_program_first_used_after_precompilation_is_counted(tiny_models, caplog):
     with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
-        engine._loop._runner.programs.precompile([], threads=1)
+        engine._loop._runner.programs.expect_no_more()
         engine.generate(input_ids=[5, 6], sampling_params=SHORT)
         assert engine.get_server_info()["late_compiles"] >= 2
         assert "late compile of extend[64]" in caplog.text
@@ -113,7 +113,7 @@ def test_programs_are_traced_in_turn_and_compiled_side_by_side():
 
         return traced, (jax.ShapeDtypeStruct((8,), jnp.float32),), ()
 
-    programs = Programs(builder, mesh_of(jax.devices("cpu")[0]), lambda rows: {})
+    programs = Programs(builder, mesh_of(jax.devices("cpu")[0]), lambda rows, timed=True: {})
     keys = [("scale", n) for n in range(8)]
     assert gc.isenabled()
     programs.build(keys, threads=8)
@@ -128,8 +128,8 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
     done = []
     compile_one = Programs._compile
 
-    def recorded(self, key, late):
-        program = compile_one(self, key, late)
+    def recorded(self, key, **how):
+        program = compile_one(self, key, **how)
         done.append(key[0])
         return program
 

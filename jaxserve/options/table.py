@@ -257,9 +257,9 @@ class Options:
     )
     wait_until_compiled: bool = option(
         "flag",
-        False,
-        "the constructor returns when every program is compiled, not as soon as some can run "
-        "anything (precompile only)",
+        True,
+        "with precompile: the constructor returns when every program is compiled; False: when a "
+        "few can run anything; the others are compiled while requests run",
     )
     compilation_cache_dir: str | None = option(
         "path", None, "folder of compiled programs; None: the user's cache; '': off"

@@ -25,6 +25,10 @@ def never(bucket: int) -> bool:
     return False
 
 
+def nothing(bucket: int) -> tuple[ProgramKey, ...]:
+    return ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """One kind of program, compiled for each of its buckets.
@@ -49,9 +53,9 @@ class Program:
     ladder: str = ""
     """Which ladder of sizes the buckets are rungs of: "extend", "decode" or "several" (decode
     steps). A rung can be used when all programs of it are there. "": of none."""
-    choices: str = ""
-    """Kind of the program, of the same bucket, whose compilation makes XLA choose the kernels of
-    this one's products, see step.products; "" where nothing is chosen by timing."""
+    choices: Callable[[int], tuple[ProgramKey, ...]] = nothing
+    """The programs whose compilation at rest makes XLA choose kernels for that of a bucket, see
+    step.products."""
     mosaic: Callable[[int], bool] = never
     """Whether the program of a bucket has a Mosaic kernel: those are compiled first."""
 
@@ -97,8 +101,8 @@ class Catalogue:
 
     def choices(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         """The programs that are to be compiled at rest, so that `keys` need not be."""
-        kinds = ((self._programs[kind].choices, bucket) for kind, bucket in keys)
-        return list(dict.fromkeys(key for key in kinds if key[0]))
+        wanted = (self._programs[kind].choices(bucket) for kind, bucket in keys)
+        return sorted({key for each in wanted for key in each})
 
     def rungs(self, ladder: str, ready: Container[ProgramKey]) -> frozenset[int]:
         """The buckets of `ladder` of which every program is among `ready`."""

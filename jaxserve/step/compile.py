@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -19,13 +20,19 @@ from jaxserve.step.catalogue import Lowerable, ProgramKey
 from jaxserve.step.notice import Notice
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.workers import Workers
-from jaxserve.step.xla_options import CHOSEN_BEFORE, WITHOUT_CHOICE
 
 logger = logging.getLogger(__name__)
 
 Builder = Callable[[ProgramKey], Lowerable]
-CompilerOptions = Callable[[int], dict[str, str | bool]]
-"""bucket -> XLA's options."""
+Options = dict[str, str | bool]
+
+
+class CompilerOptions(Protocol):
+    """XLA's options for a program of a bucket."""
+
+    def __call__(self, bucket: int, /, *, timed: bool = True) -> Options:
+        """timed: XLA may time kernels on the device to choose among them."""
+        ...
 
 
 class Programs:
@@ -43,16 +50,11 @@ class Programs:
         mesh: Mesh,
         options: CompilerOptions,
         stored: StoredPrograms | None = None,
-        *,
-        times_kernels: bool = False,
     ):
-        """times_kernels: XLA chooses kernels by timing them, which it must not while requests
-        run."""
         self._builder = builder
         self._mesh = mesh
         self._options = options
         self._stored = stored
-        self._times_kernels = times_kernels
         self._settings = Settings.here()
         self._notice = Notice()
         self._compiled: dict[ProgramKey, Any] = {}
@@ -66,8 +68,7 @@ class Programs:
         self._wanted: set[ProgramKey] = set()
         self.late_compiles = 0
         self.untimed = 0
-        """Programs whose kernels XLA could not choose by timing, because they were compiled while
-        requests ran and no choice had been made before."""
+        """Programs for which XLA timed nothing, because requests ran while they were compiled."""
         self.compile_seconds = 0.0
         """Of all threads, loading included."""
         self.engine_seconds = 0.0
@@ -118,10 +119,11 @@ class Programs:
         self.build([key], threads=1)
         return self._memory[key]
 
-    def load(self, keys: Iterable[ProgramKey], threads: int) -> None:
-        """Those of `keys` that are stored."""
+    def load(self, keys: Iterable[ProgramKey], threads: int, timed_only: bool = True) -> None:
+        """Those of `keys` that are stored. timed_only: not those for which XLA timed nothing."""
         if self._stored is not None:
-            self._all(self._load, self._missing(keys), threads)
+            load = functools.partial(self._load, timed_only=timed_only)
+            self._all(load, self._missing(keys), threads)
 
     def build(
         self, keys: Iterable[ProgramKey], threads: int, choices: Iterable[ProgramKey] = ()
@@ -183,80 +185,75 @@ class Programs:
         return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
 
     def _compile(self, key: ProgramKey, *, late: bool = False, at_rest: bool = True) -> Any:
+        started = time.perf_counter()
         with self._on_device():
-            started = time.perf_counter()
-            how, program = "loaded", self._find(key)
+            program, how = self._find(key, timed_only=at_rest), "loaded"
             if program is None:
-                how, program = "compiled", self._make(key, at_rest)
-            if not self._closed:
-                self._compiled[key] = program
-        self._count(key, how, time.perf_counter() - started, late)
+                program, how = self._make(key, at_rest), "compiled"
+        self._keep(key, program)
+        seconds = time.perf_counter() - started
+        self.compile_seconds += seconds
+        if late:
+            self.late_compiles += 1
+            logger.warning("late compile of %s[%d]: %.1f s", *key, seconds)
+        else:
+            logger.info("%s %s[%d] in %.1f s", how, *key, seconds)
         return program
 
-    def _load(self, key: ProgramKey) -> None:
+    def _load(self, key: ProgramKey, timed_only: bool) -> None:
+        started = time.perf_counter()
         with self._on_device():
-            started = time.perf_counter()
-            program = self._find(key)
-            if program is None:
-                return
-            self._compiled[key] = program
-        self._count(key, "loaded", time.perf_counter() - started)
+            program = self._find(key, timed_only)
+        if program is not None:
+            self._keep(key, program)
+            self.compile_seconds += time.perf_counter() - started
+            logger.info("loaded %s[%d] in %.1f s", *key, time.perf_counter() - started)
 
     def _choose(self, key: ProgramKey) -> None:
+        started = time.perf_counter()
         with self._on_device():
-            started = time.perf_counter()
-            lowered, options = self._lower(key, self._builder(key))
-            self._xla(lowered, options)
+            self._xla(self._lower(key, self._builder(key)), self._options(key[1]))
         logger.info("kernels of %s[%d] chosen in %.1f s", *key, time.perf_counter() - started)
 
-    def _find(self, key: ProgramKey) -> Any | None:
+    def _keep(self, key: ProgramKey, program: Any) -> None:
+        if not self._closed:
+            self._compiled[key] = program
+
+    def _find(self, key: ProgramKey, timed_only: bool) -> Any | None:
         """The stored program."""
-        stored = self._stored
+        stored, lowerable = self._stored, self._builder(key)
         if stored is None:
             return None
-        found = stored.load(self._file(stored, key, self._builder(key)))
-        if found is None:
-            return None
-        program, self._memory[key] = found
-        return program
+        for timed in (True,) if timed_only else (True, False):
+            found = stored.load(self._file(stored, key, lowerable, timed))
+            if found is not None:
+                program, self._memory[key] = found
+                self.untimed += self._is_untimed(key, timed)
+                return program
+        return None
 
-    def _make(self, key: ProgramKey, at_rest: bool) -> Any:
+    def _make(self, key: ProgramKey, timed: bool) -> Any:
         lowerable = self._builder(key)
-        lowered, options = self._lower(key, lowerable)
-        timed = True
-        if at_rest or not self._times_kernels:
-            program = self._xla(lowered, options)
-        else:
-            program, timed = self._compile_untimed(key, lowered, options)
+        program = self._xla(self._lower(key, lowerable), self._options(key[1], timed=timed))
         self._memory[key] = _memory_beside_arguments(program)
-        stored = self._stored
-        if stored is not None and timed:
-            stored.store(self._file(stored, key, lowerable), program, self._memory[key])
+        self.untimed += self._is_untimed(key, timed)
+        if self._stored is not None:
+            file = self._file(self._stored, key, lowerable, timed)
+            self._stored.store(file, program, self._memory[key])
         return program
 
-    def _compile_untimed(
-        self, key: ProgramKey, lowered: Any, options: dict[str, str | bool]
-    ) -> tuple[Any, bool]:
-        """(program, whether its kernels had been chosen by timing before). One whose were not is
-        not worth keeping: a later start compiles it at rest."""
-        try:
-            return self._xla(lowered, options | CHOSEN_BEFORE), True
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" not in str(error):
-                raise
-        self.untimed += 1
-        logger.info("the kernels of %s[%d] are chosen without timing them", *key)
-        return self._xla(lowered, options | WITHOUT_CHOICE), False
+    def _is_untimed(self, key: ProgramKey, timed: bool) -> bool:
+        return not timed and self._options(key[1], timed=False) != self._options(key[1])
 
-    def _lower(self, key: ProgramKey, lowerable: Lowerable) -> tuple[Any, dict[str, str | bool]]:
+    def _lower(self, key: ProgramKey, lowerable: Lowerable) -> Any:
         function, abstract, donated = lowerable
         program = jax.jit(_named(function, _name(key)), donate_argnums=donated)
         # Python, so one at a time at best: in turn, XLA has work after the first program; side by
         # side, all threads end late and together
         with self._lowering, _without_garbage_collection():
-            return program.lower(*abstract), self._options(key[1])
+            return program.lower(*abstract)
 
-    def _xla(self, lowered: Any, options: dict[str, str | bool]) -> Any:
+    def _xla(self, lowered: Any, options: Options) -> Any:
         self._expected.active = True
         try:
             with self._notice.compiling():
@@ -264,17 +261,11 @@ class Programs:
         finally:
             self._expected.active = False
 
-    def _file(self, stored: StoredPrograms, key: ProgramKey, lowerable: Lowerable) -> str:
-        options = self._options(key[1])
+    def _file(
+        self, stored: StoredPrograms, key: ProgramKey, lowerable: Lowerable, timed: bool
+    ) -> str:
+        options = self._options(key[1], timed=timed)
         return stored.name(_name(key), lowerable.arguments, lowerable.donated, options)
-
-    def _count(self, key: ProgramKey, how: str, seconds: float, late: bool = False) -> None:
-        self.compile_seconds += seconds
-        if late:
-            self.late_compiles += 1
-            logger.warning("late compile of %s[%d]: %.1f s", *key, seconds)
-        else:
-            logger.info("%s %s[%d] in %.1f s", how, *key, seconds)
 
     def _on_compile(self, seconds: float) -> None:
         on_engine = threading.get_ident() == self._engine_thread

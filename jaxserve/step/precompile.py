@@ -22,30 +22,26 @@ class Precompilation:
         self._counted = -1
 
     def first(self) -> None:
-        """Load what is stored, compile what an engine cannot answer without, and have XLA make its
-        choices for what comes later: nothing else uses the device, and its memory is free."""
+        """Load what is stored and compile what an engine cannot answer without: everything, if that
+        is to be waited for. Else XLA makes its choices for what comes later, too. Nothing else uses
+        the device, and its memory is free."""
         if not self._config.precompile:
             return
         catalogue, programs, threads = self._catalogue, self._programs, os.cpu_count() or 1
-        everything, first = catalogue.beforehand(), catalogue.first()
-        programs.load(everything, threads)
-        choices = []
-        if not self._config.wait_until_compiled:
-            later = set(everything).difference(first)
-            choices = catalogue.choices(key for key in later if key not in programs)
-        programs.build(catalogue.mosaic_first(first), threads, sorted(choices))
+        everything = catalogue.beforehand()
+        first = everything if self._config.wait_until_compiled else catalogue.first()
+        programs.load(everything, threads, timed_only=self._config.wait_until_compiled)
+        later = set(everything).difference(first)
+        choices = catalogue.choices(key for key in later if key not in programs)
+        programs.build(catalogue.mosaic_first(first), threads, choices)
 
     def rest(self) -> None:
-        """All others; unless that is to be waited for, while requests run, on half of the cores."""
+        """Compile the others while requests run, on half of the cores."""
         if not self._config.precompile:
             return
-        programs, cores = self._programs, os.cpu_count() or 1
+        self._programs.expect_no_more()
         keys = self._catalogue.mosaic_first(self._catalogue.beforehand())
-        if self._config.wait_until_compiled:
-            programs.build(keys, cores)
-        else:
-            programs.build_behind(keys, max(cores // 2, 1))
-        programs.expect_no_more()
+        self._programs.build_behind(keys, max((os.cpu_count() or 1) // 2, 1))
 
     @property
     def ready(self) -> Ready:

@@ -19,12 +19,15 @@ from jaxserve.models.registry import Declaration, declare
 from jaxserve.parallel.mesh import abstract, first_device, replicated
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import pages, products, step
-from jaxserve.step.catalogue import Catalogue, Program
+from jaxserve.step.catalogue import Catalogue, Program, ProgramKey
 from jaxserve.step.memory import Memory
 from jaxserve.step.wide import WIDE
 from jaxserve.step.xla_options import chooses_by_timing
 from jaxserve.weights import Bind, kept
 from pallas_kernels import decode_implementation
+
+LAYER_PRODUCTS, HEAD_PRODUCT = "layer_products", "head_product"
+"""Kinds of the programs that choose kernels."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,9 +101,16 @@ class Facts:
         several = self.config.program.steps_per_dispatch
         return {"decode": 1} | ({"decode_many": several} if several > 1 else {})
 
-    def choices(self, ladder: str) -> str:
-        """Kind of the program that chooses the products' kernels of those of `ladder`."""
-        return f"{ladder}_products" if chooses_by_timing(self.config.program) else ""
+    def choices(self, tokens: int, rows: int) -> tuple[ProgramKey, ...]:
+        """The programs that choose kernels for layers of `tokens` tokens and an LM head of `rows`
+        rows: of few, for which XLA has kernels that it must time."""
+        crossovers = self.config.program.crossovers
+        quantized = self.declaration.quantization is not None
+        most = crossovers.cublas_rows_quantized if quantized else crossovers.cublas_rows
+        if not chooses_by_timing(self.config.program) or (most is not None and tokens >= most):
+            return ()
+        head = ((HEAD_PRODUCT, rows),) if most is None or rows < most else ()
+        return ((LAYER_PRODUCTS, tokens), *head) if tokens else head
 
     def state(self, wide: bool = False) -> dict[str, Any]:
         """The abstract arguments of a step that an engine keeps, by name."""
@@ -149,7 +159,7 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
             buckets=buckets.extend[::-1],
             first=buckets.first.extend,
             ladder="extend",
-            choices=facts.choices("extend"),
+            choices=lambda tokens: facts.choices(tokens, buckets.extend_rows(tokens)),
             mosaic=lambda tokens: True,
         )
     ]
@@ -162,7 +172,7 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
             buckets=buckets.decode[::-1],
             first=buckets.first.decode if steps == 1 else buckets.decode[-1:],
             ladder="decode" if steps == 1 else "several",
-            choices=facts.choices("decode"),
+            choices=lambda rows: facts.choices(rows, rows),
             mosaic=facts.decodes_with_mosaic,
         )
         for kind, steps in facts.decode_kinds.items()
@@ -180,39 +190,35 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
             buckets=buckets.extend[::-1],
             first=buckets.first.extend,
             ladder="extend",
-            choices=facts.choices("extend"),
+            choices=lambda tokens: facts.choices(0, tokens),
         )
     )
     return entries
 
 
 def choosing_programs(facts: Facts) -> list[Program]:
-    """The products of extend and decode steps, see step.products."""
-    if not chooses_by_timing(facts.config.program):
-        return []
-    few = facts.shallow(products.LAYERS)
-    model = few.model
+    """The products of steps of few rows, see step.products."""
+    few, hidden = facts.shallow(products.LAYERS), facts.model.hidden_size
+    model = few.step_model(top=0)
 
     def attended(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        each = facts.array(tokens, model.num_heads * model.head_dim, dtype=facts.dtype)
-        return (each,) * model.num_layers
-
-    def entry(ladder: str, rows: Callable[[int], int]) -> Program:
-        """rows: packed tokens -> rows that sample."""
-        return Program(
-            facts.choices(ladder),
-            lambda tokens: functools.partial(products.products, few.step_model(top=0)),
-            {
-                "params": few.params,
-                "attended": attended,
-                "tokens": facts.array,
-                "at": lambda tokens: facts.array(rows(tokens)),
-            },
-        )
+        each = facts.array(tokens, few.model.num_heads * few.model.head_dim, dtype=facts.dtype)
+        return (each,) * few.model.num_layers
 
     return [
-        entry("extend", facts.config.buckets.extend_rows),
-        entry("decode", lambda rows: rows),
+        Program(
+            LAYER_PRODUCTS,
+            lambda tokens: functools.partial(products.layer_products, model),
+            {"params": few.params, "attended": attended, "tokens": facts.array},
+        ),
+        Program(
+            HEAD_PRODUCT,
+            lambda rows: functools.partial(products.head_product, model),
+            {
+                "params": few.params,
+                "hidden": lambda rows: facts.array(rows, hidden, dtype=facts.dtype),
+            },
+        ),
     ]
 
 

@@ -26,7 +26,7 @@ from jaxserve.step.programs import Facts, engine_programs
 from jaxserve.step.result import Prepared, StepResult
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WIDE, WideIds
-from jaxserve.step.xla_options import chooses_by_timing, xla_options
+from jaxserve.step.xla_options import xla_options
 from jaxserve.weights import arrange
 
 if TYPE_CHECKING:
@@ -94,7 +94,6 @@ class Runner:
             self._mesh,
             functools.partial(xla_options, self.config.program, quantized=quantized),
             self._stored,
-            times_kernels=chooses_by_timing(self.config.program),
         )
         self._precompilation = Precompilation(self.config, self._catalogue, self.programs)
 

@@ -6,10 +6,11 @@ from jaxserve.config import ProgramConfig
 
 
 def xla_options(
-    config: ProgramConfig, rows: int, *, quantized: bool = False
+    config: ProgramConfig, rows: int, *, timed: bool = True, quantized: bool = False
 ) -> dict[str, str | bool]:
-    """Options for a program that computes `rows` tokens. quantized: the linear kernels are int8 or
-    float8.
+    """Options for a program that computes `rows` tokens. timed: XLA may time kernels on the device
+    to choose among them; else it takes what it has chosen before in this process, or what is likely
+    to be fast. quantized: the linear kernels are int8 or float8.
 
     On a GPU, XLA counts the cache once more for each kernel that updates it in place, finds that
     all this does not fit the device, and recomputes small things over and over to save memory
@@ -28,15 +29,10 @@ def xla_options(
     if config.deterministic or (most is not None and rows >= most):
         options["xla_gpu_enable_triton_gemm"] = False
     if config.deterministic:
-        options |= {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": "0"}
+        options["xla_gpu_exclude_nondeterministic_ops"] = True
+    if config.deterministic or not timed:
+        options["xla_gpu_autotune_level"] = "0"
     return options
-
-
-CHOSEN_BEFORE: dict[str, str | bool] = {"xla_gpu_require_complete_aot_autotune_results": True}
-"""Further options: find every kernel that is chosen by timing chosen already, or fail with
-NOT_FOUND."""
-WITHOUT_CHOICE: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
-"""Further options: take the kernels that are likely to be fast, without timing."""
 
 
 def chooses_by_timing(config: ProgramConfig) -> bool:
