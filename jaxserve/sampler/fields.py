@@ -24,6 +24,10 @@ class Field(NamedTuple):
     read: str
     """Dotted path of the value, from a `batch.Sequence`. (One attrgetter reads all of them: a call
     of a Python function for each would cost a row its own microsecond.)"""
+    transform: str = ""
+    """Module of a function `transform(logits [B, V] float32, values [B]) -> logits`, by which the
+    sampler changes logits before its kernel sees them, in the order of the table. Rows that have
+    the neutral value it leaves bitwise as they are. "" is none."""
 
 
 FIELDS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,12 @@ from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 
 KERNEL_FIELDS = {field.name for field in FIELDS} & {*pallas_kernels.RowParams._fields}
 """What the sampling kernel wants to know of a row."""
+TRANSFORMS = tuple(
+    (field.name, importlib.import_module(field.transform).transform)
+    for field in FIELDS
+    if field.transform
+)
+"""What changes logits before penalties, biases and filters, by the field that it depends on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Sampler:
         tokens drawn now. Returns the updated carry, tokens [B] int32 and their packed logprobs.
         """
         columns = params.columns(rows)
+        for name, transform in TRANSFORMS:
+            logits = transform(logits, columns[name])
         wanted = {name: columns[name] for name in KERNEL_FIELDS}
         live = rows < params.ints.shape[0] - 1
         found = pallas_kernels.sample(
