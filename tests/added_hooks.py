@@ -22,6 +22,7 @@ from jaxserve.models.dense import DenseOps
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.policy import WaitingQueue
+from tests import inside
 
 OPTIONS = {
     "dtype": "float32",
@@ -75,10 +76,10 @@ def check_field(folder, results):
 
 def check_program(engine, results):
     """Flushing leaves zeros, and an engine that gives the same again."""
-    runner = engine._loop._runner
+    runner = inside.runner(engine)
 
     def pages():
-        return [np.array(x) for x in engine._loop.call(lambda: runner.cache[:2])]
+        return [np.array(x) for x in inside.call(engine, lambda: runner.cache[:2])]
 
     assert all(x.any() for x in pages())
     assert engine.flush_cache().success
@@ -126,7 +127,7 @@ def main(tree: str, folder: str) -> None:
         results = generate(engine)
         check_field(folder, results)
         check_program(engine, results)
-        check_option(engine._loop.config.policy)
+        check_option(inside.loop(engine).config.policy)
         assert engine.get_server_info()["late_compiles"] == 0
 
 

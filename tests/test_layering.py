@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
-    "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
+    "jaxserve/core.py", "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
     "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options",
     "jaxserve/machine.py", "jaxserve/config",
     "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/scheduler",

@@ -6,22 +6,15 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from jaxserve.api.request_log import RequestLog
+from jaxserve.core import Core
 from jaxserve.errors import InvalidRequestError
 from jaxserve.mailbox import Mailbox
 from jaxserve.output.result import Output
 from jaxserve.process import Uncopyable
 from jaxserve.request import Request, Update
-
-
-class Core(Protocol):
-    """What a call needs of EngineLoop."""
-
-    def submit(self, requests: Sequence[Request]) -> None: ...
-
-    def abort_requests(self, requests: Sequence[Request]) -> None: ...
 
 
 class LiveIds:

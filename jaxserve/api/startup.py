@@ -18,7 +18,7 @@ from jaxserve.server_args import ServerArgs
 if TYPE_CHECKING:
     import jax
 
-    from jaxserve.loop import EngineLoop
+    from jaxserve.core import Core
 
 DTYPE_NAMES = {"half": "float16", "float": "float32"}
 EXTRA_STOP_TOKENS = ("<|eom_id|>",)
@@ -33,7 +33,7 @@ that it writes, needs another package, and fails on files that were written with
 class Started:
     """What `Engine` is built on."""
 
-    loop: EngineLoop
+    loop: Core
     tokenizer: Any
     """A transformers tokenizer; None with skip_tokenizer_init."""
     eos_ids: frozenset[int]
