@@ -56,7 +56,7 @@ class Call(Uncopyable):
         ids: LiveIds,
         outputs: Sequence[Output],
         mailbox: Mailbox,
-        owner: Any,
+        owner: object,
         log: RequestLog | None = None,
     ) -> None:
         self._core = core

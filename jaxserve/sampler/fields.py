@@ -17,7 +17,7 @@ class Field(NamedTuple):
     """One number of each row, written when a request is admitted."""
 
     name: str
-    """The column's; one of `pallas_kernels.RowParams` goes to the sampling kernel."""
+    """The column's; one of `pallas_kernels.SampleRows` goes to the sampling kernel."""
     dtype: type[np.float32] | type[np.int32]
     neutral: float
     """Of rows of padding and of empty slots."""

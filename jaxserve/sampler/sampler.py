@@ -13,7 +13,7 @@ from jaxserve.sampler.fields import FIELDS
 from jaxserve.sampler.logprobs import TokenLogprobs
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 
-KERNEL_FIELDS = {field.name for field in FIELDS} & {*pallas_kernels.RowParams._fields}
+KERNEL_FIELDS = {field.name for field in FIELDS} & {*pallas_kernels.SampleRows._fields}
 """What the sampling kernel wants to know of a row."""
 TRANSFORMS = tuple(
     (field.name, importlib.import_module(field.transform).transform)
@@ -51,7 +51,7 @@ class Sampler:
         live = rows < params.ints.shape[0] - 1
         found = pallas_kernels.sample(
             logits,
-            pallas_kernels.RowParams(
+            pallas_kernels.SampleRows(
                 slot=rows,
                 live=live.astype(jnp.int32),
                 position=positions,

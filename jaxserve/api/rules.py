@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class CheckedPrompt:
     """One prompt of a call, checked: everything its requests share."""
 
     prompt_ids: list[int]
@@ -39,13 +39,13 @@ class Rules:
     has_tokenizer: bool
     auto_truncate: bool
 
-    def row(
+    def check(
         self,
         prompt_ids: list[int],
         params: SamplingParams,
         explicit_length: bool,
         logprobs: LogprobSpec | None,
-    ) -> Row:
+    ) -> CheckedPrompt:
         """Checks one prompt. explicit_length: whether the caller gave max_new_tokens."""
         prompt_ids = self._fit_prompt(prompt_ids)
         if logprobs is not None and logprobs.start > len(prompt_ids):
@@ -61,7 +61,7 @@ class Rules:
                 min_new_tokens=min(params.min_new_tokens, longest),
             )
         stop_ids, masked_ids = self._stop_ids(params)
-        return Row(
+        return CheckedPrompt(
             prompt_ids=prompt_ids,
             params=params,
             max_new_tokens=longest,
