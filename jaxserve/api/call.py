@@ -46,8 +46,7 @@ class Call(Uncopyable):
 
     Whoever stops reading before the end must call `close`, which aborts what still runs; the
     methods do so themselves when they are interrupted or cancelled, and a call that is dropped
-    too. `owner` is kept alive until the call has ended: an engine that is used only through a
-    stream must not be collected. `log` is told of each request.
+    too.
     """
 
     def __init__(
@@ -59,6 +58,9 @@ class Call(Uncopyable):
         owner: object,
         log: RequestLog | None = None,
     ) -> None:
+        """owner: kept alive until the call has ended, because an engine that is used only through a
+        stream must not be collected. log: is told of each request. InvalidRequestError: an id is in
+        flight, or too many requests wait; EngineDeadError, EngineShutdownError."""
         self._core = core
         self._ids = ids
         self._mailbox = mailbox

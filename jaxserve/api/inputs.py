@@ -46,11 +46,14 @@ SEEDS_AT_ONCE = 256
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inputs:
-    """The requests of one call. single: one prompt and n=1, so the result is a dict."""
+    """The requests of one call."""
 
     requests: list[Request]
+    """In the order of the results: prompt by prompt, the n samples of one side by side."""
     mailbox: Mailbox
+    """Of all of them."""
     single: bool
+    """One prompt and n=1, so the result is a dict."""
 
 
 class RequestBuilder:

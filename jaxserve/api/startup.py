@@ -34,13 +34,17 @@ class Started:
     """What `Engine` is built on."""
 
     loop: Core
+    """Running."""
     tokenizer: Any
     """A transformers tokenizer; None with skip_tokenizer_init."""
     eos_ids: frozenset[int]
+    """All tokens that end a text: the model's and the tokenizer's."""
     load_format: str
+    """What was found: safetensors, gguf, orbax or dummy."""
     quantization: str | None = None
     """Of the loaded weights; an Orbax folder may be quantized without the option."""
     model_config: ModelFacts = dataclasses.field(kw_only=True)
+    """The model's sizes."""
 
 
 def start(args: ServerArgs) -> Started:

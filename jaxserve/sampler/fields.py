@@ -19,6 +19,7 @@ class Field(NamedTuple):
     name: str
     """The column's; one of `pallas_kernels.SampleRows` goes to the sampling kernel."""
     dtype: type[np.float32] | type[np.int32]
+    """Of the column: those of one dtype are side by side in one array."""
     neutral: float
     """Of rows of padding and of empty slots."""
     read: str

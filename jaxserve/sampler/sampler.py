@@ -25,15 +25,17 @@ TRANSFORMS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Fixed when the engine starts. top: columns of the best-logprobs output. raw_logprobs: report
-    logprobs before temperature instead of after (upstream's SGLANG_RETURN_ORIGINAL_LOGPROB).
-    implementation: of the kernel, None for the device's default. fixed_split: see
-    `pallas_kernels.sample`."""
+    """How a step draws its tokens; fixed when the engine starts."""
 
     top: int
+    """C: columns of the best logprobs."""
     raw_logprobs: bool
+    """Logprobs are those before temperature instead of after (SGLang's
+    SGLANG_RETURN_ORIGINAL_LOGPROB)."""
     implementation: str | None
+    """Of the kernel; None is the device's default."""
     fixed_split: bool = False
+    """See `pallas_kernels.sample`."""
 
     def __call__(
         self, logits: jax.Array, sampled: Sampled, rows: jax.Array, positions: jax.Array,
