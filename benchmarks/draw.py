@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks.report import Device, Figure
+from benchmarks.figures import Device, Figure
 
 OURS, THEIRS, FLOOR = "#1b6ca8", "#b0b7bf", "#d9dee3"
 STYLE: Any = {

@@ -25,6 +25,7 @@ from typing import Any
 
 import jaxserve
 from jaxserve.cache.pages import OutOfPagesError
+from tests import inside
 
 STEP_KINDS = ("host", "launch", "donated", "result", "pages", "memory")
 TEXT_KINDS = ("stops", "encode", "decode")
@@ -64,7 +65,6 @@ class Faults:
         self.doomed: set[str] = set()
         """Requests that must fail, as long as nobody has heard so."""
         self._engine = engine
-        self._loop = engine._loop
         self._every = every
         self._text_rate = text_rate
         self._random = random.Random(seed)
@@ -103,7 +103,7 @@ class Faults:
     def _raise(self, kind: str, requests: Any = (), recomputes: bool = False) -> None:
         fault = Fault(kind, threading.get_ident())
         if recomputes:
-            admitted = [s for s in self._loop._scheduler.live.values() if s.admitted]
+            admitted = [s for s in inside.scheduler(self._engine).live.values() if s.admitted]
             fault.recomputed = len(admitted)
             fault.tokens = sum(s.total_tokens for s in admitted)
         fault.rids = frozenset(request.rid for request in requests)
@@ -130,7 +130,7 @@ class Faults:
     # -- the engine's objects ---------------------------------------------------------------------
 
     def _install(self) -> None:
-        runner, pages = self._loop._runner, self._loop._scheduler.pages
+        runner, pages = inside.runner(self._engine), inside.scheduler(self._engine).pages
         prepare, dispatch, allocate = runner.prepare, runner.dispatch, pages.allocate
 
         def failing_prepare(batch: Any) -> Any:
@@ -167,7 +167,7 @@ class Faults:
     def text_fails(self, kind: str) -> None:
         """Raises now and then."""
         if self._random.random() < self._text_rate:
-            engine_thread = threading.current_thread() is self._loop._thread
+            engine_thread = threading.current_thread() is inside.thread(self._engine)
             self._raise("stops" if engine_thread else kind)
 
 

@@ -35,6 +35,7 @@ from benchmarks.load_calls import Ledger, call_in_task, call_in_thread
 from benchmarks.load_cases import make_cases
 from benchmarks.load_faults import STEP_KINDS, Faults
 from jaxserve.request import Request
+from tests import inside
 from tests.checkpoints import VOCAB, make_checkpoint
 
 MIB = 1 << 20
@@ -171,7 +172,7 @@ def _check_engine(
     except RuntimeError as error:
         ledger.violate(None, f"the engine has not survived: {error!r}")
         return {}
-    scheduler = engine._loop._scheduler
+    scheduler = inside.scheduler(engine)
     facts = {
         "flush_cache()": (flushed, True),
         "available tokens": (info["available_tokens"], info["max_total_num_tokens"]),

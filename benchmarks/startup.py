@@ -68,7 +68,7 @@ def start(model: str, options: dict[str, Any], load: bool) -> dict[str, Any]:
     with opened as (engine, constructor):
         ready_at = time.time()
         info = engine.get_server_info()
-        vocabulary = engine._loop.limits.vocab_size
+        vocabulary = engine.tokenizer_manager.model_config.vocab_size
         prompt = workloads.requests("lat1", vocabulary)[0][0]
         first = generate(engine, [(prompt, 1)], {"temperature": 0})
         compiled = count()

@@ -1,4 +1,4 @@
-"""REPORT.md's text from the results that benchmarks/report.py has read."""
+"""REPORT.md's text from the results that benchmarks/figures.py has read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.report import Device, Figure, Result
+from benchmarks.figures import Device, Figure, Result
 
 INTRODUCTION = """# Figures
 

@@ -35,12 +35,16 @@ _CHANNELS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source tensor of a parameter: columns [start, start + width) of its last axis."""
+    """One source tensor of a parameter."""
 
     name: str
+    """In the checkpoint."""
     shape: tuple[int, ...]
+    """There."""
     start: int
+    """Its first column in the parameter's last axis; it takes as many as it is wide."""
     transpose: bool
+    """[out, in] there, [in, out] here."""
 
     @property
     def width(self) -> int:

@@ -40,19 +40,18 @@ _CASED = (
 
 @dataclasses.dataclass(frozen=True)
 class Splitting:
-    """One family of byte-level BPE vocabularies.
-
-    patterns: applied in turn, each match a piece of its own; none means GPT-2's own pattern,
-    which `digits` precedes with every digit alone. nfc: text is normalized first. whole_words: a
-    piece that is a token is taken as that token, whatever the merges say (tiktoken's way).
-    add_bos: what llama.cpp assumes when the file has no add_bos_token.
-    """
+    """One family of byte-level BPE vocabularies."""
 
     patterns: tuple[str, ...] = ()
+    """Regexes applied in turn, each match a piece of its own; none means GPT-2's own pattern."""
     digits: bool = False
+    """Each digit is a piece alone, before GPT-2's pattern."""
     nfc: bool = False
+    """Text is normalized first."""
     whole_words: bool = False
+    """A piece that is a token is taken as that token, whatever the merges say (tiktoken's way)."""
     add_bos: bool = False
+    """What llama.cpp assumes when the file has no add_bos_token."""
 
     def normalizer(self) -> normalizers.Normalizer | None:
         return normalizers.NFC() if self.nfc else None

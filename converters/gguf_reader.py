@@ -74,14 +74,17 @@ class TensorInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """What stands before the tensor data. Numeric arrays are NumPy, strings `str`; a float32
-    scalar is the shortest decimal that rounds to it (1e-05, not 9.999999747378752e-06)."""
+    """What stands before the tensor data."""
 
     path: str
+    """Of the file that was read."""
     size: int
     """Bytes."""
     metadata: dict[str, Any]
+    """Numeric arrays are NumPy, strings `str`; a float32 scalar is the shortest decimal that rounds
+    to it (1e-05, not 9.999999747378752e-06)."""
     tensors: dict[str, TensorInfo]
+    """By name, in the file's order."""
 
     @classmethod
     def open(cls, path: str) -> GGUFFile:

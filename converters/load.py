@@ -34,7 +34,9 @@ class LoadedModel:
     """A model ready to run."""
 
     config: ModelConfig
+    """Sizes."""
     declaration: Declaration
+    """The module's structure, and the parameters' shapes and dtypes."""
     params: dict[str, jax.Array]
     """By dotted path, in the order of `declaration.specs`."""
     eos_token_ids: tuple[int, ...]
@@ -44,6 +46,7 @@ class LoadedModel:
     format: str
     """safetensors, gguf, orbax or dummy."""
     load_seconds: float
+    """Reading, converting and placing."""
     hf_config: dict[str, Any]
     """config.json with the caller's overrides."""
 

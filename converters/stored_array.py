@@ -33,13 +33,17 @@ def copy_block(block: np.ndarray, target: np.ndarray, check: Check | None) -> No
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """offset: in bytes. shape: [R, ...], C order. Reading raises ModelLoadError where the file was
-    written to since it was opened."""
+    """An array in a file, read in parts. Reading raises ModelLoadError where the file was written
+    to since it was opened."""
 
     file: OpenFile
+    """Open."""
     offset: int
+    """Of the first element, in bytes."""
     shape: tuple[int, ...]
+    """[rows, ...], C order."""
     dtype: np.dtype[Any]
+    """As stored."""
 
     @property
     def nbytes(self) -> int:

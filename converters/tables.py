@@ -19,23 +19,26 @@ _LAYER = "model.layers.{i}."
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`sources`, each transposed where `transpose`, concatenated along the last axis -> `path`.
-
-    widths: the sources' sizes along that axis; None for a single source, which has all of it.
-    """
+    """Where one parameter, or one of each layer, comes from."""
 
     path: str
+    """Ours, dotted; `{i}` is the layer."""
     sources: tuple[str, ...]
+    """Hugging Face's names, side by side along the last axis."""
     transpose: bool = False
+    """Each is [out, in] there and [in, out] here."""
     widths: Callable[[ModelConfig], tuple[int, ...]] | None = None
+    """The sources' sizes along the last axis; None for a single source, which has all of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """rules: of one family. ignored: patterns of checkpoint tensors that carry nothing."""
+    """How the checkpoints of one family are converted."""
 
     rules: tuple[Rule, ...]
+    """The first rule of a path counts."""
     ignored: tuple[str, ...] = ()
+    """Patterns of checkpoint tensors that carry nothing."""
 
     def rule(self, path: str) -> tuple[Rule, str]:
         """The rule for one of our paths, and the layer number that stands for `{i}` ("" without).

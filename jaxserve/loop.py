@@ -54,8 +54,9 @@ MOST_FAILURES = 2
 
 
 class EngineLoop(Uncopyable):
-    """Runs requests on one engine thread. All public methods are thread-safe. In a process forked
-    from this one they raise ForkedProcessError; `shutdown` and aborts have nothing to do there."""
+    """A `core.Core` that runs requests on one engine thread. All public methods are thread-safe. In
+    a process forked from this one they raise ForkedProcessError; `shutdown` and aborts have nothing
+    to do there."""
 
     def __init__(self, config: EngineConfig, runner: Runner):
         self.config = config

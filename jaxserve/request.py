@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxserve.mailbox import Mailbox
     from jaxserve.sampling_params import SamplingParams
+    from jaxserve.text.stop import StopMatcher
 
 TopLogprobs = list[tuple[float, int]] | None
 """One position's (logprob, token id) pairs, best first; None where no predecessor exists."""
@@ -73,16 +74,22 @@ class Update:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
-    """One sequence: what the caller asked for (set once) and its progress (engine thread only).
+    """One sequence to generate: what its caller asked for, and how far it has come.
 
-    `prompt_ids` is never empty and lies inside the vocabulary: callers are checked before.
+    What was asked for is written before `Core.submit`, and by nobody afterwards. The engine thread
+    writes the rest. Of it the caller's thread reads what says so below, and only after it has taken
+    the update that is named there out of the mailbox: the field was written before that update was
+    put, and the mailbox's lock lies between. Everything else is the engine thread's alone.
     """
 
     rid: str
+    """Of this sequence; no other one in flight has it."""
     index: int
     """Place in the call's result list: prompt number * n + sample index."""
     prompt_ids: list[int]
+    """At least one, all in the vocabulary. Samples of one prompt share the list."""
     params: SamplingParams
+    """With lengths that fit the context."""
     max_new_tokens: int
     """Effective limit after clipping to the context."""
     stop_ids: frozenset[int]
@@ -92,7 +99,9 @@ class Request:
     seed: int
     """In [0, 2**32); the same for all samples of a prompt."""
     sample_index: int
+    """0 to n-1 among the samples of its prompt."""
     mailbox: Mailbox
+    """Of its call; the engine thread puts, the caller takes."""
     group: str = ""
     """Samples of one prompt share a group name and prefill once; "" is no group."""
     priority: int | None = None
@@ -102,15 +111,18 @@ class Request:
     logprobs: LogprobSpec | None = None
     stream_interval: int = 0
     """Tokens between updates; 0 puts one update, at the end."""
-    stop_matcher: Any = None
-    """text.stop.StopMatcher when stop strings or regexes were given, else None."""
+    stop_matcher: StopMatcher | None = None
+    """When stop strings or regexes were given. The engine thread feeds it; the caller reads where
+    the match lies after the last update, and the strings and regexes at any time."""
     created: float = dataclasses.field(default_factory=time.perf_counter)
     """When the call began, before its prompts were tokenized. This and the other times are
     readings of time.perf_counter()."""
     submitted_time: float | None = None
-    """When it was put into the engine's queue."""
+    """When it was put into the engine's queue: `Core.submit` writes it, on the caller's thread,
+    before the engine thread knows of the request."""
 
     output_ids: list[int] = dataclasses.field(default_factory=list)
+    """Without those that a slot still keeps. (The caller has what its updates brought.)"""
     reported: int = 0
     """Output tokens already put into the mailbox."""
     pending_logprobs: Logprobs = dataclasses.field(default_factory=Logprobs)
@@ -118,15 +130,24 @@ class Request:
     """Of the prompt chunks read so far; becomes `input_logprobs` when the prompt is complete."""
     input_logprobs: Logprobs | None = None
     finish_reason: dict[str, Any] | None = None
+    """None until it ends, see docs/api/results.md. (The caller has the last update's.)"""
     cached_tokens: int = 0
-    """Prompt tokens that did not run because their KV was there, in whole pages."""
+    """Prompt tokens that did not run because their KV was there, in whole pages. Written once, when
+    it is first admitted; the caller reads it after any update."""
     cached_host_tokens: int | None = None
-    """Those of them whose KV came from host memory; None without a host tier."""
+    """Those of them whose KV came from host memory; None without a host tier. Written and read as
+    `cached_tokens`."""
     num_retractions: int = 0
+    """How often its pages were taken back. Grows until it ends. The caller reads it after any
+    update, and may see it ahead of that update's tokens; it is final with the last one."""
     unemitted_id: int | None = None
+    """The token that a prefill-only request would have gone on with; the last update has it."""
     admitted_time: float | None = None
+    """When it first had a slot; None if it never had. The caller reads it after the last update."""
     first_token_time: float | None = None
+    """When its first token was read; None if none was. Read as `admitted_time`."""
     finish_time: float | None = None
+    """When it ended. Written before the last update, after which the caller reads it."""
 
     @property
     def seed_bits(self) -> int:
@@ -140,18 +161,22 @@ class Request:
 
     @property
     def wants_logprob(self) -> bool:
+        """Whether any logprob of its tokens is reported."""
         return self.logprobs is not None
 
     @property
     def num_top(self) -> int:
+        """Of the best tokens at each position."""
         return self.logprobs.top if self.logprobs is not None else 0
 
     @property
     def num_named(self) -> int:
+        """Of named tokens at each position."""
         return len(self.logprobs.ids) if self.logprobs is not None else 0
 
     @property
     def finished(self) -> bool:
+        """Whether it has ended, as the engine thread sees it."""
         return self.finish_reason is not None
 
     def count_retraction(self) -> None:

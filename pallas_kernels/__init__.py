@@ -26,13 +26,13 @@ from pallas_kernels.registry import Operation
 from pallas_kernels.rope_kv_write.api import OPERATION as _ROPE_KV_WRITE
 from pallas_kernels.rope_kv_write.api import rope_kv_write
 from pallas_kernels.sample.api import OPERATION as _SAMPLE
-from pallas_kernels.sample.api import RowParams, Samples, SlotLists, sample
+from pallas_kernels.sample.api import Drawn, SampleRows, SlotLists, sample
 
 __all__ = [
     "FIXED_TILE",
     "Device",
-    "RowParams",
-    "Samples",
+    "Drawn",
+    "SampleRows",
     "SlotLists",
     "add_norm",
     "available_implementations",

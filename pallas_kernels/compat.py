@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -120,8 +120,3 @@ def lower_for_cuda(function: Callable[..., Any], *shapes: Any) -> str:
     with lowering_for():
         traced = jax.jit(function).trace(*shapes)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-def shape_list(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.ShapeDtypeStruct]:
-    """(shape, dtype) pairs as arguments for lower_for_cuda."""
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,7 +18,12 @@ from jaxserve.api.startup import Started, tokenizer_eos
 from jaxserve.config import Limits
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError, EngineShutdownError
-from jaxserve.request import Logprobs, Request, Update
+from jaxserve.output.commit import ABORTED, fail, finish, finish_reason, report
+from jaxserve.request import Logprobs, Request
+
+if TYPE_CHECKING:
+    from jaxserve.api.profile import ProfileSpec
+    from jaxserve.scheduler.scheduler import Scheduler
 
 CORPUS = [
     "The capital of France is Paris. The capital of Italy is Rome.",
@@ -30,7 +35,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 
 def byte_level_tokenizer(merges: int = 60) -> PreTrainedTokenizerFast:
@@ -101,7 +105,7 @@ def echo(request: Request, step: int) -> int:
 
 
 class FakeLoop:
-    """Plays `script` one token per step for all requests, as jaxserve.loop.EngineLoop would."""
+    """A core.Core that plays `script`, one token per step for all requests."""
 
     def __init__(self, limits: Limits, script: Script = echo, pause: float = 0.0) -> None:
         self.limits = limits
@@ -157,6 +161,12 @@ class FakeLoop:
                 "host_ms_per_step": 0.1,
             }
 
+    def start_profile(self, spec: ProfileSpec) -> None:
+        raise NotImplementedError
+
+    def stop_profile(self) -> None:
+        raise NotImplementedError
+
     def shutdown(self) -> None:
         self.die(EngineShutdownError("the engine was shut down"))
         self._thread.join()
@@ -167,10 +177,7 @@ class FakeLoop:
         """Stops the thread; every waiting request gets `error`."""
         with self._changed:
             if self.dead is None:
-                self.dead = error
-                for request in self._live:
-                    request.mailbox.put(Update(request, error=error))
-                self._live.clear()
+                self._die(error)
             self._changed.notify()
 
     @property
@@ -181,7 +188,17 @@ class FakeLoop:
     def _abort(self, requests: list[Request]) -> None:
         for request in requests:
             self.aborted.append(request.rid)
-            self._finish(request, dict(ABORTED))
+            finish(request, dict(ABORTED), self._books)
+
+    def _die(self, error: BaseException) -> None:
+        self.dead = error
+        for request in list(self._live):
+            fail(request, error, self._books)
+
+    @property
+    def _books(self) -> Scheduler:
+        """What ends a request in a list of live ones."""
+        return cast("Scheduler", _Books(self._live))
 
     def _run(self) -> None:
         while True:
@@ -201,31 +218,22 @@ class FakeLoop:
         except Exception as error:
             dead = EngineDeadError(f"the engine has failed: {error}")
             dead.__cause__ = error
-            self.dead = dead
-            for live in self._live:
-                live.mailbox.put(Update(live, error=dead))
-            self._live.clear()
+            self._die(dead)
             return
         self._add_logprobs(request, token)
         if request.first_token_time is None:
             request.first_token_time = time.perf_counter()
         if request.max_new_tokens == 0:
             request.unemitted_id = token
-            self._finish(request, {"type": "length", "length": 0})
+            finish(request, {"type": "length", "length": 0}, self._books)
             return
         request.output_ids.append(token)
-        produced = len(request.output_ids)
-        matched = request.stop_matcher.append(token) if request.stop_matcher else None
-        if matched is not None:
-            self._finish(request, {"type": "stop", "matched": matched})
-        elif token in request.stop_ids:
-            self._finish(request, {"type": "stop", "matched": token})
-        elif produced >= request.max_new_tokens:
-            self._finish(request, {"type": "length", "length": request.max_new_tokens})
-        elif request.stream_interval == 1 or (
-            request.stream_interval and produced % request.stream_interval == 1
-        ):
-            self._report(request)
+        produced, interval = len(request.output_ids), request.stream_interval
+        reason = finish_reason(request, token)
+        if reason is not None:
+            finish(request, reason, self._books)
+        elif interval == 1 or (interval and produced % interval == 1):
+            report(request)
 
     def _add_logprobs(self, request: Request, token: int) -> None:
         spec = request.logprobs
@@ -245,29 +253,15 @@ class FakeLoop:
                 [None if i == 0 else list(ids) for i in range(size)] if spec.ids else [],
             )
 
-    def _finish(self, request: Request, reason: dict[str, Any]) -> None:
-        request.finish_reason = reason
-        request.finish_time = time.perf_counter()
-        self._live.remove(request)
-        self._report(request)
 
-    def _report(self, request: Request) -> None:
-        first = request.reported == 0
-        new = tuple(request.output_ids[request.reported :])
-        request.reported = len(request.output_ids)
-        logprobs = None
-        if request.logprobs is not None:
-            logprobs, request.pending_logprobs = request.pending_logprobs, Logprobs()
-        request.mailbox.put(
-            Update(
-                request,
-                new,
-                output_logprobs=logprobs,
-                input_logprobs=request.input_logprobs if first else None,
-                unemitted_id=request.unemitted_id,
-                finish_reason=request.finish_reason,
-            )
-        )
+@dataclasses.dataclass(frozen=True)
+class _Books:
+    """All that ending a request needs of a scheduler."""
+
+    live: list[Request]
+
+    def finish(self, request: Request) -> None:
+        self.live.remove(request)
 
 
 @dataclasses.dataclass
@@ -300,7 +294,7 @@ class Fakes:
                 head_dim=16, dtype="float32", quantization=None, hf_eos_token_id=eos,
                 raw_config={"model_type": "llama"},
             )  # fmt: skip
-            return Started(loop, tokenizer, eos, "dummy", model_config=facts)  # pyright: ignore
+            return Started(loop, tokenizer, eos, "dummy", model_config=facts)
 
         self.monkeypatch.setattr(jaxserve.engine, "start", start)
         engine = Engine(model_path="fake", **options)
@@ -314,8 +308,9 @@ class Fakes:
 
 def text_script(tokenizer: PreTrainedTokenizerFast, text: str) -> Script:
     """Generates `text` token by token, then end-of-text for ever."""
-    ids = tokenizer(text)["input_ids"]
-    return lambda request, step: ids[step] if step < len(ids) else tokenizer.eos_token_id
+    ids: Any = tokenizer(text)["input_ids"]
+    end: Any = tokenizer.eos_token_id
+    return lambda request, step: ids[step] if step < len(ids) else end
 
 
 def loop_of(engine: Engine) -> FakeLoop:

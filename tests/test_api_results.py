@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import time
 
 import pytest
 
 from jaxserve.errors import EngineDeadError, EngineShutdownError, NotSupportedError
+from jaxserve.mailbox import Mailbox
+from jaxserve.output.result import Output, ResultOptions
+from jaxserve.request import Request, Update
+from jaxserve.sampling_params import SamplingParams
 from tests.api_fakes import ABORTED, Fakes, byte_level_tokenizer, loop_of, text_script
 
 TOKENIZER = byte_level_tokenizer()
@@ -358,3 +363,37 @@ def test_progress(story, capsys):
     assert "2/2" in capsys.readouterr().err
     story.generate(["a", "b"], {"max_new_tokens": 1})
     assert capsys.readouterr().err == ""
+
+
+class Retracting(Request):
+    """One that the engine thread retracts whenever somebody looks."""
+
+    counts = itertools.count(1)
+
+    @property
+    def num_retractions(self):
+        return next(self.counts)
+
+    @num_retractions.setter
+    def num_retractions(self, value):
+        pass
+
+
+def test_a_chunk_is_of_one_moment():
+    """Both keys of a chunk say the same though the count grows while it is made."""
+    request = Retracting(
+        rid="r",
+        index=0,
+        prompt_ids=[1],
+        params=SamplingParams(),
+        max_new_tokens=4,
+        stop_ids=frozenset(),
+        masked_ids=(),
+        seed=0,
+        sample_index=0,
+        mailbox=Mailbox(),
+    )
+    output = Output(request, ResultOptions())
+    output.add(Update(request, (5,)))
+    meta = output.chunk()["meta_info"]
+    assert meta["num_retractions"] == meta["total_retractions"] > 0

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import (
     engine,
+    figures,
     host_overhead,
     interference,
     latency,
@@ -414,7 +415,7 @@ def results(tmp_path, *made, peer=True):
     if peer:
         name = "vllm-0.26.0_h100.json"
         (tmp_path / name).write_text((report.HERE / "results" / name).read_text())
-    return report.read(tmp_path)
+    return figures.read(tmp_path)
 
 
 def test_report_compares_with_the_peer_on_the_same_device(tmp_path):
@@ -469,7 +470,7 @@ def test_results_that_the_report_refuses(tmp_path):
 
 
 def test_the_report_in_the_tree_is_that_of_the_results_in_the_tree():
-    devices = report.read(report.HERE / "results")
+    devices = figures.read(report.HERE / "results")
     text = tables.markdown(devices)
     assert (report.HERE / "REPORT.md").read_text(encoding="utf-8") == text, "run `make report`"
     shown = set(re.findall(r"\(plots/(\S+\.svg)\)", text))
@@ -516,7 +517,7 @@ def test_the_suite_on_a_tiny_engine(tmp_path):
         assert set(result["host_ms_by_phase"]) == {"schedule", "prepare", "dispatch", "commit"}
         assert result["host_ms_per_step"] > 0 and 0 < result["share_of_floor"] < 1
         assert result["programs"] > 0 and result["memory_gib"]["kvcache"] > 0
-    devices = report.read(tmp_path)
+    devices = figures.read(tmp_path)
     assert "| lat1_s |" in tables.markdown(devices)
 
 
@@ -534,7 +535,7 @@ def test_streams_beside_a_long_prompt_on_a_tiny_engine(tmp_path):
     assert chunked["extend_steps"] > 8 + 20 and chunked["gaps"] > 3 * 20
     assert whole["extend_steps"] <= 2 + 3 and whole["gaps"] <= 3 * 4
     (tmp_path / "result.json").write_text(json.dumps(result))
-    text = tables.markdown(report.read(tmp_path))
+    text = tables.markdown(figures.read(tmp_path))
     assert "tiny: a prompt of 1,000 tokens arrives while 3 streams run" in text
     assert "| 128 |" in text and "| off |" in text
 

@@ -10,6 +10,7 @@ import pytest
 
 import jaxserve
 from jaxserve.config.sizes import steps_to_stay_busy
+from tests import inside
 from tests.machines import GPU
 from tests.prompts import ids
 from tests.test_engine_parity import OPTIONS, mixed_workload, prompts, run_mixed
@@ -159,7 +160,7 @@ def test_streams_have_every_token_in_order(single, several, interval):
 
 def test_dispatches_are_few_and_all_their_steps_counted(several, monkeypatch):
     """A row alone: the first token is prefill's, the rest come n at a time, then one by one."""
-    runner, dispatched = several._loop._runner, []
+    runner, dispatched = inside.runner(several), []
     real = runner.dispatch
 
     def dispatch(prepared):

@@ -16,6 +16,7 @@ from jaxserve.batch.buckets import Buckets
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.models.registry import config_from_hf
+from tests import inside
 from tests.checkpoints import make_config
 from tests.faults import fail_at
 from tests.kernels.support import ON_GPU
@@ -288,7 +289,7 @@ def test_samples_under_pressure(tight):
 def test_a_failure_of_the_device(engine, monkeypatch):
     prompts, sampling = under_pressure(6)
     expected = ask(engine, prompts, sampling)
-    fail_at(monkeypatch, engine._loop._runner, "dispatch", 59, RuntimeError)
+    fail_at(monkeypatch, inside.runner(engine), "dispatch", 59, RuntimeError)
     assert ask(engine, prompts, sampling) == expected
 
 

@@ -154,6 +154,38 @@ def test_every_key_of_a_result_is_described(tiny_models):
     assert model.keys() - described == {"reasoning_parser", "tool_call_parser"}
 
 
+# -- fields ----------------------------------------------------------------------------------------
+
+DESCRIBED = [
+    path
+    for place in ("api", "cache", "config", "models", "options", "sampler", "scheduler", "text")
+    for path in (ROOT / "jaxserve" / place).glob("*.py")
+] + [*(ROOT / "converters").glob("*.py")]
+ELSEWHERE_DESCRIBED = {"Arguments"}
+"""Fields of other classes, under the same names."""
+
+
+def is_record(definition):
+    written = [*definition.bases, *definition.decorator_list]
+    return any(re.search("NamedTuple|dataclass", ast.unparse(node)) for node in written)
+
+
+@pytest.mark.parametrize("path", DESCRIBED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_field_of_a_record_says_what_it_is(path):
+    """In a string below it, which editors show and `generate.field_docs` reads."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ClassDef) or not is_record(node):
+            continue
+        if node.name in ELSEWHERE_DESCRIBED or node.name.startswith("_"):
+            continue
+        for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                name = field.target.id
+                option = path.name == "table.py"  # says it in the field itself
+                assert text or option or name.startswith("_"), f"{path}: {node.name}.{name}"
+
+
 # -- references ------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import jaxserve
 from jaxserve.errors import EngineDeadError, EngineShutdownError
+from tests import inside
 from tests.faults import fail_at
 
 OPTIONS = {
@@ -117,7 +118,7 @@ def test_shutdown_fails_waiting_calls_and_later_ones(tiny_models):
 
 def test_a_failing_batch_fails_alone(engine, monkeypatch):
     """The host fails before anything is dispatched."""
-    runner = engine._loop._runner
+    runner = inside.runner(engine)
     real = runner.prepare
 
     def prepare(batch):
@@ -133,7 +134,7 @@ def test_a_failing_batch_fails_alone(engine, monkeypatch):
 
 def test_one_failure_on_the_device_is_recomputed(engine, monkeypatch):
     expected = engine.generate(input_ids=[PROMPT] * 3, sampling_params=LONG)
-    fail_at(monkeypatch, engine._loop._runner, "dispatch", 19, RuntimeError)
+    fail_at(monkeypatch, inside.runner(engine), "dispatch", 19, RuntimeError)
     results = engine.generate(input_ids=[PROMPT] * 3, sampling_params=LONG)
     assert [r["output_ids"] for r in results] == [r["output_ids"] for r in expected]
     assert all(r["meta_info"]["num_retractions"] == 1 for r in results)
@@ -151,7 +152,7 @@ def test_a_dead_engine_fails_every_waiting_call_with_its_cause(tiny_models, monk
     def broken():
         raise ZeroDivisionError("injected in the engine thread")
 
-    monkeypatch.setattr(engine._loop._scheduler, "schedule", broken)
+    monkeypatch.setattr(inside.scheduler(engine), "schedule", broken)
     for thread, outcome in waiting:
         thread.join(timeout=60)
         assert not thread.is_alive()

@@ -12,6 +12,7 @@ from jaxserve.batch.batch import ExtendBatch
 from jaxserve.cache.pages import OutOfPagesError
 from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Task
+from tests import inside
 from tests.faults import fail_at
 from tests.prompts import ids
 from tests.test_engine_hardening import LONG, PROMPT, SHORT, assert_works, in_thread
@@ -42,17 +43,17 @@ class FailingArray:
 def test_an_allocation_that_fails_is_recomputed(engine, monkeypatch, number, error):
     """Of a first prompt, of samples that share it, and of running sequences that grow."""
     expected = ids(engine.generate(**MANY))
-    pages = engine._loop._scheduler.pages
+    pages = inside.scheduler(engine).pages
     calls = fail_at(monkeypatch, pages, "allocate", number, error)
     assert ids(engine.generate(**MANY)) == expected
     assert len(calls) > number
     assert_works(engine)
-    assert engine._loop._scheduler.slots.available == OPTIONS["max_running_requests"]
+    assert inside.scheduler(engine).slots.available == OPTIONS["max_running_requests"]
 
 
 def test_a_program_that_raises_with_its_arguments_donated_is_recomputed(engine, monkeypatch):
     expected = ids(engine.generate(**MANY))
-    runner = engine._loop._runner
+    runner = inside.runner(engine)
     programs, calls = runner.programs, []
 
     class Programs:
@@ -76,7 +77,7 @@ def test_a_program_that_raises_with_its_arguments_donated_is_recomputed(engine, 
 def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
     wanted = {**MANY, "return_logprob": True, "logprob_start_len": 0}
     expected = engine.generate(**wanted)
-    runner, failed = engine._loop._runner, []
+    runner, failed = inside.runner(engine), []
     real = runner.dispatch
 
     def dispatch(prepared):
@@ -98,7 +99,7 @@ def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
 
 def test_a_commit_that_fails_half_way_is_recomputed(engine, monkeypatch):
     expected = ids(engine.generate(**MANY))
-    slots = engine._loop._scheduler.slots
+    slots = inside.scheduler(engine).slots
     calls = fail_at(monkeypatch, slots, "append", 5, MemoryError)
     assert ids(engine.generate(**MANY)) == expected
     assert len(calls) > 5
@@ -108,7 +109,7 @@ def test_a_commit_that_fails_half_way_is_recomputed(engine, monkeypatch):
 def test_failures_are_not_in_a_row_when_the_engine_was_idle_between(engine, monkeypatch):
     """Nobody reads a token between them, because the requests are aborted; yet they are no sign
     that the engine cannot go on."""
-    real, failures = engine._loop._runner.dispatch, itertools.count(1)
+    real, failures = inside.runner(engine).dispatch, itertools.count(1)
 
     def dispatch(prepared):
         if next(failures) <= 3:
@@ -116,7 +117,7 @@ def test_failures_are_not_in_a_row_when_the_engine_was_idle_between(engine, monk
             raise RuntimeError("injected on the device")
         return real(prepared)
 
-    monkeypatch.setattr(engine._loop._runner, "dispatch", dispatch)
+    monkeypatch.setattr(inside.runner(engine), "dispatch", dispatch)
     for _ in range(3):
         result = engine.generate(input_ids=PROMPT, sampling_params=SHORT)
         assert result["meta_info"]["finish_reason"]["type"] == "abort"
@@ -125,7 +126,7 @@ def test_failures_are_not_in_a_row_when_the_engine_was_idle_between(engine, monk
 
 @pytest.mark.timeout(60)
 def test_a_prompt_that_always_fails_at_its_second_part_does_not_run_for_ever(engine, monkeypatch):
-    runner = engine._loop._runner
+    runner = inside.runner(engine)
     real = runner.dispatch
 
     def dispatch(prepared):
@@ -143,7 +144,7 @@ def test_a_prompt_that_always_fails_at_its_second_part_does_not_run_for_ever(eng
 def test_stops_that_cannot_be_checked_fail_their_request_alone(engine, monkeypatch):
     expected = engine.generate(input_ids=PROMPT, sampling_params=LONG)["output_ids"]
     backend = engine._codec._backend
-    real, thread = backend.decode, engine._loop._thread
+    real, thread = backend.decode, inside.thread(engine)
 
     def decode(*args, **kwargs):
         if threading.current_thread() is thread:
@@ -174,7 +175,7 @@ def test_a_tokenizer_that_fails_in_a_call_fails_that_call(engine, monkeypatch, w
 
 def test_callers_of_one_failed_batch_get_an_exception_each(engine, monkeypatch):
     """A shared one would be raised by several threads at a time, and grow with each."""
-    real, runner = engine._loop._runner.prepare, engine._loop._runner
+    real, runner = inside.runner(engine).prepare, inside.runner(engine)
     monkeypatch.setattr(
         runner, "prepare", lambda batch: real(batch) if len(batch.sequences) < 4 else 1 / 0
     )
@@ -193,9 +194,9 @@ def test_callers_of_one_failed_batch_get_an_exception_each(engine, monkeypatch):
 
 def test_a_failing_task_costs_its_caller_and_not_those_behind_it(engine):
     """They are taken from the inbox together."""
-    loop, go, cancelled = engine._loop, threading.Event(), []
-    loop._inbox.put(Task(lambda: go.wait(60) and None, cancelled.append))
-    loop._inbox.put(Task(lambda: 1 / 0, cancelled.append))
+    inbox, go, cancelled = inside.inbox(engine), threading.Event(), []
+    inbox.put(Task(lambda: go.wait(60) and None, cancelled.append))
+    inbox.put(Task(lambda: 1 / 0, cancelled.append))
     behind, outcome = in_thread(engine.flush_cache)
     go.set()
     behind.join(timeout=60)
@@ -221,7 +222,7 @@ def test_everybody_hears_of_the_end_though_the_scheduler_is_broken(tiny_models, 
     waiting = [
         in_thread(lambda: engine.generate(input_ids=PROMPT, sampling_params=LONG)) for _ in range(4)
     ]
-    scheduler = engine._loop._scheduler
+    scheduler = inside.scheduler(engine)
     for name in ("schedule", "finish", "retract_all"):
         monkeypatch.setattr(scheduler, name, lambda *_: 1 / 0)
     for thread, outcome in waiting:

@@ -22,6 +22,7 @@ OPTIONS = {
 PROGRAM = """
 import gc, multiprocessing, os, signal, sys, threading, time
 import jaxserve
+from tests import inside
 
 MODEL, OPTIONS = {model!r}, {options!r}
 SHORT = {{"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
@@ -79,7 +80,7 @@ with engine() as built:
         refused(list, stream)
         built.abort_request(abort_all=True)
     builder, ids = built._builder, built._live_ids
-    with built._loop._inbox._lock, ids._lock, stream._call._mailbox._lock:
+    with inside.inbox(built)._lock, ids._lock, stream._call._mailbox._lock:
         pid = os.fork()  # with all locks held by a thread that the child has not
         if not pid:
             signal.alarm(60)

@@ -16,6 +16,7 @@ from jaxserve.cache.keys import chain, namespace_key
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import PrefixCache
 from jaxserve.cache.radix import RadixTree
+from tests import inside
 from tests.prompts import GREEDY, SMALL, ids, text
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -284,7 +285,7 @@ def test_a_failed_step_leaves_nothing_on_the_host(tiny_models, plain, monkeypatc
     with jaxserve.Engine(model_path=tiny_models("llama"), **TIER) as engine:
         for prompt in prompts[:3]:
             engine.generate(input_ids=prompt, sampling_params=GREEDY)
-        runner = engine._loop._runner
+        runner = inside.runner(engine)
         real, failures = getattr(runner, phase), [RuntimeError("injected")]
 
         def broken(argument):

@@ -15,6 +15,7 @@ import pytest
 import jaxserve
 from jaxserve import compat
 from jaxserve.compat import Settings
+from tests import inside
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
@@ -142,7 +143,7 @@ def test_the_users_precision_and_device_are_those_when_the_engine_is_built(model
     with jax.default_matmul_precision("highest"), jax.default_device(device):
         engine = jaxserve.Engine(model_path=model, **OPTIONS)
     with engine, configured({"jax_default_matmul_precision": "bfloat16"}):
-        assert engine._loop.call(seen) == ("highest", device)
+        assert inside.call(engine, seen) == ("highest", device)
 
 
 def test_the_programs_settings_make_no_other_stored_programs():

@@ -18,6 +18,7 @@ from tests.kernels.support import (
     poison,
     quiet,
     reference,
+    shape_list,
 )
 
 pytestmark = quiet
@@ -61,7 +62,7 @@ def test_triton_sizes_interpreted(sizes):
 @pytest.mark.parametrize(("tokens", "size"), [(1, 4096), (256, 896), (8192, 8192), (7, 100)])
 def test_lowers_for_cuda(tokens, size, dtype):
     x, norm = ((tokens, size), jnp.dtype(dtype)), ((size,), jnp.dtype(dtype))
-    shapes = compat.shape_list([x, x, norm])
+    shapes = shape_list([x, x, norm])
     for name in ("triton", "xla"):
         text = compat.lower_for_cuda(implementation("add_norm", name, interpret=False), *shapes)
         assert ("custom_call" in text) == (name == "triton")

@@ -11,7 +11,15 @@ import pytest
 
 from pallas_kernels import compat, kv_write
 from pallas_kernels.kv_write import cases
-from tests.kernels.support import ON_GPU, fresh_seed, implementation, needs_gpu, quiet, reference
+from tests.kernels.support import (
+    ON_GPU,
+    fresh_seed,
+    implementation,
+    needs_gpu,
+    quiet,
+    reference,
+    shape_list,
+)
 
 pytestmark = quiet
 by_name = {"ids": lambda case: case.name}
@@ -69,7 +77,7 @@ def test_xla_is_in_place():
 @pytest.mark.parametrize("name", ["xla", "triton"])
 def test_lowers_for_cuda(name):
     cache, new = ((4096, 64, 8, 128), jnp.bfloat16), ((100, 8, 128), jnp.bfloat16)
-    shapes = compat.shape_list([cache, cache, new, new, ((100,), jnp.int32)])
+    shapes = shape_list([cache, cache, new, new, ((100,), jnp.int32)])
     text = compat.lower_for_cuda(implementation("kv_write", name, interpret=False), *shapes)
     assert ("custom_call" in text) == (name == "triton")
 

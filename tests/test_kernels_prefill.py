@@ -32,6 +32,7 @@ from tests.kernels.support import (
     refuses,
     reuse_passed_pages,
     second_layer,
+    shape_list,
 )
 
 pytestmark = quiet
@@ -236,7 +237,7 @@ def test_lowers_for_cuda(name, model, tokens, window):
     heads, kv_heads, head_dim, page_size = MODELS[model]
     pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
     row = ((16,), jnp.int32)
-    shapes = compat.shape_list(
+    shapes = shape_list(
         [((tokens, heads, head_dim), jnp.bfloat16), pages, pages,
          ((16, 128), jnp.int32), row, row, row]
     )  # fmt: skip
@@ -247,7 +248,7 @@ def test_lowers_for_cuda(name, model, tokens, window):
 
 def test_float32_lowers_for_cuda_in_triton_only():
     pages, row = ((64, 16, 3, 64), jnp.float32), ((4,), jnp.int32)
-    shapes = compat.shape_list(
+    shapes = shape_list(
         [((64, 9, 64), jnp.float32), pages, pages, ((4, 8), jnp.int32), row, row, row]
     )
     triton = implementation("paged_prefill", "triton", interpret=False)
@@ -262,7 +263,7 @@ def test_float32_lowers_for_cuda_in_triton_only():
 def test_fixed_tiles_lower_for_cuda(name, model):
     heads, kv_heads, head_dim, page_size = MODELS[model]
     pages, row = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16), ((16,), jnp.int32)
-    shapes = compat.shape_list(
+    shapes = shape_list(
         [((1024, heads, head_dim), jnp.bfloat16), pages, pages, ((16, 128), jnp.int32), row, row,
          row]
     )  # fmt: skip
@@ -277,7 +278,7 @@ def test_cap_and_fp8_lower_for_cuda(model):
     q, row = ((256, heads, head_dim), jnp.bfloat16), ((16,), jnp.int32)
     for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
         pages = ((4096, page_size, kv_heads, head_dim), dtype)
-        shapes = compat.shape_list([q, pages, pages, ((16, 128), jnp.int32), row, row, row])
+        shapes = shape_list([q, pages, pages, ((16, 128), jnp.int32), row, row, row])
         for name in ("triton", "mosaic_sm90"):
             run = implementation("paged_prefill", name, interpret=False)
             run = functools.partial(run, scale=0.1, window=300, soft_cap=30.0)
@@ -292,7 +293,7 @@ def test_cap_and_fp8_lower_for_cuda(model):
 def test_every_mosaic_schedule_lowers_for_cuda(sizes):
     q, pages, row = ((512, 32, 128), jnp.bfloat16), ((64, 64, 8, 128), jnp.bfloat16), (4,)
     row = (row, jnp.int32)
-    shapes = compat.shape_list([q, pages, pages, ((4, 16), jnp.int32), row, row, row])
+    shapes = shape_list([q, pages, pages, ((4, 16), jnp.int32), row, row, row])
     run = implementation("paged_prefill", "mosaic_sm90", interpret=False, **sizes)
     assert "custom_call" in compat.lower_for_cuda(functools.partial(run, scale=0.1), *shapes)
 

@@ -15,7 +15,15 @@ from pallas_kernels import Device, compat, rope_kv_write
 from pallas_kernels.kv_write import xla as kv_write_xla
 from pallas_kernels.rope_kv_write import cases, triton
 from pallas_kernels.rope_kv_write.pages import FP8, to_pages
-from tests.kernels.support import ON_GPU, fresh_seed, implementation, needs_gpu, quiet, reference
+from tests.kernels.support import (
+    ON_GPU,
+    fresh_seed,
+    implementation,
+    needs_gpu,
+    quiet,
+    reference,
+    shape_list,
+)
 
 pytestmark = quiet
 EDGES = {case.name: case for case in cases.EDGES}
@@ -167,12 +175,12 @@ def assert_in_place(compiled, cache: jax.ShapeDtypeStruct) -> None:
 def in_place(name, dtype, tokens, *, pages_dtype=None):
     heads, kv_heads, head_dim = 6, 3, 64
     cache = jax.ShapeDtypeStruct((4096, 16, kv_heads, head_dim), pages_dtype or dtype)
-    shapes = compat.shape_list(
+    shapes = shape_list(
         [((tokens, (heads + 2 * kv_heads) * head_dim), dtype),
          ((tokens, head_dim // 2), jnp.float32), ((tokens, head_dim // 2), jnp.float32)]
     )  # fmt: skip
-    norms = compat.shape_list([((head_dim,), dtype)] * 2)
-    slots = compat.shape_list([((tokens,), jnp.int32), ((1,), jnp.int32)])
+    norms = shape_list([((head_dim,), dtype)] * 2)
+    slots = shape_list([((tokens,), jnp.int32), ((1,), jnp.int32)])
     run = functools.partial(
         implementation("rope_kv_write", name, interpret=False), num_heads=heads, eps=1e-6
     )
@@ -201,7 +209,7 @@ def lowered(name, shape, tokens, dtype, pages_dtype, tile=None, *, page_count=40
     heads, kv_heads, head_dim, norm = shape
     pages = ((page_count, 64, kv_heads, head_dim), pages_dtype)
     angles = ((tokens, head_dim // 2), jnp.float32)
-    shapes = compat.shape_list(
+    shapes = shape_list(
         [((tokens, (heads + 2 * kv_heads) * head_dim), dtype), angles, angles, pages, pages,
          ((tokens,), jnp.int32), ((1,), jnp.int32), *([((head_dim,), dtype)] * (2 if norm else 0))]
     )  # fmt: skip
@@ -281,7 +289,7 @@ def test_refusals(monkeypatch, tokens, head_dim, pages, capability, message):
     angles = jax.ShapeDtypeStruct((tokens, head_dim // 2), jnp.float32)
     cache = jax.ShapeDtypeStruct((*pages, 1, head_dim), FP8)
     qkv = jax.ShapeDtypeStruct((tokens, 4 * head_dim), jnp.bfloat16)
-    slots = compat.shape_list([((tokens,), jnp.int32), ((1,), jnp.int32)])
+    slots = shape_list([((tokens,), jnp.int32), ((1,), jnp.int32)])
     run = functools.partial(triton.rope_kv_write, num_heads=2)
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(run, qkv, angles, angles, cache, cache, *slots)

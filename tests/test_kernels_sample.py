@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from pallas_kernels import RowParams, SlotLists, compat, sample
+from pallas_kernels import SampleRows, SlotLists, compat, sample
 from pallas_kernels.sample import cases, noise
 from pallas_kernels.sample import reference as plain
 from pallas_kernels.sample.api import FLOATS
@@ -230,7 +230,7 @@ def test_a_row_draws_the_same_in_any_company(name):
     sizes = SMALL if name == "triton" else ()
     together = draw(name, case, (logits, live, slots), sizes=sizes).tokens
     order = np.asarray([3, 0, 4, 4, 1])
-    company = RowParams(*(array[order] for array in live))
+    company = SampleRows(*(array[order] for array in live))
     mixed = draw(name, case, (logits[order], company, slots), sizes=sizes).tokens
     np.testing.assert_array_equal(mixed, together[order])
 
@@ -259,12 +259,12 @@ def frequencies(name, setting, calls, rows, sizes=()):
     logits, _, slots = case.inputs(11)
     slots.bias_until[...] = cases.LIVE_FOREVER
     one = cases.row_params([{**setting, "slot": 0, "position": 20}])
-    first = RowParams(*(array[0] for array in one))
+    first = SampleRows(*(array[0] for array in one))
     x = plain.scaled(plain.processed(logits[0], first, slots), first.temperature)
     p = np.where(
         plain.keep_mask(x, first.top_k, first.top_p, first.min_p), plain.probabilities(x), 0.0
     )
-    many = RowParams(*(np.repeat(array, rows) for array in one))
+    many = SampleRows(*(np.repeat(array, rows) for array in one))
     tokens = []
     for call in range(calls):
         seeds = np.arange(rows, dtype=np.int32) % 10
@@ -305,10 +305,10 @@ def shapes(batch, vocab, slots=9, bias=64, named=16):
     def array(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    rows = RowParams(
+    rows = SampleRows(
         *(
             array((batch,), jnp.float32 if name in FLOATS else jnp.int32)
-            for name in RowParams._fields
+            for name in SampleRows._fields
         )
     )
     lists = SlotLists(
@@ -353,7 +353,7 @@ def test_mistakes_are_named(change, message):
     (name, value), = change.items()  # fmt: skip
     if name in arguments:
         arguments[name] = value
-    elif name in RowParams._fields:
+    elif name in SampleRows._fields:
         rows = rows._replace(**change)
     else:
         slots = slots._replace(**change)
@@ -376,7 +376,7 @@ def near_tie(inputs, b, tokens):
     """Whether float32 may decide between two tokens of row b: scores, or what keeps one, within
     1e-4."""
     logits, rows, slots = inputs
-    row = RowParams(*(array[b] for array in rows))
+    row = SampleRows(*(array[b] for array in rows))
     x = plain.processed(logits[b], row, slots)
     if row.top_k == 1:
         return abs(x[tokens[0]] - x[tokens[1]]) <= 1e-4
@@ -422,7 +422,7 @@ def test_large_on_device(case):
             different += 1
         total += case.batch
         same = np.flatnonzero(got.tokens == expected.tokens)
-        rows = RowParams(*(array[same] for array in inputs[1]))
+        rows = SampleRows(*(array[same] for array in inputs[1]))
         pick = [type(got)(*(array[same] for array in result)) for result in (got, expected)]
         assert_logprobs(*pick, rows, order=False)
     assert different <= 0.01 * total

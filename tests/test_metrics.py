@@ -17,6 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import jaxserve
 from jaxserve.errors import InvalidRequestError, NotSupportedError, RequestFailedError
 from jaxserve.output.stats import BOUNDS, LATENCIES
+from tests import inside
+from tests.api_fakes import Fakes, byte_level_tokenizer, loop_of
 
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 8,
@@ -147,7 +149,7 @@ def test_failed_requests_count_as_errors(engine, monkeypatch):
     def prepare(batch):
         raise ZeroDivisionError("injected")
 
-    monkeypatch.setattr(engine._loop._runner, "prepare", prepare)
+    monkeypatch.setattr(inside.runner(engine), "prepare", prepare)
     with pytest.raises(RequestFailedError, match="ZeroDivisionError: injected"):
         engine.generate(input_ids=PROMPTS[0], sampling_params=LONG)
     assert engine.get_server_info()["finished_requests"]["error"] == 1
@@ -204,8 +206,6 @@ def test_metrics_must_be_asked_for_and_installed(fakes_engine, monkeypatch):
 
 @pytest.fixture
 def fakes_engine(monkeypatch):
-    from tests.api_fakes import Fakes, byte_level_tokenizer
-
     fakes = Fakes(byte_level_tokenizer(), monkeypatch)
     yield fakes.engine
     fakes.close()
@@ -301,9 +301,9 @@ def test_the_log_of_streams_aborts_and_failures(fakes_engine, caplog):
 
     thread = threading.Thread(target=call)
     thread.start()
-    while not engine._loop.live:
+    while not loop_of(engine).live:
         time.sleep(0.001)
-    engine._loop.die(jaxserve.EngineDeadError("injected"))
+    loop_of(engine).die(jaxserve.EngineDeadError("injected"))
     thread.join()
     assert messages(caplog)[1] == "Fail: rid='dead', error='EngineDeadError: injected'"
 

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 import jaxserve
+from tests import inside
 from tests.prompts import GREEDY, SMALL, ids, text
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -226,7 +227,7 @@ def test_flushing_forgets_unless_something_runs(engine):
 def test_a_failed_step_leaves_no_prefix_behind(engine, uncached, monkeypatch, phase):
     """Its pages were in the tree from when it was scheduled, and hold nothing."""
     ask = {"input_ids": text(14, 100), "sampling_params": GREEDY}
-    runner = engine._loop._runner
+    runner = inside.runner(engine)
     real, failures = getattr(runner, phase), [RuntimeError("injected")]
 
     def broken(argument):
@@ -302,10 +303,15 @@ def test_four_unbounded_outputs_run_together(tiny_models):
 @contextlib.contextmanager
 def held(engine):
     """The engine takes requests and runs none of them inside the block."""
-    inside, go_on = threading.Event(), threading.Event()
-    thread = threading.Thread(target=engine._loop.call, args=[lambda: (inside.set(), go_on.wait())])
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait():
+        begun.set()
+        go_on.wait()
+
+    thread = threading.Thread(target=inside.call, args=[engine, wait])
     thread.start()
-    inside.wait()
+    begun.wait()
     yield
     go_on.set()
     thread.join()

@@ -21,6 +21,7 @@ from jaxserve.parallel.mesh import mesh_of
 from jaxserve.server_args import ServerArgs
 from jaxserve.step.compile import Programs
 from jaxserve.step.xla_options import xla_options
+from tests import inside
 from tests.machines import GPU, MACHINES
 
 OPTIONS = {
@@ -84,14 +85,14 @@ def test_a_compilation_that_slips_through_is_counted(tiny_models, caplog):
     with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
         engine.generate(input_ids=[5, 6], sampling_params=SHORT)
         assert engine.get_server_info()["late_compiles"] == 0
-        engine._loop.call(lambda: jnp.sin(jnp.ones(1237)).block_until_ready())
+        inside.call(engine, lambda: jnp.sin(jnp.ones(1237)).block_until_ready())
         assert engine.get_server_info()["late_compiles"] >= 1
         assert "unplanned compile" in caplog.text
 
 
 def test_a_program_first_used_after_precompilation_is_counted(tiny_models, caplog):
     with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
-        engine._loop._runner.programs.expect_no_more()
+        inside.runner(engine).programs.expect_no_more()
         engine.generate(input_ids=[5, 6], sampling_params=SHORT)
         assert engine.get_server_info()["late_compiles"] >= 2
         assert "late compile of extend[64]" in caplog.text
@@ -136,7 +137,7 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
     monkeypatch.setattr(Programs, "_compile", recorded)
     options = {**OPTIONS, "precompile": True}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
-        extends = len(engine._loop._runner.config.buckets.extend)
+        extends = len(inside.runner(engine).config.buckets.extend)
     assert done[:extends] == ["extend"] * extends and "extend" not in done[extends:]
 
 
@@ -147,7 +148,7 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
 )  # fmt: skip
 def test_the_cache_is_updated_in_place(large_cache, key):
     """No copy of the pages in the compiled program, and temporaries far below them."""
-    runner = large_cache._loop._runner
+    runner = inside.runner(large_cache)
     runner.programs.memory(key)  # compiles it
     compiled = runner.programs._compiled[key]
     pages = runner.cache.k
@@ -167,7 +168,7 @@ def test_the_cache_is_updated_in_place(large_cache, key):
 def test_results_count_among_a_programs_memory(large_cache):
     """An extend step returns the last hidden state of each of its tokens: 0.8 GiB of 100,000
     tokens of the 8B."""
-    runner = large_cache._loop._runner
+    runner = inside.runner(large_cache)
     key = ("extend", runner.config.buckets.max_tokens)
     memory = runner.programs.memory(key)
     temporaries = runner.programs._compiled[key].memory_analysis().temp_size_in_bytes

@@ -15,6 +15,7 @@ import jaxserve
 from jaxserve.config import EngineConfig
 from jaxserve.step.compile import Programs
 from jaxserve.step.workers import Workers
+from tests import inside
 from tests.test_programs import OPTIONS, SHORT
 
 EARLY = {**OPTIONS, "precompile": True, "wait_until_compiled": False}
@@ -95,7 +96,7 @@ def test_requests_use_the_programs_that_are_there(tiny_models, gate):
 def test_several_steps_at_once_wait_for_their_programs(tiny_models, gate):
     options = {**EARLY, "num_continuous_decode_steps": 4}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
-        runner = engine._loop._runner
+        runner = inside.runner(engine)
         assert runner.ready.several == {8}
         before = engine.get_server_info()["decode_steps"]
         engine.generate(input_ids=[5, 6], sampling_params={**SHORT, "max_new_tokens": 9})
@@ -171,7 +172,7 @@ def test_a_program_that_cannot_be_compiled_is_done_without(tiny_models, monkeypa
 def test_nobody_waits_for_what_is_being_compiled_behind(tiny_models, gate, end):
     engine = jaxserve.Engine(model_path=tiny_models("llama"), **EARLY)
     engine.generate(input_ids=[5, 6], sampling_params=SHORT)
-    programs = engine._loop._runner.programs
+    programs = inside.runner(engine).programs
     assert programs.compiling
     started = time.monotonic()
     if end == "shutdown":

@@ -72,7 +72,7 @@ SINGLE_REPLICA = frozenset({"routed_dp_rank", "data_parallel_rank"})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
-    """The supported arguments of one call, as given."""
+    """The supported arguments of one call, as given: see `GenerateOptions`, `Engine.generate`."""
 
     prompt: Any = None
     sampling_params: Any = None

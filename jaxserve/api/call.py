@@ -6,22 +6,15 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from jaxserve.api.request_log import RequestLog
+from jaxserve.core import Core
 from jaxserve.errors import InvalidRequestError
 from jaxserve.mailbox import Mailbox
 from jaxserve.output.result import Output
 from jaxserve.process import Uncopyable
 from jaxserve.request import Request, Update
-
-
-class Core(Protocol):
-    """What a call needs of EngineLoop."""
-
-    def submit(self, requests: Sequence[Request]) -> None: ...
-
-    def abort_requests(self, requests: Sequence[Request]) -> None: ...
 
 
 class LiveIds:
@@ -53,8 +46,7 @@ class Call(Uncopyable):
 
     Whoever stops reading before the end must call `close`, which aborts what still runs; the
     methods do so themselves when they are interrupted or cancelled, and a call that is dropped
-    too. `owner` is kept alive until the call has ended: an engine that is used only through a
-    stream must not be collected. `log` is told of each request.
+    too.
     """
 
     def __init__(
@@ -63,9 +55,12 @@ class Call(Uncopyable):
         ids: LiveIds,
         outputs: Sequence[Output],
         mailbox: Mailbox,
-        owner: Any,
+        owner: object,
         log: RequestLog | None = None,
     ) -> None:
+        """owner: kept alive until the call has ended, because an engine that is used only through a
+        stream must not be collected. log: is told of each request. InvalidRequestError: an id is in
+        flight, or too many requests wait; EngineDeadError, EngineShutdownError."""
         self._core = core
         self._ids = ids
         self._mailbox = mailbox

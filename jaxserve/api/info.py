@@ -21,7 +21,9 @@ class FlushResult:
     """What `flush_cache` returns."""
 
     success: bool
+    """False, and nothing is forgotten, while requests are queued or running."""
     message: str
+    """The same as a sentence."""
 
     @classmethod
     def of(cls, success: bool) -> FlushResult:
@@ -46,11 +48,17 @@ class TokenizerManager:
         model_config: ModelFacts,
     ) -> None:
         self.server_args = server_args
+        """The engine's, which cannot be changed."""
         self.tokenizer = tokenizer
+        """A transformers tokenizer; None with skip_tokenizer_init."""
         self.model_config = model_config
+        """The model's sizes."""
         self.model_path = server_args.model_path
+        """As it was given."""
         self.served_model_name = server_args.served_model_name or server_args.model_path
+        """The option, or the path."""
         self.preferred_sampling_params = server_args.preferred_params or None
+        """Defaults under each request's sampling parameters, if there are any."""
         self.context_len = limits.context_length
         """Tokens of prompt and output."""
         self.max_req_input_len = longest_input(limits)

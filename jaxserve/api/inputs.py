@@ -21,7 +21,7 @@ from jaxserve.api.prompts import (
     request_ids,
     token_ids,
 )
-from jaxserve.api.rows import Row, Rules, logprob_spec
+from jaxserve.api.rules import CheckedPrompt, Rules, logprob_spec
 from jaxserve.errors import InvalidRequestError, JaxserveError
 from jaxserve.mailbox import Mailbox
 from jaxserve.request import LogprobSpec, Request
@@ -46,11 +46,14 @@ SEEDS_AT_ONCE = 256
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inputs:
-    """The requests of one call. single: one prompt and n=1, so the result is a dict."""
+    """The requests of one call."""
 
     requests: list[Request]
+    """In the order of the results: prompt by prompt, the n samples of one side by side."""
     mailbox: Mailbox
+    """Of all of them."""
     single: bool
+    """One prompt and n=1, so the result is a dict."""
 
 
 class RequestBuilder:
@@ -109,7 +112,7 @@ class RequestBuilder:
         rows = []
         for index, values in enumerate(zip(ids, params, explicit, logprobs, strict=True)):
             with _NamingRow(index, not single):
-                rows.append(self._rules.row(*values))
+                rows.append(self._rules.check(*values))
         mailbox = Mailbox()
         requests: list[Request] = []
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
@@ -236,7 +239,7 @@ class RequestBuilder:
         return checks.integer("priority", given)
 
     def _samples(
-        self, row: Row, names: list[str], prompt: int, mailbox: Mailbox, stream: bool,
+        self, row: CheckedPrompt, names: list[str], prompt: int, mailbox: Mailbox, stream: bool,
         shared: Mapping[str, Any],
     ) -> list[Request]:  # fmt: skip
         """The n requests of one prompt: the same seed, different sample indices. shared: further
@@ -276,7 +279,7 @@ class RequestBuilder:
                         drawn = self._seeds.integers(SEEDS, size=SEEDS_AT_ONCE).tolist()
                         self._drawn.extend(reversed(drawn))
 
-    def _stop_matcher(self, row: Row) -> StopMatcher | None:
+    def _stop_matcher(self, row: CheckedPrompt) -> StopMatcher | None:
         params = row.params
         if self._codec is None or not (params.stop or row.stop_regexes):
             return None

@@ -15,24 +15,35 @@ class ModelFacts:
     """A model's sizes under the names of SGLang's ModelConfig."""
 
     model_path: str
+    """As it was given."""
     context_len: int
     """Most tokens of prompt and output: the option context_length, or the model's."""
     vocab_size: int
+    """V."""
     hidden_size: int
+    """D."""
     num_hidden_layers: int
+    """L."""
     num_attention_heads: int
+    """N."""
     num_key_value_heads: int
+    """K."""
     head_dim: int
+    """H."""
     dtype: str
     """Of the parameters as they run: "float32", "bfloat16" or "float16"."""
     quantization: str | None
+    """Of the weights: "fp8", "w8a16_int8" or None."""
     hf_eos_token_id: frozenset[int]
     """All tokens that end a text."""
     raw_config: dict[str, Any] = dataclasses.field(repr=False)
     """config.json (or what a GGUF file says instead), with the caller's overrides."""
     is_generation: bool = True
+    """Always: it generates text,"""
     is_multimodal: bool = False
+    """of text alone,"""
     is_embedding: bool = False
+    """and no embeddings."""
 
     @classmethod
     def of(

@@ -22,22 +22,22 @@ FOREIGN_ACTIVITIES = ("MEM", "RPD", "CUDA_PROFILER", "XPU")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProfileSpec:
-    """What to trace, and where to.
-
-    folder: exists, and may be given to TensorBoard or xprof. name: the trace's own folder lies
-    under it, in plugins/profile. first_step: the trace begins once that many steps have run.
-    steps: how many it is to hold, None until stop_profile. host, python: whether the loop's phases
-    and Python's calls are in it (the device always is: JAX has no switch for it). hlo: whether the
-    programs are, with the shapes of their operations.
-    """
+    """What to trace, and where to. (The device is always in it: JAX has no switch for that.)"""
 
     folder: str
+    """Exists, and may be given to TensorBoard or xprof."""
     name: str
+    """Of the trace's own folder, below plugins/profile in `folder`."""
     first_step: int
+    """The trace begins once that many steps have run."""
     steps: int | None
+    """How many it is to hold; None: until stop_profile."""
     host: bool
+    """The loop's phases are in it."""
     python: bool
+    """Python's calls are."""
     hlo: bool
+    """The programs are, with the shapes of their operations."""
 
     @classmethod
     def make(

@@ -24,6 +24,7 @@ class Prompts(NamedTuple):
     single: bool
     """One prompt (the result is a dict), not a list of them."""
     texts: Sequence[Any] | None
+    """As given, one a prompt; not encoded, and not checked, yet."""
     ids: Sequence[Any] | None
     """Rows of token ids, as given."""
 

@@ -20,12 +20,10 @@ SHOWN = 2048
 
 class RequestLog:
     """Logs requests at level INFO on the logger `jaxserve.requests`, which this turns on whatever
-    the engine's log_level.
-
-    level: one of the above. codec: shows inputs as text; None shows token ids.
-    """
+    the engine's log_level."""
 
     def __init__(self, level: int, codec: Codec | None) -> None:
+        """level: one of the above. codec: shows inputs as text; None shows token ids."""
         self._level = level
         self._codec = codec
         logger.setLevel(logging.INFO)

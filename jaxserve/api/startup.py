@@ -18,7 +18,7 @@ from jaxserve.server_args import ServerArgs
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxserve.loop import EngineLoop
+    from jaxserve.core import Core
 
 DTYPE_NAMES = {"half": "float16", "float": "float32"}
 EXTRA_STOP_TOKENS = ("<|eom_id|>",)
@@ -33,14 +33,18 @@ that it writes, needs another package, and fails on files that were written with
 class Started:
     """What `Engine` is built on."""
 
-    loop: EngineLoop
+    loop: Core
+    """Running."""
     tokenizer: Any
     """A transformers tokenizer; None with skip_tokenizer_init."""
     eos_ids: frozenset[int]
+    """All tokens that end a text: the model's and the tokenizer's."""
     load_format: str
+    """What was found: safetensors, gguf, orbax or dummy."""
     quantization: str | None = None
     """Of the loaded weights; an Orbax folder may be quantized without the option."""
     model_config: ModelFacts = dataclasses.field(kw_only=True)
+    """The model's sizes."""
 
 
 def start(args: ServerArgs) -> Started:

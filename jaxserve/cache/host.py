@@ -16,20 +16,21 @@ import numpy as np
 
 
 class Place(NamedTuple):
-    """A page in host memory: its block, and its number there."""
+    """A page in host memory."""
 
     block: int
+    """Number of its block in the pool."""
     index: int
+    """Of the page in the block, 0 to C-1."""
 
 
 class Copies(NamedTuple):
-    """What must be copied, in this order, before the next step runs.
-
-    out: (block, its pages on the device, in order); `into`: (block, [(index, page)]).
-    """
+    """What must be copied, in this order, before the next step runs."""
 
     out: tuple[tuple[int, list[int]], ...] = ()
+    """To the host: (block, the pages on the device that fill it, in order)."""
     into: tuple[tuple[int, list[tuple[int, int]]], ...] = ()
+    """To the device: (block, [(index in the block, page on the device)])."""
 
 
 NOTHING = Copies()
@@ -53,16 +54,17 @@ def scatter_targets(
 
 
 class HostPages:
-    """Up to `num_blocks` blocks of `width` pages; the least recently used goes for a new one.
-
-    moved_out, moved_in: pages copied to the host, and from it.
-    """
+    """What lies in which block of host memory; the least recently used goes for a new one."""
 
     def __init__(self, num_blocks: int, width: int):
         self.width = width
+        """C: pages of a block."""
         self.num_blocks = num_blocks
+        """Blocks at most."""
         self.moved_out = 0
+        """Pages copied to the host so far."""
         self.moved_in = 0
+        """Pages copied from it so far."""
         self._places: dict[bytes, Place] = {}
         self._blocks: OrderedDict[int, list[bytes]] = OrderedDict()  # the least recent one first
         self._free = list(range(num_blocks - 1, -1, -1))

@@ -29,10 +29,6 @@ class PageAllocator:
         """Pages that can be allocated now."""
         return len(self._free)
 
-    def references(self, page: int) -> int:
-        """How many hold `page`; 0 when it is free."""
-        return self._references[page]
-
     def unshared(self, pages: Iterable[int]) -> bool:
         """Whether each of `pages`, at least one, has one reference."""
         return max(map(self._references.__getitem__, pages)) == 1

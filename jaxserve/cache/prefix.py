@@ -18,12 +18,15 @@ from jaxserve.cache.radix import Node, RadixTree
 
 @dataclasses.dataclass(slots=True)
 class Lease:
-    """The head of a sequence's pages that the tree knows as well, locked there: `count` pages, the
-    last of them at the end of `node` (None for 0). Pages behind it are the sequence's alone."""
+    """The head of a sequence's pages that the tree knows as well, locked there. Pages behind it are
+    the sequence's alone."""
 
     namespace: str = ""
+    """Of the tree: the request's `cache_salt`."""
     node: Node | None = None
+    """At whose end the last leased page lies; None for no page."""
     count: int = 0
+    """Pages."""
 
 
 class PrefixCache:
@@ -38,10 +41,13 @@ class PrefixCache:
     ):  # fmt: skip
         """policy: of eviction, "lru" or "lfu"; None keeps nothing. host: takes what is evicted."""
         self.allocator = allocator
+        """Of all pages, the tree's included."""
         self.host = host
+        """Where evicted pages go; None: they are forgotten."""
         on_evict = None if host is None else self._keep_on_host
         self.tree = RadixTree(page_size, policy or "lru", on_evict)
         self.enabled = policy is not None
+        """Whether anything is kept."""
         self._page_bytes = 4 * page_size
 
     # -- as PageAllocator -------------------------------------------------------------------------

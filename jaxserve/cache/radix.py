@@ -18,26 +18,29 @@ TOKEN_BYTES = 4
 
 
 class Node:
-    """A span of pages below `parent`.
-
-    tokens: bytes of the span; behind those of `pages` may come some of pages that were evicted.
-    children: by their first page. locks: sequences that use the span. used: when it was last; hits:
-    how often it was matched. queued: it has an entry in the heap of what can be evicted. key: of
-    the prefix before the span (cache.keys), once somebody has asked.
-    """
+    """A span of pages below `parent`."""
 
     __slots__ = ("children", "hits", "key", "locks", "pages", "parent", "queued", "tokens", "used")
 
     def __init__(self, parent: Node | None, tokens: bytes = b"", pages: Sequence[int] = ()):
         self.parent = parent
+        """None of a root."""
         self.tokens = tokens
+        """Bytes of the span, int32; behind those of `pages` may come some of evicted pages."""
         self.pages = list(pages)
+        """On the device."""
         self.children: dict[bytes, Node] = {}
+        """By the bytes of their first page."""
         self.locks = 0
+        """Sequences that use the span."""
         self.used = 0
+        """When it was last used, by the tree's own clock."""
         self.hits = 0
+        """How often it was matched."""
         self.queued = False
+        """It has an entry in the heap of what can be evicted."""
         self.key: bytes | None = None
+        """Of the prefix before the span (cache.keys), once somebody has asked."""
 
 
 class Root(Node):
@@ -59,8 +62,7 @@ class RadixTree:
 
     A locked node, and so each of its ancestors, stays. Of the others the least recently used leaf
     goes first (`policy` "lru"), or the least often matched one ("lfu", ties by last use), its last
-    page first. size: pages. evictable: those in nodes that nobody has locked. version: counts
-    insertions.
+    page first.
     """
 
     def __init__(
@@ -69,8 +71,11 @@ class RadixTree:
     ):  # fmt: skip
         """on_evict: called with a node before it loses its last so many pages to eviction."""
         self.size = 0
+        """Pages."""
         self.evictable = 0
+        """Those of them in nodes that nobody has locked."""
         self.version = 0
+        """Counts insertions."""
         self._page_size = page_size
         self._page_bytes = TOKEN_BYTES * page_size
         self._by_hits = policy == "lfu"

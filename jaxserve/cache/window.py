@@ -7,10 +7,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Window:
-    """What a token at position p sees: positions p - tokens < k <= p, in pages of `page_size`."""
+    """What a token at position p sees: positions p - tokens < k <= p."""
 
     tokens: int
+    """The current one included."""
     page_size: int
+    """S."""
 
     @classmethod
     def fitting(

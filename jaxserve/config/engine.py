@@ -26,6 +26,7 @@ class EngineConfig:
     batches are made, what memory is for what."""
 
     program: ProgramConfig
+    """What changes a compiled program."""
     buckets: Buckets
     """The ladder of shapes: which programs there are. A program knows its own bucket only."""
     context_length: int
@@ -54,6 +55,7 @@ class EngineConfig:
     log_interval: int
     """Decode steps from one line of the log to the next."""
     policy: Policy
+    """Who goes first."""
     pace: Pace | None
     """None: prefill goes first, in whole prompts."""
     radix_eviction: str | None

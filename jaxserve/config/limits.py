@@ -13,6 +13,7 @@ class Limits:
     """What a single request may ask of the running engine."""
 
     vocab_size: int
+    """V: token ids are less."""
     context_length: int
     """Tokens that the model's context, or the option, allows."""
     max_total_tokens: int

@@ -47,6 +47,7 @@ class ModelConfig:
     rms_norm_eps: float
     """Added to the mean square, of every norm."""
     rope: RopeConfig
+    """How positions become angles."""
     max_position_embeddings: int
     """As the checkpoint states it; what RoPE scalings are relative to."""
     context_length: int
@@ -66,6 +67,7 @@ class ModelConfig:
     hidden_act: str
     """The MLP's activation: a name that `layers.activation` knows."""
     bos_token_id: int | None
+    """Begins a text, where the checkpoint names one."""
     eos_token_ids: tuple[int, ...]
     """Any of them ends a sequence."""
     dtype: str

@@ -79,8 +79,11 @@ class Layer(nnx.Module):
     """Pre-norm residual block: attention, then MLP."""
 
     attention: ClassVar[type[Attention]] = Attention
+    """Of the first half."""
     feed_forward: ClassVar[type[FeedForward]] = MLP
+    """Of the second half."""
     norm: ClassVar[type[RMSNorm]] = RMSNorm
+    """Of the norms before both."""
     rope: RopeConfig
     """What the layer's cos and sin are made from; a family may choose it by the layer."""
 
@@ -110,6 +113,7 @@ class Decoder(nnx.Module):
     embedding: ClassVar[type[Embedding]] = Embedding
     """Of the input; an untied output projection is an `Embedding`."""
     layer: ClassVar[type[Layer]] = Layer
+    """Of each of the L layers, which are unrolled."""
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     """Of the norm behind the last layer."""
 

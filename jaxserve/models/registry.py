@@ -80,6 +80,7 @@ class Declaration:
     """A model without its arrays."""
 
     config: ModelConfig
+    """Sizes, of the family's own `config_class`."""
     dtype: jnp.dtype
     """Of every parameter, the quantized kernels and their scales excepted."""
     quantization: str | None

@@ -15,6 +15,7 @@ class DocsRow:
     """One row, in plain text: no Markdown but code spans in `meaning`."""
 
     name: str
+    """The option's."""
     type: str
     """As annotated, or as SGLang's table calls it."""
     default: str

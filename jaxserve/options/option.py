@@ -33,6 +33,7 @@ class Option:
     """Everything about one option; `jaxserve.options.table` has one for each."""
 
     name: str = ""
+    """The attribute's, filled in by the table."""
     type: str = ""
     """Of the attribute, as annotated in the table."""
     default: Any = None
@@ -43,8 +44,9 @@ class Option:
     help: str
     """One sentence, without a full stop."""
     low: float | None = None
+    """The least value; None is any."""
     high: float | None = None
-    """An inclusive range."""
+    """The largest value; None is any."""
     choices: tuple[str, ...] = ()
     """The values implemented; empty is any."""
     known: tuple[str, ...] = ()

@@ -29,6 +29,7 @@ class UpstreamOption:
     """One row of the table."""
 
     name: str
+    """The attribute's."""
     kind: str
     """bool, int, float, str, list[int], list[float], list[str], json or any."""
     optional: bool

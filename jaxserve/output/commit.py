@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from jaxserve.batch.sequence import Sequence
 from jaxserve.errors import RequestFailedError
 from jaxserve.request import Logprobs, Request, TopLogprobs, Update
 from jaxserve.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from jaxserve.step.result import StepResult
 
 logger = logging.getLogger(__name__)
 ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
@@ -39,7 +42,7 @@ class HostLogprobs:
             out.ids.append(list(zip(values, spec.ids, strict=True)))
 
 
-def commit(result: Any, scheduler: Scheduler) -> int:
+def commit(result: StepResult, scheduler: Scheduler) -> int:
     """Read a StepResult (this waits for the device) and hand its tokens out, step by step.
 
     Requests that ended or were aborted since the step was scheduled, or in an earlier step of the

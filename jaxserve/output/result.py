@@ -95,6 +95,7 @@ class Output:
     def _meta_info(self, first: int) -> dict[str, Any]:
         request = self.request
         reason = self.finish_reason
+        retractions = request.num_retractions  # may grow meanwhile
         meta: dict[str, Any] = {
             "id": request.rid,
             "finish_reason": None if reason is None else dict(reason),
@@ -104,8 +105,8 @@ class Output:
             "cached_tokens_details": _cached_details(request),
             "reasoning_tokens": 0,
             "weight_version": self._options.weight_version,
-            "num_retractions": request.num_retractions,
-            "total_retractions": request.num_retractions,
+            "num_retractions": retractions,
+            "total_retractions": retractions,
             "response_sent_to_client_ts": time.time(),
         }
         if request.logprobs is not None:

@@ -17,13 +17,18 @@ class Field(NamedTuple):
     """One number of each row, written when a request is admitted."""
 
     name: str
-    """The column's; one of `pallas_kernels.RowParams` goes to the sampling kernel."""
+    """The column's; one of `pallas_kernels.SampleRows` goes to the sampling kernel."""
     dtype: type[np.float32] | type[np.int32]
+    """Of the column: those of one dtype are side by side in one array."""
     neutral: float
     """Of rows of padding and of empty slots."""
     read: str
     """Dotted path of the value, from a `batch.Sequence`. (One attrgetter reads all of them: a call
     of a Python function for each would cost a row its own microsecond.)"""
+    transform: str = ""
+    """Module of a function `transform(logits [B, V] float32, values [B]) -> logits`, by which the
+    sampler changes logits before its kernel sees them, in the order of the table. Rows that have
+    the neutral value it leaves bitwise as they are. "" is none."""
 
 
 FIELDS = (

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 
 
 class TokenLogprobs(NamedTuple):
-    """chosen [B]; top_values, top_ids [B, C]; named [B, I]: float32 and int32."""
+    """Of one token of each of B rows. Entries that nobody asked for are unspecified."""
 
     chosen: jax.Array
+    """[B] float32: of the token itself."""
     top_values: jax.Array
+    """[B, C] float32: the best, in falling order."""
     top_ids: jax.Array
+    """[B, C] int32: their tokens."""
     named: jax.Array
+    """[B, I] float32: of the tokens that the caller named."""
 
     def pack(self) -> jax.Array:
         """All of it as one array, see batch.pack.unpack_logprobs: each array that a step returns

@@ -30,7 +30,8 @@ class Sampled(NamedTuple):
 
 
 class RowParams(NamedTuple):
-    """The fields of `sampler.fields`, written when a request is admitted."""
+    """The fields of `sampler.fields`, by slot, written when a request is admitted. A step picks the
+    columns of its rows."""
 
     floats: jax.Array
     """[R+1, len(FLOATS)] float32."""

@@ -59,10 +59,11 @@ class Policy:
 
 class WaitingQueue:
     """Sequences in the order of their rank and arrival: those that were retracted are before those
-    that came later. version: changes with every change of the queue."""
+    that came later."""
 
     def __init__(self) -> None:
         self.version = 0
+        """Another number after every change of the queue."""
         self._entries: list[tuple[float, int, Sequence]] = []  # negated: the first one is last
         self._groups: dict[str, dict[Sequence, None]] = {}
         self._preferred: list[Sequence] = []

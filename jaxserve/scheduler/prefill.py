@@ -15,15 +15,15 @@ class ExtendPlanner:
     """Fills one ExtendBatch. Rows are packed in the order they are added, each sequence starting
     at an aligned row; a sequence that does not fit is cut, at a multiple of `alignment` tokens, and
     goes on in a later step.
-
-    max_tokens: packed, of the step. max_prompts: sequences with tokens to run. pace: where given,
-    the step is also limited to its work. riders: running sequences for which room is kept.
     """
 
     def __init__(
         self, buckets: Buckets, max_tokens: int, max_prompts: int | None, alignment: int = 1,
         pace: Pace | None = None, riders: int = 0,
     ):  # fmt: skip
+        """max_tokens: packed, of the step. max_prompts: sequences with tokens to run, None is any
+        number. pace: where given, the step is also limited to its work. riders: running sequences
+        for which room is kept."""
         self._buckets = buckets
         self._pace = pace
         self._kept = riders * ALIGNMENT

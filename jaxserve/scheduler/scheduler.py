@@ -47,12 +47,8 @@ class DrainNeeded(Exception):
 
 
 class Scheduler:
-    """Owns every live sequence and the pages.
-
-    waiting: not admitted, retracted ones among them. prefilling: admitted, part of the prompt still
-    to run. running: decoding. A sequence whose last token is scheduled but not read is in none of
-    them, and stays in `live`. slots: progress of everything admitted.
-    """
+    """Owns every live sequence and the pages. A sequence waits, or prefills, or runs; when its last
+    token is scheduled but not read, it does none of these."""
 
     def __init__(
         self,
@@ -72,10 +68,15 @@ class Scheduler:
         self.page_size = scheduling.page_size
         self.pages = PrefixCache(pages, self.page_size, scheduling.eviction, host)
         self.waiting = WaitingQueue()
+        """Not admitted, retracted ones among them."""
         self.prefilling: deque[Sequence] = deque()
+        """Admitted, part of the prompt still to run."""
         self.live: dict[Request, Sequence] = {}
+        """All, until their requests end."""
         self.slots = Slots(scheduling.max_rows, scheduling.pending, scheduling.replays)
+        """Progress of everything admitted."""
         self.running = Running(self.slots)
+        """Decoding."""
         self.admission = Admission(
             self.pages, self.slots, self.page_size, self.policy.conservativeness,
             scheduling.chunk_alignment, window, chunk=scheduling.extend_tokens,

@@ -18,6 +18,7 @@ class Scheduling:
     """The sizes and rules of a Scheduler."""
 
     buckets: Buckets
+    """Sizes that steps are padded to."""
     page_size: int
     """S."""
     max_rows: int
@@ -29,6 +30,7 @@ class Scheduling:
     steps_per_dispatch: int = 1
     """Decode steps scheduled at once where possible, at most S."""
     policy: Policy = dataclasses.field(default_factory=Policy)
+    """Who goes first."""
     eviction: str | None = "lru"
     """The prefix cache's policy; None is no prefix cache."""
     pace: Pace | None = None

@@ -46,15 +46,14 @@ def is_batch(messages: Any) -> bool:
 
 class ChatPrompts:
     """Writes conversations as the model's chat template says. Thread-safe, without a lock.
-
-    templates: Jinja text, or several by name; None if the tokenizer has none. special_tokens:
-    texts of the tokenizer's special tokens by role (`bos_token`), which templates read. Templates
-    are compiled when they are first used.
-    """
+    Templates are compiled when they are first used."""
 
     def __init__(
         self, templates: str | Mapping[str, str] | None, special_tokens: Mapping[str, str]
     ) -> None:
+        """templates: Jinja text, or several by name; None if the tokenizer has none.
+        special_tokens: texts of the tokenizer's special tokens by role (`bos_token`), which
+        templates read."""
         named = templates if isinstance(templates, Mapping) else {"default": templates}
         self._sources = {name: source for name, source in named.items() if source}
         self._special_tokens = dict(special_tokens)

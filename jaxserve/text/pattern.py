@@ -31,6 +31,7 @@ class StopRegex:
 
     def __init__(self, pattern: str) -> None:
         self.text = pattern
+        """As the caller gave it."""
         parsed = _parse(pattern)
         size, run = _size(parsed), _longest_run(parsed)
         for what, count, most in (

@@ -20,15 +20,17 @@ class StopMatcher:
 
     After each token the strings are tried in the order given, then the regexes; each in the whole
     text, special tokens included, and then in what the caller is shown, if that is another.
-    `append` returns the string or pattern that matched, once; `start` and `end` then tell where in
-    the shown text. Regexes find matches of at most `MAX_REGEX_WINDOW` characters.
+    `append` returns the string or pattern that matched, once. Regexes find matches of at most
+    `MAX_REGEX_WINDOW` characters.
     """
 
     def __init__(
         self, strings: Sequence[str], regexes: Sequence[StopRegex], transcript: Transcript
     ) -> None:
         self.strings = tuple(strings)
+        """In the order given; constant."""
         self.regexes = tuple(regexes)
+        """Likewise."""
         self._transcript = transcript
         self._patience = Patience()
         # One character more than a match needs, so that `^` and lookbehind see a real neighbour.
@@ -38,7 +40,7 @@ class StopMatcher:
             default=0,
         )
         self.start: int | None = None
-        """Where in the output text the match begins, in characters; None without a match."""
+        """Where in the shown text the match begins, in characters; None without a match."""
         self.end: int | None = None
 
     def append(self, token_id: int) -> str | None:

@@ -10,8 +10,7 @@ from jaxserve.text.detokenize import Detokenizer
 
 
 class Transcript:
-    """Grows token by token. `whole` is the text that stop strings are looked for in, `shown` the
-    caller's; they are the same unless special tokens are skipped.
+    """Grows token by token.
 
     Positions are in characters from the output's beginning. `forget` drops the beginnings.
     """
@@ -37,7 +36,9 @@ class Transcript:
             )
 
         self.whole = tail(False)
+        """The text that stop strings are looked for in."""
         self.shown = tail(True) if skip_special_tokens else self.whole
+        """The caller's; the same object unless special tokens are skipped."""
         # Lengths of both texts after each token: where they differ a special token was skipped.
         self._whole_ends: list[int] = [0]
         self._shown_ends: list[int] = [0]

@@ -16,7 +16,7 @@ from pallas_kernels.registry import Implementation, Operation, cuda_only
 Array = Any
 
 
-class RowParams(NamedTuple):
+class SampleRows(NamedTuple):
     """What each row wants, all [B]; floats float32, the others int32.
 
     temperature > 0; top_p in (0, 1], 1 for all; min_p in [0, 1]; frequency, presence and repetition
@@ -45,11 +45,11 @@ class RowParams(NamedTuple):
     live: Array
 
 
-FLOATS = RowParams._fields[:6]
+FLOATS = SampleRows._fields[:6]
 
 
 class SlotLists(NamedTuple):
-    """What belongs to slots; rows pick theirs with RowParams.slot.
+    """What belongs to slots; rows pick theirs with SampleRows.slot.
 
     counts [R, V] int32: how often each token was generated; read only for rows with a penalty.
     bias_ids [R, C] int32 in [0, V), bias_values [R, C] float32, bias_until [R, C] int32: an entry
@@ -63,7 +63,7 @@ class SlotLists(NamedTuple):
     named_ids: Array
 
 
-class Samples(NamedTuple):
+class Drawn(NamedTuple):
     """tokens [B] int32, logprob [B] of them, top_values [B, top] and top_ids [B, top] best first,
     named [B, I]. Entries that nobody asked for are finite and otherwise unspecified; padding rows
     have token 0."""
@@ -92,14 +92,14 @@ OPERATION = Operation(
 
 def sample(
     logits: jax.Array,
-    rows: RowParams,
+    rows: SampleRows,
     slots: SlotLists,
     *,
     top: int,
     raw_logprobs: bool,
     fixed_split: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> Samples:
+) -> Drawn:
     """Draw one token per row of logits [B, V] float32; every parameter is per row.
 
     In this order: frequency and presence penalty, repetition penalty, bias, clean (NaN and -inf to
@@ -116,7 +116,7 @@ def sample(
     rounding may decide differently about a token just at top_p. implementation: a name, or
     names in order of preference ("triton", "xla"); None is the default order of this device.
 
-    Returns Samples. Raises ValueError for arguments that do not fit together, NotImplementedError
+    Returns Drawn. Raises ValueError for arguments that do not fit together, NotImplementedError
     with every reason when no implementation can do the case. Gumbel-max sampling; filters as in
     SGLang and FlashInfer (joint top-k and top-p on one distribution), without their renormalizing.
     """

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.benchmark import Problem
-from pallas_kernels.sample.api import RowParams
+from pallas_kernels.sample.api import SampleRows
 from pallas_kernels.sample.cases import empty_lists, row_params
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def problem(setting: str, rows: int, vocab: int, scale: float, calls: int) -> Pr
 
     def step(run, positions, fixed, logits):
         params, slots = fixed
-        params = RowParams(*params)._replace(position=positions)
+        params = SampleRows(*params)._replace(position=positions)
         samples = run(logits, params, slots, top=20, raw_logprobs=False)
         return (positions + samples.tokens) & 0xFFFF
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.sample.api import FLOATS, RowParams, SlotLists
+from pallas_kernels.sample.api import FLOATS, SampleRows, SlotLists
 
 NEUTRAL: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "frequency": 0.0, "presence": 0.0,
@@ -18,13 +18,13 @@ NEUTRAL: dict[str, Any] = {
 LIVE_FOREVER = 2**31 - 1
 
 
-def row_params(rows: Sequence[Mapping[str, Any]]) -> RowParams:
+def row_params(rows: Sequence[Mapping[str, Any]]) -> SampleRows:
     """Arrays for rows given as dicts over NEUTRAL; slot: the row's number unless given."""
     full = [{**NEUTRAL, "slot": i, **row} for i, row in enumerate(rows)]
-    return RowParams(
+    return SampleRows(
         *(
             np.asarray([row[name] for row in full], np.float32 if name in FLOATS else np.int32)
-            for name in RowParams._fields
+            for name in SampleRows._fields
         )
     )
 
@@ -80,7 +80,7 @@ class Case:
     bias: int = 72
     named: int = 3
 
-    def inputs(self, seed: int) -> tuple[np.ndarray, RowParams, SlotLists]:
+    def inputs(self, seed: int) -> tuple[np.ndarray, SampleRows, SlotLists]:
         """(logits, rows, slots), random; rows use the slots in shuffled order."""
         rng = np.random.default_rng(seed)
         shape = (self.batch, self.vocab)

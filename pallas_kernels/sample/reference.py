@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sample import noise
-from pallas_kernels.sample.api import RowParams, Samples, SlotLists
+from pallas_kernels.sample.api import Drawn, SampleRows, SlotLists
 
 LIMITS = np.finfo(np.float32)
 
 
-def processed(logits: np.ndarray, row: RowParams, slots: SlotLists) -> np.ndarray:
+def processed(logits: np.ndarray, row: SampleRows, slots: SlotLists) -> np.ndarray:
     """Logits [V] of one row after penalties, biases and cleaning, float32."""
     x = np.array(logits, np.float32)
     with np.errstate(all="ignore"):
@@ -54,7 +54,7 @@ def keep_mask(x: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarr
     return kept & ((mass < float(top_p)) | (first == 0)) if top_p < 1 else kept
 
 
-def scores(x: np.ndarray, row: RowParams) -> np.ndarray:
+def scores(x: np.ndarray, row: SampleRows) -> np.ndarray:
     """Scaled logits [V] plus the row's noise, float32."""
     keys = noise.row_keys(*(jnp.asarray([v]) for v in (row.seed, row.sample_index, row.position)))
     return x + np.asarray(noise.gumbel_rows(*keys, x.size))[0]
@@ -66,14 +66,14 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def sample(
-    logits: Any, rows: RowParams, slots: SlotLists, *, top: int, raw_logprobs: bool
-) -> Samples:
+    logits: Any, rows: SampleRows, slots: SlotLists, *, top: int, raw_logprobs: bool
+) -> Drawn:
     """See pallas_kernels.sample. Entries that nobody asked for are 0."""
     logits = np.asarray(logits)
     slots = SlotLists(*map(np.asarray, slots))
     batch, vocab = logits.shape
     width = slots.named_ids.shape[1]
-    out = Samples(
+    out = Drawn(
         np.zeros(batch, np.int32),
         np.zeros(batch, np.float32),
         np.zeros((batch, top), np.float32),
@@ -81,7 +81,7 @@ def sample(
         np.zeros((batch, width), np.float32),
     )
     for b, values in enumerate(zip(*map(np.asarray, rows), strict=True)):
-        row = RowParams(*values)
+        row = SampleRows(*values)
         if not row.live:
             continue
         x = cleaned = processed(logits[b], row, slots)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.sample import noise
-from pallas_kernels.sample.api import RowParams, SlotLists
+from pallas_kernels.sample.api import SampleRows, SlotLists
 from pallas_kernels.sample.search import HIGHEST, LOWEST, NO_ID, NONE
 from pallas_kernels.softmax import LOG2E
 from pallas_kernels.triton_ops import ceil_div, divmod_by, plt
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
     """What every kernel reads; lists without columns are None. inverse [B]: 1 / temperature, 1 for
     greedy rows. key0, key1 [B] uint32: of the noise."""
 
-    rows: RowParams
+    rows: SampleRows
     slots: SlotLists
     inverse: Any
     key0: Any

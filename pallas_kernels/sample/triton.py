@@ -42,7 +42,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.compat import triton_call
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.sample import noise, search
-from pallas_kernels.sample.api import RowParams, Samples, SlotLists
+from pallas_kernels.sample.api import Drawn, SampleRows, SlotLists
 from pallas_kernels.sample.search import FLOATS, LOWEST, NO_ID, NONE, PIVOTS, Search, Sums
 from pallas_kernels.sample.tiles import (
     Best,
@@ -437,7 +437,7 @@ def _finish_kernel(
 
 def sample(
     logits: jax.Array,
-    rows: RowParams,
+    rows: SampleRows,
     slots: SlotLists,
     *,
     top: int,
@@ -445,7 +445,7 @@ def sample(
     fixed_split: bool = False,
     sizes: Sizes | None = None,
     interpret: bool = False,
-) -> Samples:
+) -> Drawn:
     """See pallas_kernels.sample. Rows with penalties or biases are changed in the logits' own
     memory: if the caller's program needs that afterwards, or may not overwrite it, XLA copies it
     first. interpret: run on any backend, slowly."""
@@ -514,7 +514,7 @@ def sample(
         ),
         name="sample_finish",
         grid=(batch,),
-        out_shape=[Samples(
+        out_shape=[Drawn(
             tokens=ints(),
             logprob=floats(),
             top_values=floats(top) if top else None,
@@ -529,7 +529,7 @@ def sample(
     for _ in range(sizes.rounds):
         memory, done, _ = refine(memory, logits, inputs, done)
     (found,) = finish(logits, inputs, memory, done, reported, parts)
-    return Samples(
+    return Drawn(
         found.tokens,
         found.logprob,
         jnp.zeros((batch, top)) if found.top_values is None else found.top_values,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.sample import noise
-from pallas_kernels.sample.api import RowParams, Samples, SlotLists
+from pallas_kernels.sample.api import Drawn, SampleRows, SlotLists
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 HIGHEST = float(jnp.finfo(jnp.float32).max)
@@ -27,7 +27,7 @@ def clean(logits: jax.Array) -> jax.Array:
     return jnp.nan_to_num(logits, nan=LOWEST, neginf=LOWEST)
 
 
-def apply_penalties(logits: jax.Array, counts: jax.Array, rows: RowParams) -> jax.Array:
+def apply_penalties(logits: jax.Array, counts: jax.Array, rows: SampleRows) -> jax.Array:
     """Frequency, presence, then repetition penalty of logits [B, V] with counts [B, V]."""
     seen = counts > 0
     lowered = rows.frequency[:, None] * counts.astype(jnp.float32)
@@ -37,7 +37,7 @@ def apply_penalties(logits: jax.Array, counts: jax.Array, rows: RowParams) -> ja
 
 
 def apply_bias(
-    logits: jax.Array, rows: RowParams, slots: SlotLists, biased: jax.Array
+    logits: jax.Array, rows: SampleRows, slots: SlotLists, biased: jax.Array
 ) -> jax.Array:
     """Add the entries that are in force; biased [B] bool."""
     entry = jnp.arange(slots.bias_ids.shape[1])
@@ -86,9 +86,9 @@ def keep_mask(x: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
 
 
 def sample(
-    logits: jax.Array, rows: RowParams, slots: SlotLists, *, top: int, raw_logprobs: bool,
+    logits: jax.Array, rows: SampleRows, slots: SlotLists, *, top: int, raw_logprobs: bool,
     fixed_split: bool = False,
-) -> Samples:  # fmt: skip
+) -> Drawn:  # fmt: skip
     """See pallas_kernels.sample."""
     del fixed_split  # no row's sums depend on the others
     batch, vocab = logits.shape
@@ -150,4 +150,4 @@ def sample(
     reported = lax.cond(
         jnp.any(wants), logprobs, lambda _: nothing, logits if raw_logprobs else scaled
     )
-    return Samples(tokens, *reported)
+    return Drawn(tokens, *reported)

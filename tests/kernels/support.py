@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,11 @@ FP8_TOLERANCE = {**TOLERANCE, "bfloat16": 5e-3}
 quiet = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 
+def shape_list(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.ShapeDtypeStruct]:
+    """(shape, dtype) pairs as arguments for compat.lower_for_cuda."""
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+
+
 def decode_shapes(
     rows: int, heads: int, pages: tuple[int, ...], width: int, *,
     dtype: Any = jnp.bfloat16, kv_dtype: Any = None, locks: int = 0,
@@ -42,7 +47,7 @@ def decode_shapes(
     columns, lengths, locks if any. kv_dtype: of the pages, as dtype if None."""
     pool = (pages, kv_dtype or dtype)
     integers = [(rows, width), (rows,), *([(locks,)] if locks else [])]
-    return compat.shape_list(
+    return shape_list(
         [((rows, heads, pages[-1]), dtype), pool, pool, *((x, jnp.int32) for x in integers)]
     )
 

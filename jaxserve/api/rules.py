@@ -18,16 +18,23 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class CheckedPrompt:
     """One prompt of a call, checked: everything its requests share."""
 
     prompt_ids: list[int]
+    """At least one, all in the vocabulary; cut where it was too long and the engine may cut."""
     params: SamplingParams
+    """With lengths that fit."""
     max_new_tokens: int
+    """Of the output: as asked for, or as many as context and pool have room for."""
     stop_ids: frozenset[int]
+    """Tokens that end it."""
     masked_ids: tuple[int, ...]
+    """Tokens that may not come before `params.min_new_tokens`, in order."""
     logprobs: LogprobSpec | None
+    """None: no logprobs are wanted."""
     stop_regexes: tuple[StopRegex, ...]
+    """Compiled, of `params.stop_regex`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,18 +42,23 @@ class Rules:
     """Facts of the engine that requests are checked against."""
 
     limits: Limits
+    """What one request may ask for."""
     eos_ids: frozenset[int]
+    """The model's ends of text."""
     has_tokenizer: bool
+    """Without one there is no text to look for stops in."""
     auto_truncate: bool
+    """What is too long is cut instead of refused."""
 
-    def row(
+    def check(
         self,
         prompt_ids: list[int],
         params: SamplingParams,
         explicit_length: bool,
         logprobs: LogprobSpec | None,
-    ) -> Row:
-        """Checks one prompt. explicit_length: whether the caller gave max_new_tokens."""
+    ) -> CheckedPrompt:
+        """Checks one prompt. explicit_length: whether the caller gave max_new_tokens. Raises
+        InvalidRequestError; warns of what is cut."""
         prompt_ids = self._fit_prompt(prompt_ids)
         if logprobs is not None and logprobs.start > len(prompt_ids):
             raise InvalidRequestError(
@@ -61,7 +73,7 @@ class Rules:
                 min_new_tokens=min(params.min_new_tokens, longest),
             )
         stop_ids, masked_ids = self._stop_ids(params)
-        return Row(
+        return CheckedPrompt(
             prompt_ids=prompt_ids,
             params=params,
             max_new_tokens=longest,
