@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
-from jaxserve.request import LogprobSpec
+from jaxserve.output.logprobs import LogprobSpec
 from tests.api_fakes import EOS, Fakes, byte_level_tokenizer, loop_of
 
 TOKENIZER = byte_level_tokenizer()
@@ -329,7 +329,8 @@ def test_seeds(fakes):
 
 def test_logprob_arguments(engine):
     def specs(prompt=("a", "b"), **options):
-        return [r.logprobs for r in requests(engine, list(prompt), SHORT, **options)]
+        made = requests(engine, list(prompt), SHORT, **options)
+        return [r.extras[0].spec if r.extras else None for r in made]
 
     assert specs() == [None, None]
     assert specs(top_logprobs_num=2) == [None, None]

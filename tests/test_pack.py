@@ -10,7 +10,8 @@ from jaxserve.batch.pack import ExtendLayout, pack_extend
 from jaxserve.batch.sequence import Sequence
 from jaxserve.batch.slots import Slots
 from jaxserve.mailbox import Mailbox
-from jaxserve.request import LogprobSpec, Request
+from jaxserve.output.logprobs import LogprobSpec
+from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 
 LAYOUT = ExtendLayout(tokens=64, rows=8, table_width=5)
@@ -36,7 +37,7 @@ def rows():
     and a running sequence's next token."""
     slots = Slots(PADDING)
     whole, fork = (sequence(slots, number, [*range(100, 120)]) for number in (0, 1))
-    chunk = sequence(slots, 2, [*range(200, 240)], logprobs=LogprobSpec(0, 2, (3,)))
+    chunk = sequence(slots, 2, [*range(200, 240)], extras=(LogprobSpec(0, 2, (3,)).extra(40),))
     running = sequence(slots, 3, [*range(300, 310)])
     return (
         ExtendRow(whole, 0, 20, 0, samples=True, fresh=True, epoch=0),
@@ -60,7 +61,7 @@ def test_each_row_is_packed_as_its_batch_says(rows):
         "sample_at": [19, -1, 40, 19],
         "fresh": [1, 0, 0, 1],
         "next_tokens": [-1, 232, -1, -1],
-        "wants_input_logprobs": [0, 1, 0, 0],
+        "wants_prompt": [0, 1, 0, 0],
         "carried": [0, 0, 1, 0],
     }
     for name, values in fields.items():

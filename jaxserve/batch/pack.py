@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxserve.batch.batch import DecodeBatch, ExtendBatch
+from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
 from jaxserve.request import Request
 from jaxserve.sampler.fields import FLOATS, INTS
 
 ROW_FIELDS = (
     "slots", "q_starts", "q_lens", "prefix_lens", "new_lengths", "sample_at", "fresh",
-    "next_tokens", "wants_input_logprobs", "carried",
+    "next_tokens", "wants_prompt", "carried",
 )  # fmt: skip
 
 
@@ -23,9 +23,9 @@ class ExtendArrays(NamedTuple):
     tokens [T]. By row [B]: slots (R: padding), q_starts, q_lens, prefix_lens as paged_prefill has
     them (forks and padding start at T), new_lengths (KV tokens after the step), sample_at (packed
     row whose logits the row samples from, -1: none), fresh (1: the slot's counts restart),
-    next_tokens (successor of the row's last token, -1: unknown), wants_input_logprobs (0 or 1),
-    carried (1: the row's token is the slot's last sample, whatever `tokens` says).
-    page_table [B, W]. floats [B, len(FLOATS)], ints [B, len(INTS)]: see sampler.fields.
+    next_tokens (successor of the row's last token, -1: unknown), wants_prompt (1: an extra reads
+    some of its tokens), carried (1: the row's token is the slot's last sample, whatever `tokens`
+    says). page_table [B, W]. floats [B, len(FLOATS)], ints [B, len(INTS)]: see sampler.fields.
     """
 
     tokens: Any
@@ -37,7 +37,7 @@ class ExtendArrays(NamedTuple):
     sample_at: Any
     fresh: Any
     next_tokens: Any
-    wants_input_logprobs: Any
+    wants_prompt: Any
     carried: Any
     page_table: Any
     ints: Any
@@ -87,7 +87,7 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
     fields, page_table, ints, floats = layout.rows_of(packed)
     padding = len(batch.rows)
     fields[padding:] = (padding_slot, layout.tokens, 0, 0, 0, -1, 0, -1, 0, 0)
-    ints[padding:], floats[padding:] = INTS.neutral, FLOATS.neutral
+    ints[:], floats[:] = INTS.neutral, FLOATS.neutral
     last_rows = []
     for i, row in enumerate(batch.rows):
         sequence, start, at = row.sequence, row.start, row.packed_start
@@ -101,7 +101,7 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
             sample_at = at
         else:
             packed[at : at + length] = sequence.tokens(start, row.stop)
-            wanted = wants_input_logprobs(request, start, row.stop)
+            wanted = bool(request.extras and read_of_prompt(row))
             if row.samples:
                 sample_at = last_rows[i]
             else:
@@ -112,16 +112,17 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
             row.carried,
         )  # fmt: skip
         page_table[i, : len(sequence.pages)] = sequence.pages
-        ints[i], floats[i] = INTS.read(sequence), FLOATS.read(sequence)
+        ints[i, : INTS.read_count], floats[i] = INTS.read(sequence), FLOATS.read(sequence)
+        for extra in request.extras:
+            for name, value in extra.fields.items():
+                ints[i, INTS.names.index(name)] = value
     return packed
 
 
-def wants_input_logprobs(request: Request, start: int, stop: int) -> bool:
-    """Whether any token after positions start..stop-1 is a prompt token whose logprob is wanted."""
-    spec = request.logprobs
-    if spec is None or spec.start < 0 or request.input_logprobs is not None:
-        return False
-    return start < len(request.prompt_ids) - 1 and stop > spec.start
+def read_of_prompt(row: ExtendRow) -> set[str]:
+    """The payloads that extras read of the prompt tokens in `row`, which runs some."""
+    extras = row.sequence.request.extras
+    return {extra.name for extra in extras if extra.wants_prompt(row.start, row.stop)}
 
 
 class SparseArrays(NamedTuple):
@@ -137,8 +138,9 @@ def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArr
     """The slot's lists, or None for a request that has none. Named ids that are more than `max_ids`
     are not in them: see step.wide."""
     bias = request.params.logit_bias or {}
-    spec = request.logprobs
-    named = spec.ids if spec is not None and len(spec.ids) <= max_ids else ()
+    named = request.named_ids
+    if len(named) > max_ids:
+        named = ()
     if not bias and not request.masked_ids and not named:
         return None
     count, total = len(bias), len(bias) + len(request.masked_ids)
@@ -153,14 +155,6 @@ def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArr
     logprob_ids = np.zeros(max_ids, np.int32)
     logprob_ids[: len(named)] = named
     return SparseArrays(ids, values, until, logprob_ids)
-
-
-def unpack_logprobs(packed: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
-    """(chosen [B], top_values, top_ids [B, C], named [B, I]) of a step's packed logprobs
-    [B, 1 + C + I + C] int32, where C = top: the bits of the floats, then the ids."""
-    floats = packed[:, : packed.shape[1] - top].view(np.float32)
-    ids = packed[:, packed.shape[1] - top :]
-    return floats[:, 0], floats[:, 1 : 1 + top], ids, floats[:, 1 + top :]
 
 
 def pack_decode(batch: DecodeBatch, padding_slot: int) -> np.ndarray:

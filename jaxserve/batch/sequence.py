@@ -87,15 +87,15 @@ class Sequence:
     @property
     def reusable(self) -> int:
         """How many leading tokens need not run if their KV is cached: never the last one, which
-        the next is sampled from; none whose input logprobs are still to be read; and of the
+        the next is sampled from; none from where an extra has still to read the prompt; and of the
         outputs none that a penalty counts, because the device counts what it runs."""
         request, params = self.request, self.request.params
         most = self.total_tokens - 1
         if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1:
             most = min(most, self.prompt_len)
-        spec = request.logprobs
-        if spec is not None and spec.start >= 0 and request.input_logprobs is None:
-            most = min(most, spec.start)
+        for extra in request.extras:
+            if extra.prompt and not extra.complete:
+                most = min(most, extra.prompt.start)
         return most
 
     def token_bytes(self, count: int) -> bytes:
