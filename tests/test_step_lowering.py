@@ -17,6 +17,7 @@ from jaxserve.models import registry
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
 from jaxserve.step import step
+from jaxserve.step.payloads import USUAL
 from jaxserve.step.state import initial_state
 from pallas_kernels import Device, compat
 from tests.kernels.support import quiet
@@ -40,6 +41,7 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16",
         ops=PagedOps(None, None, PAGES, GPU.crossovers),
         sampler=Sampler(config.max_top_logprobs, False, None),
         page_size=config.page_size,
+        payloads=USUAL.payloads,
     )
     cache = jax.eval_shape(
         lambda: make_cache(model, PAGES, config.page_size, config.max_rows, jnp.dtype(kv))
