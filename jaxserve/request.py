@@ -57,8 +57,12 @@ class Request:
     """Samples of one prompt share a group name and prefill once; "" is no group."""
     priority: int | None = None
     """None: the engine's default."""
-    cache_salt: str = ""
-    """Only requests with the same salt share cached prefixes."""
+    namespace: str = ""
+    """Only requests of the same one share cached prefixes: see `cache.keys.namespace_of`."""
+    prompt_keys: list[int] | None = None
+    """An int32 for each prompt token, by which caches know it; None: the token ids. Where something
+    else stands in a token's place (a placeholder's picture), its key must tell that apart, by bits
+    of a hash: a page's keys together are what keeps two pages apart."""
     extras: tuple[Extra[Any], ...] = ()
     """What it wants beside tokens, and what of that has come: see output.extras."""
     stream_interval: int = 0

@@ -177,11 +177,12 @@ def test_arguments_without_effect_and_unknown_ones(engine):
 
 def test_priority_and_cache_salt(engine, fakes):
     given = requests(engine, ["a", "b"], {"n": 2, **SHORT}, priority=3, cache_salt=["x", None])
-    assert [(each.priority, each.cache_salt) for each in given] == [(3, "x")] * 2 + [(3, "")] * 2
-    assert (request(engine, "a", SHORT).priority, request(engine, "a", SHORT).cache_salt) == (
+    expected = [(3, "salt=1:x;")] * 2 + [(3, "")] * 2
+    assert [(each.priority, each.namespace) for each in given] == expected
+    assert (request(engine, "a", SHORT).priority, request(engine, "a", SHORT).namespace) == (
         None, "",
     )  # fmt: skip
-    assert request(engine, "a", SHORT, cache_salt="y").cache_salt == "y"
+    assert request(engine, "a", SHORT, cache_salt="y").namespace == "salt=1:y;"
     for name, value in (("priority", "high"), ("priority", 1.5), ("priority", [1])):
         with pytest.raises(ValueError, match="priority must be an integer"):
             engine.generate("a", SHORT, **{name: value})

@@ -163,7 +163,7 @@ def test_arguments_as_arrays(engine):
         priority=np.int64(3),
     )  # fmt: skip
     assert [request.rid for request in requests] == ["one", "two"]
-    assert [request.cache_salt for request in requests] == ["x", "y"]
+    assert [request.namespace for request in requests] == ["salt=1:x;", "salt=1:y;"]
     assert requests[0].extras[0].spec.top == 1 and requests[1].extras == ()
     _, [request] = submitted(
         engine, "a", SHORT, return_logprob=np.True_, token_ids_logprob=torch.tensor([3, 4])

@@ -248,7 +248,7 @@ def test_random_traffic_reads_its_own_tokens(
         start = random_.choice([-1, 0, random_.randint(0, len(prompt))])
         fields = {
             "priority": random_.choice([None, -2, 0, 3]),
-            "cache_salt": random_.choice(["", "", "salt"]),
+            "namespace": random_.choice(["", "", "salt=1:x;"]),
             "params": SamplingParams(frequency_penalty=random_.choice([0, 0, 0.5])),
         }
         specs = random_.choice([(), (), (LogprobSpec(start), MarkSpec(start)), (MarkSpec(start),)])

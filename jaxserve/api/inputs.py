@@ -24,6 +24,7 @@ from jaxserve.api.prompts import (
     token_ids,
 )
 from jaxserve.api.rows import Row, Rules
+from jaxserve.cache.keys import namespace_of
 from jaxserve.errors import InvalidRequestError
 from jaxserve.mailbox import Mailbox
 from jaxserve.request import Request
@@ -115,7 +116,8 @@ class RequestBuilder:
         mailbox = Mailbox()
         requests: list[Request] = []
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
-            shared = {"priority": priority, "cache_salt": salts[index], "created": created}
+            namespace = namespace_of(salt=salts[index])
+            shared = {"priority": priority, "namespace": namespace, "created": created}
             requests += self._samples(row, names, index, mailbox, given.stream, shared)
         return Inputs(requests, mailbox, single and samples == 1)
 

@@ -18,18 +18,25 @@ from jaxserve.cache.radix import Node, RadixTree
 
 @dataclasses.dataclass(slots=True)
 class Lease:
-    """The head of a sequence's pages that the tree knows as well, locked there: `count` pages, the
-    last of them at the end of `node` (None for 0). Pages behind it are the sequence's alone."""
+    """The head of a sequence's pages that the tree knows as well, locked there. Pages behind it are
+    the sequence's alone."""
 
     namespace: str = ""
+    """See `cache.keys.namespace_of`."""
     node: Node | None = None
+    """At whose end the last of the pages is; None for no page."""
     count: int = 0
+    """Pages."""
+
+    def none(self) -> Lease:
+        """Of no page, in the same namespace."""
+        return Lease(self.namespace)
 
 
 class PrefixCache:
     """A page allocator that takes cached pages back when free ones run out.
 
-    Tokens are given as the bytes of int32.
+    Tokens are given as the bytes of their keys, int32: see cache.keys.
     """
 
     def __init__(
