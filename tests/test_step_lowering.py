@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.workloads import SHAPES
 from jaxserve.attention.paged import PagedOps
-from jaxserve.batch.pack import ExtendLayout
+from jaxserve.batch.layout import ExtendLayout
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
 from jaxserve.models import registry

@@ -120,8 +120,8 @@ class Sequence:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids [stop - start] int32 of positions start..stop-1 of prompt and outputs together,
         not to be written to."""
-        known = self._packed_prompt()
-        if stop > self.prompt_len:
+        known = self._prompt_bytes or self._packed_prompt()
+        if 4 * stop > len(known):
             known = self._with_outputs(known, stop)
         return np.frombuffer(known, np.int32, stop - start, 4 * start)
 

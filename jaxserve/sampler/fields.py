@@ -56,8 +56,9 @@ class Columns:
         self.names = tuple(field.name for field in fields)
         self.neutral = np.array([field.neutral for field in fields], dtype)
         self.read: Callable[[Sequence], Any] = attrgetter(*paths)
-        """The first `read_count` values of a sequence's row, a tuple in the order of `names`."""
-        self.read_count = len(paths)
+        """The first values of a sequence's row, a tuple in the order of `names`."""
+        self.unread = tuple(self.neutral[len(paths) :].tolist())
+        """The others, where no extra says otherwise."""
 
     def __len__(self) -> int:
         return len(self.names)

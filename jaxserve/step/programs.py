@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.attention.paged import PagedOps
-from jaxserve.batch.pack import ExtendLayout
+from jaxserve.batch.layout import ExtendLayout
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.sampler.sampler import Sampler

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxserve.batch.pack import ExtendLayout
+from jaxserve.batch.layout import ExtendLayout
 from jaxserve.sampler.state import RowParams, SparseRows
 from jaxserve.step.payloads import PromptRows
 from jaxserve.step.step import StepModel, locate
@@ -27,12 +27,13 @@ def prompt_payload(
     which no token is wanted are skipped. Entries of tokens that are not wanted are unspecified.
     """
     batch = layout.unpack(packed)
-    owner, offset, valid = locate(batch, layout.tokens)
-    wanted = valid & (batch.wants_prompt[owner] > 0)
-    last = offset == batch.q_lens[owner] - 1
-    successors = jnp.where(last, batch.next_tokens[owner], jnp.roll(batch.tokens, -1))
+    tokens = batch.per_token["tokens"]
+    owner, offset, valid = locate(batch.rows, layout.tokens)
+    wanted = valid & (batch.rows.wants_prompt[owner] > 0)
+    last = offset == batch.rows.q_lens[owner] - 1
+    successors = jnp.where(last, batch.rows.next_tokens[owner], jnp.roll(tokens, -1))
     successors = jnp.maximum(successors, 0)
-    slots = batch.slots[owner]
+    slots = batch.rows.slots[owner]
     module = model.bind(params)
     rows = min(ROWS, layout.tokens)
 

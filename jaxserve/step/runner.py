@@ -77,6 +77,7 @@ class Runner:
     def _make_catalogue(self) -> Catalogue:
         params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self._arrays["params"])
         facts = Facts(self.model_config, self.memory, self.dtype, params, self._bind, self._device)
+        self._layout = functools.cache(facts.layout)
         return engine_programs(facts)
 
     def _make_programs(self) -> Programs:
@@ -146,8 +147,7 @@ class Runner:
         program = self.config.program
         if isinstance(batch, DecodeBatch):
             return Prepared(batch, pack.pack_decode(batch, program.max_rows))
-        layout = pack.ExtendLayout(batch.tokens, batch.row_bucket, program.table_width)
-        packed = pack.pack_extend(batch, layout, program.max_rows)
+        packed = pack.pack_extend(batch, self._layout(batch.tokens), program.max_rows)
         fresh = (row.sequence for row in batch.rows if row.fresh)
         lists = (
             (s.slot, pack.pack_sparse(s.request, program.bias_capacity, program.max_logprob_ids))

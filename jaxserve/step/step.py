@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
 from jaxserve.attention.paged import Cache, PagedOps
-from jaxserve.batch.pack import ExtendArrays, ExtendLayout
+from jaxserve.batch.layout import ExtendArrays, ExtendLayout, RowFields
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 from jaxserve.step.payloads import Drawn, Payload
@@ -68,15 +68,22 @@ class Packed(NamedTuple):
     valid: jax.Array
 
 
-def locate(batch: ExtendArrays, tokens: int) -> Packed:
+def locate(rows: RowFields, tokens: int) -> Packed:
     """Which row each of `tokens` packed tokens belongs to. Forks and padding start past the end, so
     the last row that starts at or before a token owns it."""
     index = jnp.arange(tokens, dtype=jnp.int32)
     # compare_all: one small fusion, where the default search is a loop of launches between graphs
-    owner = jnp.searchsorted(batch.q_starts, index, side="right", method="compare_all")
+    owner = jnp.searchsorted(rows.q_starts, index, side="right", method="compare_all")
     owner = owner.astype(jnp.int32) - 1
-    offset = index - batch.q_starts[owner]
-    return Packed(owner, offset, offset < batch.q_lens[owner])
+    offset = index - rows.q_starts[owner]
+    return Packed(owner, offset, offset < rows.q_lens[owner])
+
+
+def rotary_positions(batch: ExtendArrays, positions: jax.Array, carried: jax.Array) -> jax.Array:
+    """Where each packed token is rotated to: its place, or what a layout with `positions` gives (of
+    carried tokens nothing)."""
+    given = batch.per_token.get("positions")
+    return positions if given is None else jnp.where(carried, positions, given)
 
 
 def cache_slots(
@@ -150,22 +157,22 @@ def extend_step(
     """
     batch = layout.unpack(packed)
     num_rows = progress.lengths.shape[0]
-    slots = batch.slots
+    slots = batch.rows.slots
     table = progress.page_table.at[slots].set(batch.page_table)
-    lengths = jnp.where(slots < num_rows - 1, batch.new_lengths, 0)
+    lengths = jnp.where(slots < num_rows - 1, batch.rows.new_lengths, 0)
     progress = Progress(progress.lengths.at[slots].set(lengths), table)
     row_params = RowParams(
         row_params.floats.at[slots].set(batch.floats), row_params.ints.at[slots].set(batch.ints)
     )
-    owner, offset, valid = locate(batch, layout.tokens)
-    positions = jnp.where(valid, batch.prefix_lens[owner] + offset, 0)
-    carried = valid & (batch.carried[owner] > 0)
-    tokens = jnp.where(carried, sampled.last_tokens[slots[owner]], batch.tokens)
+    owner, offset, valid = locate(batch.rows, layout.tokens)
+    positions = jnp.where(valid, batch.rows.prefix_lens[owner] + offset, 0)
+    carried = valid & (batch.rows.carried[owner] > 0)
+    tokens = jnp.where(carried, sampled.last_tokens[slots[owner]], batch.per_token["tokens"])
 
     # a slot's counts start from zero, and a resumed sequence's outputs are counted again; carried
     # tokens were when they were sampled
     counts = sampled.counts
-    counts = counts.at[jnp.where(batch.fresh > 0, slots, num_rows)].set(0, mode="drop")
+    counts = counts.at[jnp.where(batch.rows.fresh > 0, slots, num_rows)].set(0, mode="drop")
     generated = valid & ~carried & (positions >= row_params.column("prompt_len", slots[owner]))
     counts = counts.at[jnp.where(generated, slots[owner], num_rows), tokens].add(1, mode="drop")
 
@@ -174,13 +181,15 @@ def extend_step(
         num_slots=cache.k.shape[0] * model.page_size,
     )  # fmt: skip
     meta = ExtendMeta(
-        cache_positions, batch.page_table, batch.q_starts, batch.q_lens, batch.prefix_lens
-    )
+        cache_positions, batch.page_table, batch.rows.q_starts, batch.rows.q_lens,
+        batch.rows.prefix_lens,
+    )  # fmt: skip
     module = model.bind(params)
-    hidden, cache = module(tokens, positions, cache, meta, model.ops)
-    last_hidden = hidden[jnp.maximum(batch.sample_at, 0)]
+    rotated = rotary_positions(batch, positions, carried)
+    hidden, cache = module(tokens, rotated, cache, meta, model.ops)
+    last_hidden = hidden[jnp.maximum(batch.rows.sample_at, 0)]
     logits = module.logits(last_hidden)
-    rows = jnp.where(batch.sample_at >= 0, slots, num_rows - 1)
+    rows = jnp.where(batch.rows.sample_at >= 0, slots, num_rows - 1)
     sampled = Sampled(sampled.last_tokens, counts)
     sampled, *drawn = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
     output = one_of_many(report(model, Drawn(last_hidden, logits, *drawn)))
