@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import machine
 from jaxserve.batch import pack
-from jaxserve.batch.batch import DecodeBatch
+from jaxserve.batch.batch import Batch, DecodeBatch
 from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.mailbox import Mailbox
@@ -43,6 +43,13 @@ def request(number: int, new: int, mailbox: Mailbox, draw: random.Random) -> Req
         params=SamplingParams(), max_new_tokens=new, stop_ids=frozenset({7, 11}), masked_ids=(),
         seed=number, sample_index=0, mailbox=mailbox,
     )  # fmt: skip
+
+
+def result_of(batch: Batch, tokens: np.ndarray) -> SimpleNamespace:
+    """As a device returns it: tokens [n, B] of n steps."""
+    return SimpleNamespace(
+        batch=batch, tokens=tokens, payloads={}, prompt_payloads={}, accepted=None
+    )
 
 
 def measure(rows: int, queued: int, steps: int, at_once: int = 1) -> dict[str, Any]:
@@ -65,18 +72,14 @@ def measure(rows: int, queued: int, steps: int, at_once: int = 1) -> dict[str, A
         while not isinstance(batch, DecodeBatch):  # the prompts, first
             if batch is not None:
                 first = np.full((1, batch.row_bucket), 20, np.int32)
-                commit(SimpleNamespace(batch=batch, tokens=first, logprobs=None,
-                                       input_logprobs=None, accepted=None), scheduler)  # fmt: skip
+                commit(result_of(batch, first), scheduler)
             started = time.perf_counter()
             batch = scheduler.schedule()
             scheduled = time.perf_counter()
         assert batch.steps == at_once
         pack.pack_decode(batch, rows)
         prepared = time.perf_counter()
-        result = SimpleNamespace(
-            batch=batch, tokens=drawn, logprobs=None, input_logprobs=None, accepted=None
-        )
-        commit(result, scheduler)
+        commit(result_of(batch, drawn), scheduler)
         times["schedule"].append(scheduled - started)
         times["prepare"].append(prepared - scheduled)
         times["commit"].append(time.perf_counter() - prepared)

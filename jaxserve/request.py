@@ -4,72 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.mailbox import Mailbox
+    from jaxserve.output.extras import Extra, News
     from jaxserve.sampling_params import SamplingParams
     from jaxserve.text.stop import StopMatcher
-
-TopLogprobs = list[tuple[float, int]] | None
-"""One position's (logprob, token id) pairs, best first; None where no predecessor exists."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LogprobSpec:
-    """What logprobs a request wants.
-
-    start: first prompt position whose logprob is reported; -1 is output tokens only.
-    top: how many of the best tokens are reported at each position.
-    ids: token ids whose logprobs are reported at each position.
-    wide: more of one of them than the usual programs have columns for, see `config.WIDE_TOP`.
-    """
-
-    start: int = -1
-    top: int = 0
-    ids: tuple[int, ...] = ()
-    wide: bool = False
-
-
-@dataclasses.dataclass(slots=True)
-class Logprobs:
-    """Logprobs of consecutive positions. The three lists are empty when not asked for,
-    otherwise as long as `token`. None stands where there is no predecessor to predict from."""
-
-    token: list[float | None] = dataclasses.field(default_factory=list)
-    top: list[TopLogprobs] = dataclasses.field(default_factory=list)
-    ids: list[TopLogprobs] = dataclasses.field(default_factory=list)
-
-    def extend(self, other: Logprobs) -> None:
-        self.token += other.token
-        self.top += other.top
-        self.ids += other.ids
-
-    def clear(self) -> None:
-        self.token.clear()
-        self.top.clear()
-        self.ids.clear()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Update:
-    """News about one request, put into its call's mailbox by the engine thread.
-
-    new_ids: tokens since the previous update. output_logprobs: of those tokens.
-    input_logprobs: complete, with the first update that has them.
-    unemitted_id: the token a prefill-only request (max_new_tokens 0) would have gone on with; its
-    logprobs are the single entry of output_logprobs.
-    finish_reason: None while running, then the dict of docs/api/results.md.
-    error: set instead of everything else when the engine died.
-    """
+    """News about one request, put into its call's mailbox by the engine thread."""
 
     request: Request
     new_ids: tuple[int, ...] = ()
-    output_logprobs: Logprobs | None = None
-    input_logprobs: Logprobs | None = None
+    """Tokens since the previous update."""
+    extras: tuple[News, ...] = ()
+    """What is new of each of the request's extras."""
     unemitted_id: int | None = None
+    """The token that a prefill-only request (max_new_tokens 0) would have gone on with; what its
+    extras say of outputs is about this one."""
     finish_reason: dict[str, Any] | None = None
+    """None while running, then the dict of docs/api/results.md."""
     error: BaseException | None = None
+    """Set instead of everything else when the engine died."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -106,9 +66,14 @@ class Request:
     """Samples of one prompt share a group name and prefill once; "" is no group."""
     priority: int | None = None
     """None: the engine's default."""
-    cache_salt: str = ""
-    """Only requests with the same salt share cached prefixes."""
-    logprobs: LogprobSpec | None = None
+    namespace: str = ""
+    """Only requests of the same one share cached prefixes: see `cache.keys.namespace_of`."""
+    prompt_keys: list[int] | None = None
+    """An int32 for each prompt token, by which caches know it; None: the token ids. Where something
+    else stands in a token's place (a placeholder's picture), its key must tell that apart, by bits
+    of a hash: a page's keys together are what keeps two pages apart."""
+    extras: tuple[Extra[Any], ...] = ()
+    """What it wants beside tokens, and what of that has come: see output.extras."""
     stream_interval: int = 0
     """Tokens between updates; 0 puts one update, at the end."""
     stop_matcher: StopMatcher | None = None
@@ -125,10 +90,6 @@ class Request:
     """Without those that a slot still keeps. (The caller has what its updates brought.)"""
     reported: int = 0
     """Output tokens already put into the mailbox."""
-    pending_logprobs: Logprobs = dataclasses.field(default_factory=Logprobs)
-    pending_input_logprobs: Logprobs = dataclasses.field(default_factory=Logprobs)
-    """Of the prompt chunks read so far; becomes `input_logprobs` when the prompt is complete."""
-    input_logprobs: Logprobs | None = None
     finish_reason: dict[str, Any] | None = None
     """None until it ends, see docs/api/results.md. (The caller has the last update's.)"""
     cached_tokens: int = 0
@@ -160,19 +121,9 @@ class Request:
         return len(self.params.logit_bias or ()) + len(self.masked_ids)
 
     @property
-    def wants_logprob(self) -> bool:
-        """Whether any logprob of its tokens is reported."""
-        return self.logprobs is not None
-
-    @property
-    def num_top(self) -> int:
-        """Of the best tokens at each position."""
-        return self.logprobs.top if self.logprobs is not None else 0
-
-    @property
-    def num_named(self) -> int:
-        """Of named tokens at each position."""
-        return len(self.logprobs.ids) if self.logprobs is not None else 0
+    def named_ids(self) -> Sequence[int]:
+        """Token ids that its row on the device looks at."""
+        return next((extra.ids for extra in self.extras if extra.ids), ())
 
     @property
     def finished(self) -> bool:
@@ -182,5 +133,5 @@ class Request:
     def count_retraction(self) -> None:
         """It leaves the device with its tokens, and will run again from the first one."""
         self.num_retractions += 1
-        if self.input_logprobs is None:
-            self.pending_input_logprobs.clear()
+        for extra in self.extras:
+            extra.restart()

@@ -45,8 +45,8 @@ def patch(diff: str, tree: Path) -> str:
     text = (tree / name).read_text(encoding="utf-8")
     for hunk in re.split(r"^@@.*@@\n", diff, flags=re.M)[1:]:
         lines = hunk.splitlines(keepends=True)
-        before = "".join(line[1:] for line in lines if line[0] in " -")
-        after = "".join(line[1:] for line in lines if line[0] in " +")
+        before = "".join(line[1:] or line for line in lines if line[0] in " -\n")
+        after = "".join(line[1:] or line for line in lines if line[0] in " +\n")
         assert text.count(before) == 1, f"{name} has not this once:\n{before}"
         text = text.replace(before, after)
     (tree / name).write_text(text, encoding="utf-8")

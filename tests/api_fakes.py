@@ -19,7 +19,10 @@ from jaxserve.config import Limits
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError, EngineShutdownError
 from jaxserve.output.commit import ABORTED, fail, finish, finish_reason, report
-from jaxserve.request import Logprobs, Request
+from jaxserve.output.extras import Reported
+from jaxserve.output.logprobs import LogprobExtra
+from jaxserve.request import Request
+from tests.oracles.payloads import MOST_TOP, pack_logprobs
 
 if TYPE_CHECKING:
     from jaxserve.api.profile import ProfileSpec
@@ -236,22 +239,13 @@ class FakeLoop:
             report(request)
 
     def _add_logprobs(self, request: Request, token: int) -> None:
-        spec = request.logprobs
-        if spec is None:
-            return
-        top = [(-0.5 - rank, rank) for rank in range(spec.top)]
-        ids = [(-3.0, token_id) for token_id in spec.ids]
-        request.pending_logprobs.extend(
-            Logprobs([-float(token)], [top] if spec.top else [], [ids] if spec.ids else [])
-        )
-        if request.input_logprobs is None:
-            rest = request.prompt_ids[spec.start :] if spec.start >= 0 else []
-            size = len(rest)
-            request.input_logprobs = Logprobs(
-                [None if i == 0 else -float(t) for i, t in enumerate(rest)],
-                [None if i == 0 else list(top) for i in range(size)] if spec.top else [],
-                [None if i == 0 else list(ids) for i in range(size)] if spec.ids else [],
-            )
+        for extra in request.extras:
+            assert isinstance(extra, LogprobExtra)
+            prompt = request.prompt_ids
+            successors = Reported({"logprobs": pack_logprobs(prompt[1:], extra.spec.ids)})
+            extra.read_prompt(successors, 0, len(prompt), 0)
+            extra.end_prompt(None)
+            extra.read(Reported({"logprobs": pack_logprobs([token], extra.spec.ids)}), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +276,8 @@ class Fakes:
         **options: Any,
     ) -> Engine:
         """An Engine whose loop is a FakeLoop, reachable as `engine._loop`."""
-        limits = Limits(len(self.tokenizer), context_length, max_total_tokens, 64, 5, 4, 8, 6)
+        vocabulary = len(self.tokenizer)
+        limits = Limits(vocabulary, context_length, max_total_tokens, 64, 5, 4, MOST_TOP, 6)
         loop = FakeLoop(limits, script, pause)
 
         def start(args: Any) -> Started:

@@ -32,3 +32,14 @@ def test_the_pages_add_a_field_a_program_and_an_option(tmp_path, tiny_models):
         files += own + touched
     check_style(tmp_path, files)
     run("tests.added_hooks", tmp_path, tiny_models("llama"))
+
+
+@pytest.mark.slow
+def test_the_page_adds_an_output(tmp_path):
+    pytest.importorskip("torch")
+    copy_source(tmp_path)
+    own, touched = apply("add_an_output.md", tmp_path)
+    assert own == ["jaxserve/sampler/entropy.py", "jaxserve/output/entropy.py"]
+    assert 0 < len(set(touched)) <= 3, touched
+    check_style(tmp_path, own + touched)
+    run("tests.added_output", tmp_path)

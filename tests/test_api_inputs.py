@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
-from jaxserve.request import LogprobSpec
+from jaxserve.output.logprobs import LogprobSpec
 from tests.api_fakes import EOS, Fakes, byte_level_tokenizer, loop_of
 
 TOKENIZER = byte_level_tokenizer()
@@ -177,11 +177,12 @@ def test_arguments_without_effect_and_unknown_ones(engine):
 
 def test_priority_and_cache_salt(engine, fakes):
     given = requests(engine, ["a", "b"], {"n": 2, **SHORT}, priority=3, cache_salt=["x", None])
-    assert [(each.priority, each.cache_salt) for each in given] == [(3, "x")] * 2 + [(3, "")] * 2
-    assert (request(engine, "a", SHORT).priority, request(engine, "a", SHORT).cache_salt) == (
+    expected = [(3, "salt=1:x;")] * 2 + [(3, "")] * 2
+    assert [(each.priority, each.namespace) for each in given] == expected
+    assert (request(engine, "a", SHORT).priority, request(engine, "a", SHORT).namespace) == (
         None, "",
     )  # fmt: skip
-    assert request(engine, "a", SHORT, cache_salt="y").cache_salt == "y"
+    assert request(engine, "a", SHORT, cache_salt="y").namespace == "salt=1:y;"
     for name, value in (("priority", "high"), ("priority", 1.5), ("priority", [1])):
         with pytest.raises(ValueError, match="priority must be an integer"):
             engine.generate("a", SHORT, **{name: value})
@@ -329,7 +330,8 @@ def test_seeds(fakes):
 
 def test_logprob_arguments(engine):
     def specs(prompt=("a", "b"), **options):
-        return [r.logprobs for r in requests(engine, list(prompt), SHORT, **options)]
+        made = requests(engine, list(prompt), SHORT, **options)
+        return [r.extras[0].spec if r.extras else None for r in made]
 
     assert specs() == [None, None]
     assert specs(top_logprobs_num=2) == [None, None]

@@ -163,12 +163,12 @@ def test_arguments_as_arrays(engine):
         priority=np.int64(3),
     )  # fmt: skip
     assert [request.rid for request in requests] == ["one", "two"]
-    assert [request.cache_salt for request in requests] == ["x", "y"]
-    assert requests[0].logprobs.top == 1 and requests[1].logprobs is None
+    assert [request.namespace for request in requests] == ["salt=1:x;", "salt=1:y;"]
+    assert requests[0].extras[0].spec.top == 1 and requests[1].extras == ()
     _, [request] = submitted(
         engine, "a", SHORT, return_logprob=np.True_, token_ids_logprob=torch.tensor([3, 4])
     )
-    assert request.logprobs.ids == (3, 4)
+    assert request.extras[0].spec.ids == (3, 4)
 
 
 def test_a_path_is_no_prompt(engine):

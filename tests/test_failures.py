@@ -73,7 +73,7 @@ def test_a_program_that_raises_with_its_arguments_donated_is_recomputed(engine, 
     assert all(r["meta_info"]["num_retractions"] == 1 for r in results)
 
 
-@pytest.mark.parametrize("broken", ["tokens", "logprobs", "input_logprobs"])
+@pytest.mark.parametrize("broken", ["tokens", "payloads", "prompt_payloads"])
 def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
     wanted = {**MANY, "return_logprob": True, "logprob_start_len": 0}
     expected = engine.generate(**wanted)
@@ -82,9 +82,10 @@ def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
 
     def dispatch(prepared):
         result = real(prepared)
-        if not failed and getattr(result, broken) is not None:
+        if not failed and len(getattr(result, broken)):
             failed.append(result)
-            return result._replace(**{broken: FailingArray()})
+            array = FailingArray()
+            return result._replace(**{broken: array if broken == "tokens" else {"logprobs": array}})
         return result
 
     monkeypatch.setattr(runner, "dispatch", dispatch)

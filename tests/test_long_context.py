@@ -9,7 +9,8 @@ import pytest
 
 import jaxserve
 from jaxserve.batch.batch import ExtendBatch, ExtendRow
-from jaxserve.batch.pack import ExtendLayout, pack_extend
+from jaxserve.batch.layout import ExtendLayout
+from jaxserve.batch.pack import pack_extend
 from jaxserve.batch.sequence import Sequence
 from jaxserve.batch.slots import Slots
 from tests.prompts import text

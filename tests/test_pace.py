@@ -14,10 +14,11 @@ from jaxserve.batch.batch import DecodeBatch, ExtendBatch
 from jaxserve.config import EngineConfig
 from jaxserve.models.registry import config_from_hf
 from jaxserve.output.commit import commit, finish
-from jaxserve.request import LogprobSpec
+from jaxserve.output.logprobs import LogprobSpec
 from jaxserve.scheduler.pace import Pace, attention_cost
 from jaxserve.server_args import ServerArgs
 from tests.machines import GPU, MACHINES
+from tests.oracles.payloads import prompt_payloads, sampled_payloads
 from tests.test_scheduler import Machine, Result, expected_tokens, make_request
 
 LLAMA = config_from_hf(SHAPES["llama-3.1-8b"])
@@ -269,16 +270,16 @@ def test_a_prompt_under_way_gives_its_pages_to_those_before_it():
 def test_input_logprobs_of_a_chunk_in_flight_when_its_prompt_is_retracted():
     """They are dropped: the prompt runs again from where they are still missing."""
     machine = Machine(15, 8, 4, 16, 1, pace=Pace(8))
-    request = make_request("r", prompt(2, 40), 2, logprobs=LogprobSpec(0))
+    request = make_request("r", prompt(2, 40), 2, extras=(LogprobSpec(0).extra(40),))
     machine.scheduler.add(request)
     batches = [machine.scheduler.schedule() for _ in range(2)]
-    host = np.zeros((batches[0].tokens, 1), np.int32)  # of each packed token
     for number, batch in enumerate(batches):
         if number:
             machine.scheduler.retract(machine.scheduler.live[request])
         tokens = np.zeros((1, 1), np.int32)
-        commit(Result(batch, tokens, input_logprobs=host), machine.scheduler)
-        assert len(request.pending_input_logprobs.token) == (0 if number else 16)
+        payloads = sampled_payloads(batch, tokens), prompt_payloads(batch)
+        commit(Result(batch, tokens, *payloads), machine.scheduler)
+        assert len(request.extras[0]._prompt) == (0 if number else 16)
     again = machine.scheduler.schedule()
     assert (again.rows[0].start, again.rows[0].fresh) == (0, True)
 

@@ -21,7 +21,7 @@ from tests.test_programs import OPTIONS, SHORT
 EARLY = {**OPTIONS, "precompile": True, "wait_until_compiled": False}
 DECODE, EXTEND = [1, 2, 4, 8], [64, 128]
 FIRST = 2 + 1 + 2
-"""extend and input_logprobs of 128 tokens, decode of 8 rows, and the two for pages and lists."""
+"""extend and prompt_logprobs of 128 tokens, decode of 8 rows, and the two for pages and lists."""
 PROMPTS = [[(7 * row + i) % 500 for i in range(5 + 15 * row)] for row in range(12)]
 PARAMS = [
     {"temperature": row % 2, "max_new_tokens": 3 + row, "ignore_eos": True, "sampling_seed": row}

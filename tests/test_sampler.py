@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.batch.pack import unpack_logprobs
+from jaxserve.output.logprobs import Columns
 from jaxserve.sampler.fields import FLOATS, INTS
-from jaxserve.sampler.logprobs import TokenLogprobs
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 from jaxserve.sampling_params import TOP_K_ALL
@@ -52,7 +51,7 @@ def run(logits, rows, lengths=None, slots=None, raw=False, **lists):
     logits = jnp.asarray(logits, jnp.float32)
     draw = jax.jit(Sampler(TOP, raw, None))
     carry, tokens, packed = draw(logits, sampled, slots, positions, params, sparse)
-    return carry, tokens, TokenLogprobs(*unpack_logprobs(np.asarray(packed), TOP))
+    return carry, tokens, Columns.of(np.asarray(packed))
 
 
 def random_logits(rows, seed=0, scale=3.0):

@@ -20,13 +20,15 @@ from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.cache.window import Window
 from jaxserve.output.commit import commit, finish
-from jaxserve.request import LogprobSpec, Request
+from jaxserve.output.logprobs import Logprobs, LogprobSpec
+from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.scheduler.scheduling import Scheduling
 from tests.oracles.paged_device import PagedDevice, next_token
+from tests.oracles.payloads import Marks, MarkSpec, prompt_payloads, sampled_payloads
 
 
 class Sink:
@@ -52,9 +54,8 @@ def make_request(rid, prompt, new, sample=0, group="", stops=(), interval=0, **f
 class Result:
     batch: Batch
     tokens: np.ndarray
-    logprobs: None = None
-    input_logprobs: np.ndarray | None = None
-    top: int = 0
+    payloads: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    prompt_payloads: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     accepted: np.ndarray | None = None
 
 
@@ -95,7 +96,8 @@ class Machine:
                 rows = len(batch.sequences)
                 accepted = np.array([self.accepts.randint(1, batch.steps) for _ in range(rows)])
             tokens = self.device.run(batch, accepted)
-            self.in_flight.append(Result(batch, tokens, accepted=accepted))
+            payloads = sampled_payloads(batch, tokens), prompt_payloads(batch)
+            self.in_flight.append(Result(batch, tokens, *payloads, accepted=accepted))
         if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
             commit(self.in_flight.popleft(), self.scheduler)
         self.check()
@@ -150,6 +152,27 @@ def expected_tokens(request):
     while len(tokens) < request.max_new_tokens and not request.stop_ids & set(tokens):
         tokens.append(next_token(request.rid, request.sample_index, start + len(tokens)))
     return tokens
+
+
+def check_extras(request):
+    """Each extra has been told of every output once, and of the prompt once and whole."""
+    told = [(extra, extra.collect()) for extra in request.extras]
+    for update in request.mailbox.updates:
+        for (_, collected), news in zip(told, update.extras, strict=True):
+            assert collected.prompt is None or news.prompt is None
+            collected.add(news)
+    outputs, prompt = request.output_ids, request.prompt_ids
+    if request.unemitted_id is not None:
+        outputs = [request.unemitted_id]
+    for extra, collected in told:
+        if isinstance(extra, Marks):
+            assert collected.output == [token + 0.5 for token in outputs]
+            expected = [prompt[position] + 0.5 for position in extra.prompt]
+        else:
+            assert collected.output == Logprobs([-float(token) for token in outputs])
+            rest = prompt[extra.spec.start :] if extra.spec.start >= 0 else []
+            expected = Logprobs([-float(token) if i else None for i, token in enumerate(rest)])
+        assert collected.prompt == expected or (collected.prompt is None and not outputs)
 
 
 def admitted(request):
@@ -225,11 +248,12 @@ def test_random_traffic_reads_its_own_tokens(
         start = random_.choice([-1, 0, random_.randint(0, len(prompt))])
         fields = {
             "priority": random_.choice([None, -2, 0, 3]),
-            "cache_salt": random_.choice(["", "", "salt"]),
-            "logprobs": random_.choice([None, None, LogprobSpec(start)]),
+            "namespace": random_.choice(["", "", "salt=1:x;"]),
             "params": SamplingParams(frequency_penalty=random_.choice([0, 0, 0.5])),
         }
+        specs = random_.choice([(), (), (LogprobSpec(start), MarkSpec(start)), (MarkSpec(start),)])
         for sample in range(samples):
+            fields["extras"] = tuple(spec.extra(len(prompt)) for spec in specs)
             requests.append(
                 make_request(f"r{number}", prompt, new, sample, group, stops, interval, **fields)
             )
@@ -258,6 +282,7 @@ def test_random_traffic_reads_its_own_tokens(
         updates = request.mailbox.updates
         assert [u.finish_reason is None for u in updates] == [True] * (len(updates) - 1) + [False]
         assert [token for u in updates for token in u.new_ids] == request.output_ids
+        check_extras(request)
         assert request.stream_interval or len(updates) == 1
         assert request.cached_tokens <= len(request.prompt_ids) - 1
         assert request.cached_tokens % page_size == 0
@@ -747,3 +772,20 @@ def test_buckets_hold_what_they_are_asked_for():
         assert bucket >= tokens
         assert bucket in buckets.extend
         assert 8 <= buckets.extend_rows(bucket) <= max(bucket // 8, 8)
+
+
+def test_a_fork_is_told_of_its_prompt_when_its_leader_was_aborted_meanwhile():
+    machine = Machine(20, 8, 4, 64, 1)
+    prompt = list(range(20))
+    leader, fork = (
+        make_request("r", prompt, 2, sample, "group", extras=(MarkSpec(0).extra(20),))
+        for sample in range(2)
+    )
+    machine.scheduler.add(leader)
+    machine.scheduler.add(fork)
+    batch = machine.step()
+    assert [row.leader for row in batch.rows] == [-1, 0]
+    finish(leader, {"type": "abort"}, machine.scheduler)
+    machine.run_dry()
+    assert fork.output_ids == expected_tokens(fork)
+    check_extras(fork)

@@ -12,13 +12,14 @@ import pytest
 from benchmarks.workloads import SHAPES
 from jaxserve.attention.paged import PagedOps
 from jaxserve.batch.buckets import Buckets
-from jaxserve.batch.pack import ExtendLayout
+from jaxserve.batch.layout import ExtendLayout
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
 from jaxserve.models import registry
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
 from jaxserve.step import products, step
+from jaxserve.step.payloads import USUAL
 from jaxserve.step.state import initial_state
 from pallas_kernels import Device, compat
 from tests.kernels.support import quiet
@@ -40,6 +41,7 @@ def declared(shape, quantization=None):
         ops=PagedOps(None, None, PAGES, GPU.crossovers),
         sampler=Sampler(engine.program.max_top_logprobs, False, None),
         page_size=engine.program.page_size,
+        payloads=USUAL.payloads,
     )
     return model, engine, stepped, tuple(declaration.specs.values())
 

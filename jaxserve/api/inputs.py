@@ -12,7 +12,9 @@ import numpy as np
 
 from jaxserve import checks
 from jaxserve.api.arguments import Arguments
+from jaxserve.api.extras import Asking, extra_specs
 from jaxserve.api.prompts import (
+    NamingRow,
     Prompts,
     cache_salts,
     check_count,
@@ -21,10 +23,11 @@ from jaxserve.api.prompts import (
     request_ids,
     token_ids,
 )
-from jaxserve.api.rules import CheckedPrompt, Rules, logprob_spec
-from jaxserve.errors import InvalidRequestError, JaxserveError
+from jaxserve.api.rules import CheckedPrompt, Rules
+from jaxserve.cache.keys import namespace_of
+from jaxserve.errors import InvalidRequestError
 from jaxserve.mailbox import Mailbox
-from jaxserve.request import LogprobSpec, Request
+from jaxserve.request import Request
 from jaxserve.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from jaxserve.server_args import ServerArgs
 from jaxserve.text import chat
@@ -105,18 +108,19 @@ class RequestBuilder:
                 )
         check_count(count, samples, self._most_queued)
         ids = self._prompt_ids(prompts)
-        logprobs = self._logprob_specs(given, len(ids), single, samples)
+        extras = extra_specs(Asking(given, len(ids), single, samples, self._limits))
         rids = request_ids(given.rid, len(ids), single, samples)
         priority = self._priority(given.priority)
         salts = cache_salts(given.cache_salt, len(ids))
         rows = []
-        for index, values in enumerate(zip(ids, params, explicit, logprobs, strict=True)):
-            with _NamingRow(index, not single):
+        for index, values in enumerate(zip(ids, params, explicit, extras, strict=True)):
+            with NamingRow(index, not single):
                 rows.append(self._rules.check(*values))
         mailbox = Mailbox()
         requests: list[Request] = []
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
-            shared = {"priority": priority, "cache_salt": salts[index], "created": created}
+            namespace = namespace_of(salt=salts[index])
+            shared = {"priority": priority, "namespace": namespace, "created": created}
             requests += self._samples(row, names, index, mailbox, given.stream, shared)
         return Inputs(requests, mailbox, single and samples == 1)
 
@@ -131,7 +135,7 @@ class RequestBuilder:
             )
         texts = []
         for index, conversation in enumerate(conversations):
-            with _NamingRow(index, conversations is messages):
+            with NamingRow(index, conversations is messages):
                 texts.append(
                     self._chats.render(conversation, tools=tools, template_kwargs=template_kwargs)
                 )
@@ -155,7 +159,7 @@ class RequestBuilder:
                 continue
             least = codec.least_tokens(text)
             if least >= context:
-                with _NamingRow(index, len(texts) > 1):
+                with NamingRow(index, len(texts) > 1):
                     raise InvalidRequestError(
                         f"The {name} ({len(text)} characters, at least {least} tokens) is longer "
                         f"than the model's context length ({context} tokens)"
@@ -187,7 +191,7 @@ class RequestBuilder:
         for index, row in enumerate(rows):
             # A dict shared by all prompts is checked once.
             if row is not previous:
-                with _NamingRow(index, isinstance(given, list | tuple)):
+                with NamingRow(index, isinstance(given, list | tuple)):
                     parsed = SamplingParams.from_dict(row, self._preferred)
                 previous = row
             params.append(parsed)
@@ -196,37 +200,6 @@ class RequestBuilder:
             else:
                 explicit.append(bool(row) and "max_new_tokens" in row)
         return params, explicit
-
-    def _logprob_specs(
-        self, given: Arguments, prompts: int, single: bool, samples: int
-    ) -> list[LogprobSpec | None]:
-        ids = given.token_ids_logprob
-        start, top = given.logprob_start_len, given.top_logprobs_num
-        if given.return_logprob is False and start is None and top is None and ids is None:
-            return [None] * prompts
-        nested = isinstance(ids, list | tuple) and any(
-            row is None or isinstance(row, list | tuple) for row in ids
-        )
-        listed = [
-            name
-            for name in ("return_logprob", "logprob_start_len", "top_logprobs_num")
-            if isinstance(getattr(given, name), list | tuple)
-        ] + (["token_ids_logprob"] if nested and not single else [])
-        if samples > 1 and listed:
-            raise InvalidRequestError(f"{listed[0]} must not be a list of values when n > 1")
-        columns = [
-            per_row("return_logprob", given.return_logprob, prompts),
-            per_row("logprob_start_len", given.logprob_start_len, prompts),
-            per_row("top_logprobs_num", given.top_logprobs_num, prompts),
-            per_row("token_ids_logprob", ids, prompts)
-            if nested and not single
-            else [ids] * prompts,
-        ]
-        specs = []
-        for index, row in enumerate(zip(*columns, strict=True)):
-            with _NamingRow(index, bool(listed) and not single):
-                specs.append(logprob_spec(self._limits, *row))
-        return specs
 
     def _priority(self, given: Any) -> int | None:
         if given is None:
@@ -261,7 +234,7 @@ class RequestBuilder:
                 sample_index=sample,
                 mailbox=mailbox,
                 group=names[0] if len(names) > 1 else "",
-                logprobs=row.logprobs,
+                extras=tuple([spec.extra(len(row.prompt_ids)) for spec in row.extras]),
                 stream_interval=interval,
                 stop_matcher=self._stop_matcher(row),
                 **shared,
@@ -290,20 +263,3 @@ class RequestBuilder:
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
         return StopMatcher(params.stop, row.stop_regexes, transcript)
-
-
-class _NamingRow:
-    """Errors inside say which row of a batch they are about."""
-
-    __slots__ = ("batch", "index")
-
-    def __init__(self, index: int, batch: bool) -> None:
-        self.index = index
-        self.batch = batch
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self.batch and isinstance(error, JaxserveError):
-            raise type(error)(f"in row {self.index} of the batch: {error}") from error

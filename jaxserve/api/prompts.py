@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxserve import checks
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import InvalidRequestError, JaxserveError
 
 SHORT = 1024
 """Up to so many token ids are checked in a third of the time without an array."""
@@ -210,3 +210,20 @@ def cache_salts(value: Any, prompts: int) -> list[str]:
         "" if salt is None else checks.text(f"cache_salt[{row}]", salt)
         for row, salt in enumerate(per_row("cache_salt", value, prompts))
     ]
+
+
+class NamingRow:
+    """Errors inside say which row of a batch they are about."""
+
+    __slots__ = ("batch", "index")
+
+    def __init__(self, index: int, batch: bool) -> None:
+        self.index = index
+        self.batch = batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self.batch and isinstance(error, JaxserveError):
+            raise type(error)(f"in row {self.index} of the batch: {error}") from error

@@ -1,20 +1,19 @@
-"""The checks that need the model: lengths, logprobs and stops of one prompt."""
+"""The checks that need the model: lengths and stops of one prompt."""
 
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxserve import checks
 from jaxserve.errors import InvalidRequestError
-from jaxserve.request import LogprobSpec
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.pattern import StopRegex
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
+    from jaxserve.output.extras import ExtraSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,8 +30,8 @@ class CheckedPrompt:
     """Tokens that end it."""
     masked_ids: tuple[int, ...]
     """Tokens that may not come before `params.min_new_tokens`, in order."""
-    logprobs: LogprobSpec | None
-    """None: no logprobs are wanted."""
+    extras: tuple[ExtraSpec, ...]
+    """What is wanted beside tokens."""
     stop_regexes: tuple[StopRegex, ...]
     """Compiled, of `params.stop_regex`."""
 
@@ -55,16 +54,13 @@ class Rules:
         prompt_ids: list[int],
         params: SamplingParams,
         explicit_length: bool,
-        logprobs: LogprobSpec | None,
+        extras: tuple[ExtraSpec, ...],
     ) -> CheckedPrompt:
         """Checks one prompt. explicit_length: whether the caller gave max_new_tokens. Raises
         InvalidRequestError; warns of what is cut."""
         prompt_ids = self._fit_prompt(prompt_ids)
-        if logprobs is not None and logprobs.start > len(prompt_ids):
-            raise InvalidRequestError(
-                f"logprob_start_len must not exceed the prompt's {len(prompt_ids)} tokens, got "
-                f"{checks.shown(logprobs.start)}"
-            )
+        for spec in extras:
+            spec.check(len(prompt_ids))
         longest = self._fit_output(len(prompt_ids), params, explicit_length)
         if longest != params.max_new_tokens:  # a copy is checked anew
             params = dataclasses.replace(
@@ -79,7 +75,7 @@ class Rules:
             max_new_tokens=longest,
             stop_ids=stop_ids,
             masked_ids=masked_ids,
-            logprobs=logprobs,
+            extras=extras,
             stop_regexes=self._stop_regexes(params),
         )
 
@@ -145,42 +141,3 @@ class Rules:
                     "skip_tokenizer_init=True is set"
                 )
         return tuple(StopRegex(pattern) for pattern in params.stop_regex)
-
-
-def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) -> LogprobSpec | None:
-    """The logprob arguments of one prompt, checked; None if it wants no logprobs."""
-    wanted = checks.boolean("return_logprob", False if wanted is None else wanted)
-    start = checks.integer("logprob_start_len", -1 if start is None else start, -1)
-    top = checks.integer("top_logprobs_num", 0 if top is None else top, 0)
-    if top > limits.most_top_logprobs:
-        raise InvalidRequestError(
-            f"top_logprobs_num must be at most {limits.most_top_logprobs} "
-            f"(Engine(max_top_logprobs=...)), got {checks.shown(top)}"
-        )
-    ids = [] if ids is None else checks.listed(ids)
-    if not isinstance(ids, list | tuple):
-        raise InvalidRequestError(
-            f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"
-        )
-    if len(ids) > limits.most_logprob_ids:
-        raise InvalidRequestError(
-            f"token_ids_logprob may have {limits.most_logprob_ids} ids "
-            f"(Engine(max_logprob_ids=...)), got {len(ids)}"
-        )
-    named: list[Any] = [checks.plain(token) for token in ids]
-    for token in named:
-        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
-            raise InvalidRequestError(
-                f"token_ids_logprob must be a flat list of integers, got {checks.shown(ids)}"
-            )
-        token = int(token)
-        if not 0 <= token < limits.vocab_size:
-            raise InvalidRequestError(
-                f"token_ids_logprob has the out-of-vocabulary id {checks.quoted(token)}; the "
-                f"vocabulary has {limits.vocab_size} tokens"
-            )
-    if not wanted:
-        return None
-    top = min(top, limits.vocab_size)
-    wide = top > limits.max_top_logprobs or len(ids) > limits.max_logprob_ids
-    return LogprobSpec(start, top, tuple(map(int, named)), wide)

@@ -6,6 +6,7 @@ import dataclasses
 
 from jaxserve.batch.sequence import Sequence
 from jaxserve.batch.slots import Rows
+from jaxserve.batch.wanted import Wanted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,15 +48,9 @@ class ExtendBatch:
     page_copies: tuple[tuple[int, int], ...] = ()
 
     @property
-    def wants_logprobs(self) -> bool:
-        """Whether any row wants the logprobs of its outputs."""
-        return any(row.sequence.request.logprobs is not None for row in self.rows)
-
-    @property
-    def wants_wide(self) -> bool:
-        """Whether any row wants more logprobs than the usual programs have columns for."""
-        specs = (row.sequence.request.logprobs for row in self.rows)
-        return any(spec.wide for spec in specs if spec is not None)
+    def wanted(self) -> Wanted:
+        """What the rows want beside tokens."""
+        return Wanted.of(row.sequence.request for row in self.rows)
 
     @property
     def samples(self) -> bool:
@@ -99,14 +94,9 @@ class DecodeBatch:
         return self.rows.sequences
 
     @property
-    def wants_logprobs(self) -> bool:
-        """Whether any row wants the logprobs of its outputs."""
-        return self.rows.wants_logprobs
-
-    @property
-    def wants_wide(self) -> bool:
+    def wanted(self) -> Wanted:
         """As of an ExtendBatch."""
-        return self.rows.wants_wide
+        return self.rows.wanted
 
 
 Batch = ExtendBatch | DecodeBatch

@@ -2,126 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.batch.batch import DecodeBatch, ExtendBatch
+from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
+from jaxserve.batch.layout import ROW, ExtendLayout, RowFields
 from jaxserve.request import Request
 from jaxserve.sampler.fields import FLOATS, INTS
-
-ROW_FIELDS = (
-    "slots", "q_starts", "q_lens", "prefix_lens", "new_lengths", "sample_at", "fresh",
-    "next_tokens", "wants_input_logprobs", "carried",
-)  # fmt: skip
-
-
-class ExtendArrays(NamedTuple):
-    """The parts of a packed extend vector; int32 but for `floats`.
-
-    tokens [T]. By row [B]: slots (R: padding), q_starts, q_lens, prefix_lens as paged_prefill has
-    them (forks and padding start at T), new_lengths (KV tokens after the step), sample_at (packed
-    row whose logits the row samples from, -1: none), fresh (1: the slot's counts restart),
-    next_tokens (successor of the row's last token, -1: unknown), wants_input_logprobs (0 or 1),
-    carried (1: the row's token is the slot's last sample, whatever `tokens` says).
-    page_table [B, W]. floats [B, len(FLOATS)], ints [B, len(INTS)]: see sampler.fields.
-    """
-
-    tokens: Any
-    slots: Any
-    q_starts: Any
-    q_lens: Any
-    prefix_lens: Any
-    new_lengths: Any
-    sample_at: Any
-    fresh: Any
-    next_tokens: Any
-    wants_input_logprobs: Any
-    carried: Any
-    page_table: Any
-    ints: Any
-    floats: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class ExtendLayout:
-    """Where each part lies in the packed vector of T tokens, B rows and table width W."""
-
-    tokens: int
-    rows: int
-    table_width: int
-
-    @property
-    def size(self) -> int:
-        return self.tokens + self.rows * self._row_width
-
-    @property
-    def _row_width(self) -> int:
-        return len(ROW_FIELDS) + self.table_width + len(INTS) + len(FLOATS)
-
-    def rows_of(self, packed: Any) -> tuple[Any, Any, Any, Any]:
-        """Views into `packed` [size], by row: ROW_FIELDS, page table, ints, floats. Of a NumPy
-        vector to fill it, of a traced one to read it."""
-        rows = packed[self.tokens :].reshape(self.rows, self._row_width)
-        table_from = len(ROW_FIELDS)
-        ints_from = table_from + self.table_width
-        floats_from = ints_from + len(INTS)
-        return (
-            rows[:, :table_from], rows[:, table_from:ints_from], rows[:, ints_from:floats_from],
-            rows[:, floats_from:].view(np.float32),
-        )  # fmt: skip
-
-    def unpack(self, packed: Any) -> ExtendArrays:
-        """Views into `packed` [size], by name."""
-        fields, page_table, ints, floats = self.rows_of(packed)
-        columns = (fields[:, i] for i in range(len(ROW_FIELDS)))
-        return ExtendArrays(
-            packed[: self.tokens], *columns, page_table=page_table, ints=ints, floats=floats
-        )
 
 
 def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> np.ndarray:
     """The packed vector of a batch."""
     packed = np.zeros(layout.size, np.int32)
-    fields, page_table, ints, floats = layout.rows_of(packed)
+    buffer = packed.data
+    per_token, row_bytes = layout.tokens_of(packed), layout.row_bytes
+    fields, ints, floats, page_table = layout.rows_of(packed)
     padding = len(batch.rows)
-    fields[padding:] = (padding_slot, layout.tokens, 0, 0, 0, -1, 0, -1, 0, 0)
+    fields[padding:] = tuple(RowFields(padding_slot, layout.tokens))
     ints[padding:], floats[padding:] = INTS.neutral, FLOATS.neutral
-    last_rows = []
+    last_rows: list[int] = []
     for i, row in enumerate(batch.rows):
-        sequence, start, at = row.sequence, row.start, row.packed_start
-        request, length = sequence.request, row.stop - start
-        last_rows.append(at + length - 1)
-        sample_at = next_token = -1
-        wanted = False
+        sequence, start, stop, at = row.sequence, row.start, row.stop, row.packed_start
+        slot, length = sequence.slot, stop - start
+        extras = sequence.request.extras
+        last = at + length - 1
+        last_rows.append(last)
         if row.leader >= 0:
-            at, length, start, sample_at = layout.tokens, 0, 0, last_rows[row.leader]
+            leader = last_rows[row.leader]
+            of_row = RowFields(
+                slot, layout.tokens, new_lengths=stop, sample_at=leader, fresh=row.fresh
+            )
         elif row.carried:
-            sample_at = at
+            of_row = RowFields(slot, at, length, start, stop, at, carried=1)
         else:
-            packed[at : at + length] = sequence.tokens(start, row.stop)
-            wanted = wants_input_logprobs(request, start, row.stop)
-            if row.samples:
-                sample_at = last_rows[i]
-            else:
-                next_token = sequence.tokens(row.stop, row.stop + 1)[0]
-        # One assignment a row, in the order of ROW_FIELDS: each has its price.
-        fields[i] = (
-            sequence.slot, at, length, start, row.stop, sample_at, row.fresh, next_token, wanted,
-            row.carried,
-        )  # fmt: skip
-        page_table[i, : len(sequence.pages)] = sequence.pages
-        ints[i], floats[i] = INTS.read(sequence), FLOATS.read(sequence)
+            for field, view in per_token:
+                view[..., at : at + length] = field.write(sequence, start, stop)
+            wanted = 1 if extras and read_of_prompt(row) else 0
+            sample_at, follows = last, -1
+            if not row.samples:
+                sample_at, follows = -1, sequence.tokens(stop, stop + 1)[0]
+            of_row = RowFields(slot, at, length, start, stop, sample_at, row.fresh, follows, wanted)
+        numbers = of_row + INTS.read(sequence) + INTS.unread + FLOATS.read(sequence)
+        ROW.pack_into(buffer, row_bytes[i], *numbers)
+        pages = sequence.pages
+        page_table[i, : len(pages)] = pages
+        for extra in extras:
+            for name, value in extra.fields.items():
+                ints[i, INTS.names.index(name)] = value
     return packed
 
 
-def wants_input_logprobs(request: Request, start: int, stop: int) -> bool:
-    """Whether any token after positions start..stop-1 is a prompt token whose logprob is wanted."""
-    spec = request.logprobs
-    if spec is None or spec.start < 0 or request.input_logprobs is not None:
-        return False
-    return start < len(request.prompt_ids) - 1 and stop > spec.start
+def read_of_prompt(row: ExtendRow) -> set[str]:
+    """The payloads that extras read of the prompt tokens in `row`, which runs some."""
+    extras = row.sequence.request.extras
+    return {extra.name for extra in extras if extra.wants_prompt(row.start, row.stop)}
 
 
 class SparseArrays(NamedTuple):
@@ -137,8 +72,9 @@ def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArr
     """The slot's lists, or None for a request that has none. Named ids that are more than `max_ids`
     are not in them: see step.wide."""
     bias = request.params.logit_bias or {}
-    spec = request.logprobs
-    named = spec.ids if spec is not None and len(spec.ids) <= max_ids else ()
+    named = request.named_ids
+    if len(named) > max_ids:
+        named = ()
     if not bias and not request.masked_ids and not named:
         return None
     count, total = len(bias), len(bias) + len(request.masked_ids)
@@ -153,14 +89,6 @@ def pack_sparse(request: Request, bias_capacity: int, max_ids: int) -> SparseArr
     logprob_ids = np.zeros(max_ids, np.int32)
     logprob_ids[: len(named)] = named
     return SparseArrays(ids, values, until, logprob_ids)
-
-
-def unpack_logprobs(packed: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
-    """(chosen [B], top_values, top_ids [B, C], named [B, I]) of a step's packed logprobs
-    [B, 1 + C + I + C] int32, where C = top: the bits of the floats, then the ids."""
-    floats = packed[:, : packed.shape[1] - top].view(np.float32)
-    ids = packed[:, packed.shape[1] - top :]
-    return floats[:, 0], floats[:, 1 : 1 + top], ids, floats[:, 1 + top :]
 
 
 def pack_decode(batch: DecodeBatch, padding_slot: int) -> np.ndarray:

@@ -35,6 +35,7 @@ class Sequence:
     reused: int = 0
     dropped: int = 0
     _prompt_bytes: bytes | None = None
+    _prompt_keys: bytes | None = None
 
     @property
     def order(self) -> tuple[float, int]:
@@ -87,28 +88,29 @@ class Sequence:
     @property
     def reusable(self) -> int:
         """How many leading tokens need not run if their KV is cached: never the last one, which
-        the next is sampled from; none whose input logprobs are still to be read; and of the
+        the next is sampled from; none from where an extra has still to read the prompt; and of the
         outputs none that a penalty counts, because the device counts what it runs."""
         request, params = self.request, self.request.params
         most = self.total_tokens - 1
         if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1:
             most = min(most, self.prompt_len)
-        spec = request.logprobs
-        if spec is not None and spec.start >= 0 and request.input_logprobs is None:
-            most = min(most, spec.start)
+        for extra in request.extras:
+            if extra.prompt and not extra.complete:
+                most = min(most, extra.prompt.start)
         return most
 
-    def token_bytes(self, count: int) -> bytes:
-        """The first `count` tokens as the bytes of int32."""
-        prompt, beyond = self._packed_prompt(), count - self.prompt_len
-        if beyond <= 0:
-            return prompt[: 4 * count]
-        self.drain()
-        return prompt + array("i", self.request.output_ids[:beyond]).tobytes()
+    def keys(self, count: int) -> bytes:
+        """What caches know the first `count` tokens by, as the bytes of int32: ids, or of the
+        prompt what `Request.prompt_keys` says instead."""
+        if self._prompt_keys is None:
+            given = self.request.prompt_keys
+            packed = self._packed_prompt() if given is None else array("i", given).tobytes()
+            self._prompt_keys = packed
+        return self._with_outputs(self._prompt_keys, count)
 
     def share_prompt(self, leader: Sequence) -> None:
-        """`leader` has the same prompt: it need not be packed again."""
-        self._prompt_bytes = leader._prompt_bytes
+        """`leader` has the same prompt and keys: they need not be packed again."""
+        self._prompt_bytes, self._prompt_keys = leader._prompt_bytes, leader._prompt_keys
 
     def drain(self) -> None:
         """Move the tokens kept in the slot into the request's list."""
@@ -118,8 +120,18 @@ class Sequence:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids [stop - start] int32 of positions start..stop-1 of prompt and outputs together,
         not to be written to."""
-        known = self._packed_prompt() if stop <= self.prompt_len else self.token_bytes(stop)
+        known = self._prompt_bytes or self._packed_prompt()
+        if 4 * stop > len(known):
+            known = self._with_outputs(known, stop)
         return np.frombuffer(known, np.int32, stop - start, 4 * start)
+
+    def _with_outputs(self, prompt: bytes, count: int) -> bytes:
+        """The first `count` numbers of `prompt` and the output ids behind it."""
+        beyond = count - self.prompt_len
+        if beyond <= 0:
+            return prompt[: 4 * count]
+        self.drain()
+        return prompt + array("i", self.request.output_ids[:beyond]).tobytes()
 
     def _packed_prompt(self) -> bytes:
         if self._prompt_bytes is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxserve.batch.wanted import Wanted
 from jaxserve.request import Request
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Rows:
     step to step: made anew when one comes or goes.
 
     slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots. watched: one of them
-    streams. wants_logprobs, wants_wide: one of them does, see request.LogprobSpec.
+    streams. wanted: beside tokens.
     """
 
     sequences: tuple[Sequence, ...]
@@ -33,8 +34,7 @@ class Rows:
     stops: np.ndarray
     simple: np.ndarray
     all_simple: bool
-    wants_logprobs: bool
-    wants_wide: bool
+    wanted: Wanted
     watched: bool
 
 
@@ -104,7 +104,7 @@ class Slots:
         self.simple[slot] = (
             len(stops) <= MAX_STOPS
             and request.stop_matcher is None
-            and request.logprobs is None
+            and not request.extras
             and not request.stream_interval
             and request.max_new_tokens > 0
         )
@@ -123,7 +123,6 @@ class Slots:
         """The admitted `sequences` as rows."""
         slots = np.fromiter((s.slot for s in sequences), np.int32, len(sequences))
         simple = self.simple[slots]
-        specs = [s.request.logprobs for s in sequences if s.request.logprobs is not None]
         return Rows(
             sequences=sequences,
             slots=slots,
@@ -132,8 +131,7 @@ class Slots:
             stops=self._stops[slots],
             simple=simple,
             all_simple=bool(simple.all()),
-            wants_logprobs=bool(specs),
-            wants_wide=any(spec.wide for spec in specs),
+            wanted=Wanted.of(s.request for s in sequences),
             watched=any(s.request.stream_interval for s in sequences),
         )
 

@@ -1,7 +1,10 @@
 """Names of token prefixes, page by page: digests, each of the one before and a page's tokens. Host
 only, no jax.
 
-128 bits of BLAKE2: two prefixes of different tokens or namespaces never share one.
+What stands for a token here, in the radix tree and in host memory is its key
+(`batch.Sequence.keys`), an int32: two tokens of one key, behind prefixes of equal keys in the same
+namespace, have the same KV. 128 bits of BLAKE2: prefixes of different keys or namespaces never
+share a digest.
 """
 
 from __future__ import annotations
@@ -10,6 +13,13 @@ from collections.abc import Iterator
 from hashlib import blake2b
 
 DIGEST_BYTES = 16
+
+
+def namespace_of(**parts: str) -> str:
+    """The namespace of requests whose KV depends on `parts` beside their tokens, by name: a cache
+    salt, say, or an adapter. Different parts make different names; empty ones are none."""
+    given = sorted((name, value) for name, value in parts.items() if value)
+    return "".join([f"{name}={len(value)}:{value};" for name, value in given])
 
 
 def namespace_key(namespace: str) -> bytes:

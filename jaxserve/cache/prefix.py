@@ -22,17 +22,21 @@ class Lease:
     the sequence's alone."""
 
     namespace: str = ""
-    """Of the tree: the request's `cache_salt`."""
+    """See `cache.keys.namespace_of`."""
     node: Node | None = None
-    """At whose end the last leased page lies; None for no page."""
+    """At whose end the last of the pages is; None for no page."""
     count: int = 0
     """Pages."""
+
+    def none(self) -> Lease:
+        """Of no page, in the same namespace."""
+        return Lease(self.namespace)
 
 
 class PrefixCache:
     """A page allocator that takes cached pages back when free ones run out.
 
-    Tokens are given as the bytes of int32.
+    Tokens are given as the bytes of their keys, int32: see cache.keys.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """A radix tree of token prefixes, and the pages that hold their KV. Host only, no jax.
 
 Pages are the unit: a node's edge is a span of whole pages, and children differ in their first page.
-Token ids travel as the bytes of int32, so that spans are compared and hashed by memcmp.
+Tokens travel as the bytes of their keys (cache.keys), int32, so that spans are compared and hashed
+by memcmp.
 """
 
 from __future__ import annotations

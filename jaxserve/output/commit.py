@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
-from jaxserve.batch.pack import unpack_logprobs
+from jaxserve.batch.batch import DecodeBatch, ExtendBatch
 from jaxserve.batch.sequence import Sequence
 from jaxserve.errors import RequestFailedError
-from jaxserve.request import Logprobs, Request, TopLogprobs, Update
+from jaxserve.output.extras import Reported
+from jaxserve.request import Request, Update
 from jaxserve.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -22,26 +22,6 @@ logger = logging.getLogger(__name__)
 ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 
-class HostLogprobs:
-    """Packed logprobs [B, X] on the host, with `top` columns of the best."""
-
-    def __init__(self, packed: np.ndarray, top: int):
-        parts = unpack_logprobs(packed, top)
-        self._chosen, self._top, self._top_ids, self._named = parts
-
-    def add(self, row: int, request: Request, out: Logprobs) -> None:
-        """Append row `row` to `out`, as much as the request asked for."""
-        spec = request.logprobs
-        assert spec is not None
-        out.token.append(float(self._chosen[row]))
-        if spec.top:
-            pairs = zip(self._top[row, : spec.top].tolist(), self._top_ids[row].tolist())  # noqa: B905
-            out.top.append(list(pairs))
-        if spec.ids:
-            values = self._named[row, : len(spec.ids)].tolist()
-            out.ids.append(list(zip(values, spec.ids, strict=True)))
-
-
 def commit(result: StepResult, scheduler: Scheduler) -> int:
     """Read a StepResult (this waits for the device) and hand its tokens out, step by step.
 
@@ -49,34 +29,31 @@ def commit(result: StepResult, scheduler: Scheduler) -> int:
     same result, are passed over: their extra tokens are dropped. Returns how many were kept.
     """
     batch, tokens = result.batch, np.asarray(result.tokens)
-    packed = None if result.logprobs is None else np.asarray(result.logprobs)
+    payloads = {name: np.asarray(array) for name, array in result.payloads.items()}
     kept = 0
     if isinstance(batch, DecodeBatch):
         accepted = None if result.accepted is None else np.asarray(result.accepted)
         for step, drawn in enumerate(tokens):
-            logprobs = None if packed is None else HostLogprobs(packed[step], result.top)
+            reported = Reported(payloads, step)
             made = None if accepted is None else accepted > step
-            kept += _commit_decode(batch, drawn, made, logprobs, scheduler)
+            kept += _commit_decode(batch, drawn, made, reported, scheduler)
         if accepted is not None:
             scheduler.settle(batch.rows, batch.steps - accepted)
         return kept
-    logprobs = None if packed is None else HostLogprobs(packed[0], result.top)
-    if result.input_logprobs is not None:
-        host = HostLogprobs(np.asarray(result.input_logprobs), result.top)
-        for row in batch.rows:
-            if row.sequence.epoch == row.epoch:
-                _read_input_logprobs(row, host)
-    _complete_input_logprobs(batch)
+    if batch.wanted.names:
+        prompt = {name: np.asarray(array) for name, array in result.prompt_payloads.items()}
+        _read_prompts(batch, Reported(prompt))
+    reported = Reported(payloads, 0)
     for row, sequence in batch.sampled:
         if not sequence.request.finished:
             sequence.drain()  # a carried row's earlier tokens may still be in its slot
-            kept += _accept(sequence, row, int(tokens[0, row]), logprobs, scheduler)
+            kept += _accept(sequence, row, int(tokens[0, row]), reported, scheduler)
     return kept
 
 
 def _commit_decode(
-    batch: DecodeBatch, tokens: np.ndarray, made: np.ndarray | None,
-    logprobs: HostLogprobs | None, scheduler: Scheduler,
+    batch: DecodeBatch, tokens: np.ndarray, made: np.ndarray | None, reported: Reported,
+    scheduler: Scheduler,
 ) -> int:  # fmt: skip
     """Rows that only collect tokens are appended to all at once; the others, and those that end,
     one by one. made [B] bool: which rows have a token; None is all."""
@@ -97,7 +74,7 @@ def _commit_decode(
     for row in which[ended].tolist():
         _settle(rows.sequences[row], int(tokens[row]), scheduler)
     for row in np.flatnonzero(alive & ~rows.simple).tolist():
-        _accept(rows.sequences[row], row, int(tokens[row]), logprobs, scheduler)
+        _accept(rows.sequences[row], row, int(tokens[row]), reported, scheduler)
     return int(alive.sum())
 
 
@@ -111,15 +88,15 @@ def _settle(sequence: Sequence, token: int, scheduler: Scheduler) -> None:
 
 
 def _accept(
-    sequence: Sequence, row: int, token: int, logprobs: HostLogprobs | None, scheduler: Scheduler
+    sequence: Sequence, row: int, token: int, reported: Reported, scheduler: Scheduler
 ) -> int:
     """Append row `row`'s token to its request; 1 if it was kept."""
     request, progress = sequence.request, scheduler.slots
     if progress.replays and progress.produced[sequence.slot] < len(request.output_ids):
         progress.produced[sequence.slot] += 1  # decoded before it was retracted, and handed out
         return 1
-    if logprobs is not None and request.logprobs is not None:
-        logprobs.add(row, request, request.pending_logprobs)
+    for extra in request.extras:
+        extra.read(reported, row)
     if request.first_token_time is None:
         request.first_token_time = time.perf_counter()
     if request.max_new_tokens == 0:
@@ -179,18 +156,13 @@ def failure_reason(error: BaseException) -> dict[str, Any]:
 
 def report(request: Request) -> None:
     """Put what is new since the last report into the caller's mailbox."""
-    first = request.reported == 0
     new_ids = tuple(request.output_ids[request.reported :])
     request.reported = len(request.output_ids)
-    logprobs = None
-    if request.logprobs is not None:
-        logprobs, request.pending_logprobs = request.pending_logprobs, Logprobs()
     request.mailbox.put(
         Update(
             request,
             new_ids,
-            output_logprobs=logprobs,
-            input_logprobs=request.input_logprobs if first else None,
+            extras=tuple([extra.take() for extra in request.extras]),
             unemitted_id=request.unemitted_id,
             finish_reason=request.finish_reason,
         )
@@ -202,33 +174,18 @@ def _due(request: Request) -> bool:
     return interval == 1 or len(request.output_ids) % interval == 1
 
 
-def _read_input_logprobs(row: ExtendRow, host: HostLogprobs) -> None:
-    """Add the logprobs of the prompt tokens that follow this row's tokens."""
-    request = row.sequence.request
-    spec = request.logprobs
-    if row.leader >= 0 or spec is None or spec.start < 0 or request.input_logprobs is not None:
-        return
-    last = len(request.prompt_ids) - 1
-    for position in range(max(row.start, spec.start), min(row.stop, last)):
-        packed = row.packed_start + position - row.start
-        host.add(packed, request, request.pending_input_logprobs)
-
-
-def _complete_input_logprobs(batch: ExtendBatch) -> None:
-    """Give requests whose whole prompt has run their input logprobs; forks take their leader's.
-    The first entry has no predecessor, whatever the start (docs/guide/sampling.md)."""
+def _read_prompts(batch: ExtendBatch, reported: Reported) -> None:
+    """Give extras what a step has reported of their prompts, and tell them when all of one has run.
+    A prompt that was retracted meanwhile runs again; that of an aborted request may have forks."""
     for row in batch.rows:
         request = row.sequence.request
-        spec = request.logprobs
-        if not row.samples or spec is None or request.input_logprobs is not None:
+        if row.sequence.epoch != row.epoch and not request.finished:
             continue
-        if row.leader >= 0:
-            request.input_logprobs = batch.rows[row.leader].sequence.request.input_logprobs
-            continue
-        whole = Logprobs()
-        if 0 <= spec.start < len(request.prompt_ids):
-            none: list[TopLogprobs] = [None]
-            whole.extend(Logprobs([None], none if spec.top else [], list(none) if spec.ids else []))
-            whole.extend(request.pending_input_logprobs)
-        request.input_logprobs = whole
-        request.pending_input_logprobs = Logprobs()
+        for number, extra in enumerate(request.extras):
+            leader = None
+            if row.leader >= 0:
+                leader = batch.rows[row.leader].sequence.request.extras[number]
+            else:
+                extra.read_prompt(reported, row.start, row.stop, row.packed_start)
+            if row.samples:
+                extra.end_prompt(leader)

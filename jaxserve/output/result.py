@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jaxserve.output.extras import View
 from jaxserve.output.text import OutputText
-from jaxserve.request import Logprobs, Request, TopLogprobs, Update
+from jaxserve.request import Request, Update
 from jaxserve.text.codec import Codec
-
-LogprobTuple = tuple[float | None, int | None, str | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,11 +38,10 @@ class Output:
         self._options = options
         self._text = OutputText(request, options.codec) if options.codec else None
         self._ids: list[int] = []
-        self._logprobs = Logprobs()
-        self._input_logprobs: Logprobs | None = None
+        self._extras = [(extra, extra.collect()) for extra in request.extras]
         self._unemitted: int | None = None
-        # What earlier delta chunks have shown, in characters, tokens and logprob entries.
-        self._shown_text = self._shown_ids = self._shown_logprobs = 0
+        # What earlier delta chunks have shown, in characters and tokens.
+        self._shown_text = self._shown_ids = 0
 
     @property
     def finished(self) -> bool:
@@ -54,10 +51,8 @@ class Output:
         """Takes the request's next update."""
         self._ids += update.new_ids
         self._unemitted = update.unemitted_id
-        if update.output_logprobs is not None:
-            self._logprobs.extend(update.output_logprobs)
-        if update.input_logprobs is not None:
-            self._input_logprobs = update.input_logprobs
+        for (_, collected), news in zip(self._extras, update.extras, strict=True):
+            collected.add(news)
         if self._text is not None:
             self._text.append(update.new_ids, update.finish_reason)
         self.finish_reason = update.finish_reason
@@ -65,7 +60,7 @@ class Output:
     def result(self) -> dict[str, Any]:
         """The request so far, whole; once it has finished, its result."""
         text = None if self._text is None else self._text.visible(self.finished)
-        return self._dict(text, self._ids, 0)
+        return self._dict(text, 0)
 
     def chunk(self) -> dict[str, Any]:
         """The next chunk of a stream: the request so far, or what is new of it."""
@@ -75,18 +70,18 @@ class Output:
                 whole = self._text.visible(self.finished)
                 text = whole[self._shown_text :]
                 self._shown_text = max(self._shown_text, len(whole))
-            chunk = self._dict(text, self._ids[self._shown_ids :], self._shown_logprobs)
+            chunk = self._dict(text, self._shown_ids)
             self._shown_ids = len(self._ids)
-            self._shown_logprobs = len(self._logprobs.token)
         else:
             chunk = self.result()
         if self._options.indexed:
             chunk["index"] = self.request.index
         return chunk
 
-    def _dict(self, text: str | None, ids: Sequence[int], first: int) -> dict[str, Any]:
+    def _dict(self, text: str | None, first: int) -> dict[str, Any]:
+        """first: the number of the first token that is new."""
         result: dict[str, Any] = {} if text is None else {"text": text}
-        result["output_ids"] = list(ids)
+        result["output_ids"] = self._ids[first:]
         if self._options.return_prompt_token_ids:
             result["prompt_token_ids"] = list(self.request.prompt_ids)
         result["meta_info"] = self._meta_info(first)
@@ -109,8 +104,10 @@ class Output:
             "total_retractions": retractions,
             "response_sent_to_client_ts": time.time(),
         }
-        if request.logprobs is not None:
-            meta |= self._logprob_lists(first)
+        if self._extras:
+            view = self._view()
+            for extra, collected in self._extras:
+                meta |= extra.as_meta(collected, first, view)
         if self.finished:
             end = request.finish_time or time.perf_counter()
             meta["e2e_latency"] = end - request.created
@@ -118,40 +115,14 @@ class Output:
                 meta |= self._times(end)
         return meta
 
-    def _logprob_lists(self, first: int) -> dict[str, Any]:
-        """The logprob keys; `first` is the first output position that is new."""
-        spec, out = self.request.logprobs, self._logprobs
-        assert spec is not None
-        given = self._input_logprobs or Logprobs()
-        prompt = self.request.prompt_ids[len(self.request.prompt_ids) - len(given.token) :]
-        # Prefill-only requests have one more logprob than tokens: that of a token not emitted.
+    def _view(self) -> View:
         ids = self._ids if self._unemitted is None else [*self._ids, self._unemitted]
-        lists: dict[str, Any] = {
-            "input_token_logprobs": self._tuples(zip(given.token, prompt, strict=True)),
-            "output_token_logprobs": self._tuples(
-                zip(out.token[first:], ids[first : len(out.token)], strict=True)
-            ),
-            "output_token_logprobs_length": len(out.token) - first,
-        }
-        if spec.top:
-            lists["input_top_logprobs"] = self._positions(given.top)
-            lists["output_top_logprobs"] = self._positions(out.top[first:])
-        if spec.ids:
-            lists["input_token_ids_logprobs"] = self._positions(given.ids)
-            lists["output_token_ids_logprobs"] = self._positions(out.ids[first:])
-        return lists
+        texts = self._options.return_text_in_logprobs
+        return View(self.request.prompt_ids, ids, self._token_text if texts else None)
 
-    def _positions(self, positions: Iterable[TopLogprobs]) -> list[list[LogprobTuple] | None]:
-        return [None if pairs is None else self._tuples(pairs) for pairs in positions]
-
-    def _tuples(self, pairs: Iterable[tuple[float | None, int | None]]) -> list[LogprobTuple]:
-        if not self._options.return_text_in_logprobs:
-            return [(logprob, token, None) for logprob, token in pairs]
-        return [(logprob, token, self._token_text(token)) for logprob, token in pairs]
-
-    def _token_text(self, token: int | None) -> str | None:
+    def _token_text(self, token: int) -> str | None:
         codec = self._options.codec
-        return None if token is None or codec is None else codec.decode([token])
+        return None if codec is None else codec.decode([token])
 
     def _times(self, end: float) -> dict[str, Any]:
         """Moments in seconds since the epoch, durations in seconds, and tokens per second after the

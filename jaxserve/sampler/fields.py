@@ -22,8 +22,9 @@ class Field(NamedTuple):
     """Of the column: those of one dtype are side by side in one array."""
     neutral: float
     """Of rows of padding and of empty slots."""
-    read: str
-    """Dotted path of the value, from a `batch.Sequence`. (One attrgetter reads all of them: a call
+    read: str = ""
+    """Dotted path of the value, from a `batch.Sequence`; "": neutral, unless an extra of the
+    request says otherwise (`output.extras.Extra.fields`). (One attrgetter reads all of them: a call
     of a Python function for each would cost a row its own microsecond.)"""
     transform: str = ""
     """Module of a function `transform(logits [B, V] float32, values [B]) -> logits`, by which the
@@ -43,21 +44,26 @@ FIELDS = (
     Field("sample_index", np.int32, 0, "request.sample_index"),
     Field("prompt_len", np.int32, 0, "prompt_len"),
     Field("num_bias", np.int32, 0, "request.num_bias"),
-    Field("wants_logprob", np.int32, 0, "request.wants_logprob"),
-    Field("num_top", np.int32, 0, "request.num_top"),
-    Field("num_named", np.int32, 0, "request.num_named"),
+    Field("wants_logprob", np.int32, 0),
+    Field("num_top", np.int32, 0),
+    Field("num_named", np.int32, 0),
 )
 
 
 class Columns:
-    """The fields of one dtype, as the columns of an array [.., len(names)]."""
+    """The fields of one dtype, as the columns of an array [.., len(names)]: first those that are
+    read of every request."""
 
     def __init__(self, dtype: type[np.float32] | type[np.int32]) -> None:
         fields = [field for field in FIELDS if field.dtype is dtype]
+        fields.sort(key=lambda field: not field.read)
+        paths = [field.read for field in fields if field.read]
         self.names = tuple(field.name for field in fields)
         self.neutral = np.array([field.neutral for field in fields], dtype)
-        self.read: Callable[[Sequence], Any] = attrgetter(*(field.read for field in fields))
-        """The values of a sequence's row, a tuple in the order of `names`."""
+        self.read: Callable[[Sequence], Any] = attrgetter(*paths)
+        """The first values of a sequence's row, a tuple in the order of `names`."""
+        self.unread = tuple(self.neutral[len(paths) :].tolist())
+        """The others, where no extra says otherwise."""
 
     def __len__(self) -> int:
         return len(self.names)

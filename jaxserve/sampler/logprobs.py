@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxserve.step.payloads import PromptRows
 
 
 class TokenLogprobs(NamedTuple):
@@ -21,11 +24,12 @@ class TokenLogprobs(NamedTuple):
     """[B, I] float32: of the tokens that the caller named."""
 
     def pack(self) -> jax.Array:
-        """All of it as one array, see batch.pack.unpack_logprobs: each array that a step returns
-        costs the host some microseconds."""
+        """All of it as one array, [B, 2 + C + I + C] int32 with C in front, see
+        output.logprobs.Columns: each array that a step returns costs the host some microseconds."""
         floats = jnp.concatenate([self.chosen[:, None], self.top_values, self.named], axis=1)
         bits = jax.lax.bitcast_convert_type(floats, jnp.int32)
-        return jnp.concatenate([bits, self.top_ids], axis=1)
+        top = jnp.full((floats.shape[0], 1), self.top_ids.shape[1], jnp.int32)
+        return jnp.concatenate([top, bits, self.top_ids], axis=1)
 
 
 def token_logprobs(
@@ -51,3 +55,11 @@ def token_logprobs(
     neutral = (jnp.zeros((rows, top)), jnp.zeros((rows, top), jnp.int32))
     top_values, top_ids = jax.lax.cond(wants_top, best, lambda: neutral)
     return TokenLogprobs(at(tokens[:, None])[:, 0], top_values, top_ids, at(named_ids))
+
+
+def prompt_logprobs(rows: PromptRows) -> jax.Array:
+    """Packed logprobs [N, X], at temperature 1, of the tokens that follow in the prompt."""
+    tops = rows.row_params.column("num_top", rows.slots)
+    named = rows.sparse.logprob_ids[rows.slots]
+    wants_top = jnp.any(rows.wanted & (tops > 0))
+    return token_logprobs(rows.logits, rows.successors, named, rows.top, wants_top).pack()

@@ -46,7 +46,7 @@ class Admission:
 
     def cached_pages(self, sequence: Sequence) -> int:
         """How long its cached prefix is."""
-        return self._pages.tree.length(sequence.request.cache_salt, self._known(sequence))
+        return self._pages.tree.length(sequence.request.namespace, self._known(sequence))
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether `admit` would succeed."""
@@ -66,7 +66,7 @@ class Admission:
         found = []
         if self._pages.host is not None:
             unit = self._unit // self._page_size
-            found = self._pages.find_on_host(lease, self._reusable_bytes(sequence), own, unit)
+            found = self._pages.find_on_host(lease, self._reusable(sequence), own, unit)
         new = self._pages.allocate(own)
         if found:
             self._pages.load(found, new[: len(found)])
@@ -103,7 +103,7 @@ class Admission:
         full = sequence.most_kv - sequence.most_kv % self._unit
         whole = sequence.capacity >= sequence.total_tokens and not sequence.dropped
         if self._pages.enabled and whole and full <= self._longest:
-            self._pages.publish(sequence.lease, sequence.token_bytes(full), sequence.pages)
+            self._pages.publish(sequence.lease, sequence.keys(full), sequence.pages)
 
     def hold(self, sequence: Sequence, pages: list[int]) -> None:
         """Add pages to those of an admitted sequence."""
@@ -119,7 +119,7 @@ class Admission:
         if passed <= sequence.dropped or passed < sequence.lease.count:
             return
         self._pages.end(sequence.lease, sequence.pages[sequence.dropped : passed])
-        sequence.lease = Lease(sequence.request.cache_salt)
+        sequence.lease = sequence.lease.none()
         sequence.dropped = passed
 
     def advance(self, sequence: Sequence) -> None:
@@ -159,14 +159,14 @@ class Admission:
         for the last output's: the step that computes its KV may not have run. (None of the outputs,
         where they are to be decoded again.)"""
         sequence.drain()
-        tokens = b""
+        keys = b""
         if self._pages.enabled and not sequence.dropped:
             outputs = self._slots.kept(sequence.request)
             known = min(sequence.most_kv, sequence.prompt_len + max(outputs - 1, 0))
-            tokens = sequence.token_bytes(known - known % self._unit)
-        self._pages.end(sequence.lease, sequence.pages[sequence.dropped :], tokens)
+            keys = sequence.keys(known - known % self._unit)
+        self._pages.end(sequence.lease, sequence.pages[sequence.dropped :], keys)
         self._slots.release(sequence.slot)
-        sequence.lease = Lease()
+        sequence.lease = sequence.lease.none()
         sequence.pages = []
         sequence.slot = -1
 
@@ -183,7 +183,7 @@ class Admission:
         if not self._slots.available:
             return None
         request = sequence.request
-        lease, shared = self._pages.lease(request.cache_salt, self._known(sequence))
+        lease, shared = self._pages.lease(request.namespace, self._known(sequence))
         reserve = self._reserve()
         own = self._count_pages(sequence.total_tokens) - len(shared)
         again = sequence.prompt_len + len(request.output_ids)
@@ -192,7 +192,7 @@ class Admission:
             own, needed = min(own, self._ring), min(needed, self._ring)
             if shared and needed + reserve > self._pages.available:  # the prefix is in the way
                 self._pages.end(lease, shared)
-                lease, shared = Lease(request.cache_salt), []
+                lease, shared = lease.none(), []
                 own = min(self._count_pages(sequence.total_tokens), self._ring)
                 needed = min(self._count_pages(again), self._ring)
         if needed + reserve > self._pages.available:
@@ -200,17 +200,17 @@ class Admission:
             return None
         return lease, shared, own
 
-    def _reusable_bytes(self, sequence: Sequence) -> bytes:
-        """Its tokens whose KV may come from the cache."""
-        return sequence.token_bytes(sequence.reusable) if self._pages.enabled else b""
+    def _reusable(self, sequence: Sequence) -> bytes:
+        """The keys of its tokens whose KV may come from the cache."""
+        return sequence.keys(sequence.reusable) if self._pages.enabled else b""
 
     def _known(self, sequence: Sequence) -> bytes:
-        """Its tokens to look for in the cache: as many as are there, where not any page will do."""
-        tokens = self._reusable_bytes(sequence)
+        """The keys to look for in the cache: as many as are there, where not any page will do."""
+        keys = self._reusable(sequence)
         if self._unit == self._page_size:
-            return tokens
-        cached = self._pages.tree.length(sequence.request.cache_salt, tokens) * self._page_size
-        return tokens[: 4 * (cached - cached % self._unit)]
+            return keys
+        cached = self._pages.tree.length(sequence.request.namespace, keys) * self._page_size
+        return keys[: 4 * (cached - cached % self._unit)]
 
     def _take_slot(self, sequence: Sequence, cached: int, on_host: int = 0) -> None:
         """cached: leading tokens that need not run. on_host: those of them in host memory."""

@@ -25,7 +25,7 @@ from jaxserve.batch.sequence import Sequence
 from jaxserve.batch.slots import Rows, Slots
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
-from jaxserve.cache.prefix import Lease, PrefixCache
+from jaxserve.cache.prefix import PrefixCache
 from jaxserve.cache.window import Window
 from jaxserve.request import Request
 from jaxserve.scheduler.admission import Admission
@@ -139,7 +139,7 @@ class Scheduler:
                 sequence.drain()
                 sequence.request.count_retraction()
                 sequence.pages, sequence.slot, sequence.dropped = [], -1, 0
-            sequence.lease = Lease(sequence.request.cache_salt)
+            sequence.lease = sequence.lease.none()
             self.waiting.add(sequence)
         self.slots.reset()
         self.pages.reset()
@@ -152,7 +152,7 @@ class Scheduler:
         """Empty the prefix cache. What is admitted keeps its pages, for itself."""
         self.pages.clear()
         for sequence in self.live.values():
-            sequence.lease = Lease(sequence.request.cache_salt)
+            sequence.lease = sequence.lease.none()
 
     @property
     def idle(self) -> bool:

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.attention.paged import PagedOps
-from jaxserve.batch.pack import ExtendLayout
+from jaxserve.batch.layout import ExtendLayout
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration, declare
 from jaxserve.parallel.mesh import abstract, first_device, replicated
 from jaxserve.sampler.sampler import Sampler
-from jaxserve.step import pages, products, step
+from jaxserve.step import pages, products, prompt, step
 from jaxserve.step.catalogue import Catalogue, Program, ProgramKey
 from jaxserve.step.memory import Memory
-from jaxserve.step.wide import WIDE
+from jaxserve.step.payloads import PAYLOADS, USUAL, PromptRows, Variant
 from jaxserve.step.xla_options import chooses_by_timing
 from jaxserve.weights import Bind, kept
 from pallas_kernels import decode_implementation
@@ -67,17 +67,18 @@ class Facts:
         params = abstract(tuple(specs.values()), replicated(self.mesh))
         return dataclasses.replace(self, declaration=declaration, params=params, bind=bind)
 
-    def step_model(self, top: int) -> step.StepModel:
-        """The model over a cache of the present size; top: columns of the best logprobs."""
+    def step_model(self, variant: Variant) -> step.StepModel:
+        """The model over a cache of the present size, in programs that report `variant`."""
         program = self.config.program
         ops = PagedOps(
             program.attention, program.other_kernels, self.memory.num_pages, program.crossovers,
             fixed_tiles=program.deterministic,
         )  # fmt: skip
+        top, _ = program.logprob_columns(variant.wide)
         sampler = Sampler(
             top, program.raw_logprobs, program.other_kernels, fixed_split=program.deterministic
         )
-        return step.StepModel(self.bind, ops, sampler, program.page_size)
+        return step.StepModel(self.bind, ops, sampler, program.page_size, variant.payloads)
 
     def decodes_with_mosaic(self, rows: int) -> bool:
         """Whether a decode step of `rows` rows has a Mosaic kernel. (Being wrong about it only
@@ -94,6 +95,10 @@ class Facts:
         return ExtendLayout(
             tokens, self.config.buckets.extend_rows(tokens), self.config.program.table_width
         )
+
+    def packed(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """The vector of the extend program of `tokens` tokens."""
+        return self.array(self.layout(tokens).size)
 
     @property
     def decode_kinds(self) -> dict[str, int]:
@@ -123,38 +128,37 @@ class Facts:
 
 
 def engine_programs(facts: Facts) -> Catalogue:
-    """Every program that a batch can need."""
-    wide = [dataclasses.replace(entry, buckets=()) for entry in step_programs(facts, wide=True)]
+    """Every program that a batch can need. Those of requests that want what is not usual are
+    compiled when they are first wanted."""
+    usual, *rare = Variant.all()
+    later = [each for variant in rare for each in step_programs(facts, variant)]
+    later += prompt_programs(facts, wide=True)
     return Catalogue(
-        [*step_programs(facts), *page_programs(facts), *choosing_programs(facts), *wide]
+        [
+            *step_programs(facts, usual),
+            *prompt_programs(facts, wide=False),
+            *page_programs(facts),
+            *choosing_programs(facts),
+            *(dataclasses.replace(each, buckets=()) for each in later),
+        ]
     )
 
 
-def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
-    """Extend and decode steps, and the logprobs of prompts. wide: with the columns for requests
-    that want more logprobs, see `config.WIDE_TOP`."""
-    program, ending = facts.config.program, WIDE if wide else ""
-    buckets, state = facts.config.buckets, facts.state(wide)
-    top, _ = program.logprob_columns(wide)
-
-    def vector(tokens: int) -> jax.ShapeDtypeStruct:
-        return facts.array(facts.layout(tokens).size)
+def step_programs(facts: Facts, variant: Variant) -> list[Program]:
+    """Extend and decode steps that report `variant`."""
+    buckets, state, ending = facts.config.buckets, facts.state(variant.wide), variant.ending
 
     def extend(tokens: int) -> Callable[..., Any]:
-        return functools.partial(step.extend_step, facts.step_model(top), facts.layout(tokens))
-
-    def input_logprobs(tokens: int) -> Callable[..., Any]:
-        model = facts.step_model(top)
-        return functools.partial(step.input_logprobs, model, facts.layout(tokens), top=top)
+        return functools.partial(step.extend_step, facts.step_model(variant), facts.layout(tokens))
 
     def decode(steps: int) -> Callable[[int], Callable[..., Any]]:
-        return lambda rows: functools.partial(step.decode_steps, facts.step_model(top), steps)
+        return lambda rows: functools.partial(step.decode_steps, facts.step_model(variant), steps)
 
     entries = [
         Program(
             "extend" + ending,
             extend,
-            {**state, "packed": vector},
+            {**state, "packed": facts.packed},
             donated=("cache", "progress", "sampled", "row_params"),
             buckets=buckets.extend[::-1],
             first=buckets.first.extend,
@@ -177,29 +181,43 @@ def step_programs(facts: Facts, wide: bool = False) -> list[Program]:
         )
         for kind, steps in facts.decode_kinds.items()
     ]
-    hidden = facts.model.hidden_size
-    entries.append(
+    return entries
+
+
+def prompt_programs(facts: Facts, wide: bool) -> list[Program]:
+    """What extend steps are asked about their prompts, a program for each payload."""
+    variant = Variant(wide=wide)
+    state, hidden = facts.state(wide), facts.model.hidden_size
+    buckets = facts.config.buckets
+
+    def make(payload: Callable[[PromptRows], jax.Array]) -> Callable[[int], Callable[..., Any]]:
+        return lambda tokens: functools.partial(
+            prompt.prompt_payload, facts.step_model(variant), facts.layout(tokens), payload
+        )
+
+    return [
         Program(
-            "input_logprobs" + ending,
-            input_logprobs,
+            f"prompt_{each.name}{variant.ending}",
+            make(each.prompt),
             {
                 **{name: state[name] for name in ("params", "row_params", "sparse")},
-                "packed": vector,
+                "packed": facts.packed,
                 "hidden": lambda tokens: facts.array(tokens, hidden, dtype=facts.dtype),
             },
-            buckets=buckets.extend[::-1],
+            buckets=buckets.extend[::-1] if each.usual else (),
             first=buckets.first.extend,
             ladder="extend",
             choices=lambda tokens: facts.choices(0, tokens),
         )
-    )
-    return entries
+        for each in PAYLOADS
+        if each.prompt is not None
+    ]
 
 
 def choosing_programs(facts: Facts) -> list[Program]:
     """The products of steps of few rows, see step.products."""
     few, hidden = facts.shallow(products.LAYERS), facts.model.hidden_size
-    model = few.step_model(top=0)
+    model = few.step_model(USUAL)
 
     def attended(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         each = facts.array(tokens, few.model.num_heads * few.model.head_dim, dtype=facts.dtype)

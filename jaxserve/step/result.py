@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -25,17 +26,20 @@ class StepResult(NamedTuple):
     batch: Batch
     tokens: jax.Array
     """[n, B] int32 of n steps."""
-    logprobs: jax.Array | None
-    """[n, B, X] packed, of the sampled rows, where somebody wants them: pack.unpack_logprobs."""
-    input_logprobs: jax.Array | None
-    """[T, X], of the packed tokens, where somebody wants them."""
-    top: int
-    """Columns of the best logprobs."""
+    payloads: Mapping[str, jax.Array]
+    """What the batch's requests want of the tokens: by name, [n, B, ...]."""
+    prompt_payloads: Mapping[str, jax.Array]
+    """And of their prompts: [T, ...], by packed token."""
     accepted: jax.Array | None = None
     """[B] int32: how many of a decode batch's n tokens each row has, the first ones; None: all."""
 
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """All that the host reads."""
+        accepted = () if self.accepted is None else (self.accepted,)
+        return [self.tokens, *self.payloads.values(), *self.prompt_payloads.values(), *accepted]
+
     def wait(self) -> None:
         """Until the results are on the host. Raises what went wrong on the device."""
-        for array in (self.tokens, self.logprobs, self.input_logprobs, self.accepted):
-            if array is not None:
-                np.asarray(array)  # kept by the array
+        for array in self.arrays:
+            np.asarray(array)  # kept by the array

@@ -21,11 +21,12 @@ from jaxserve.step.catalogue import ProgramKey
 from jaxserve.step.compile import Programs
 from jaxserve.step.memory import Memory
 from jaxserve.step.pages import COPY_WIDTH
+from jaxserve.step.payloads import Variant
 from jaxserve.step.precompile import Precompilation
 from jaxserve.step.programs import Facts, engine_programs
 from jaxserve.step.result import Prepared, StepResult
 from jaxserve.step.stored import StoredPrograms
-from jaxserve.step.wide import WIDE, WideIds
+from jaxserve.step.wide import WideIds
 from jaxserve.step.xla_options import xla_options
 from jaxserve.weights import arrange
 
@@ -88,6 +89,7 @@ class Runner:
         )
         facts = Facts(self._declaration, self.memory, params, self._bind, self._mesh)
         quantized = self._declaration.quantization is not None
+        self._layout = functools.cache(facts.layout)
         self._catalogue = engine_programs(facts)
         self.programs = Programs(
             self._catalogue.lowerable,
@@ -157,8 +159,7 @@ class Runner:
         program = self.config.program
         if isinstance(batch, DecodeBatch):
             return Prepared(batch, pack.pack_decode(batch, program.max_rows))
-        layout = pack.ExtendLayout(batch.tokens, batch.row_bucket, program.table_width)
-        packed = pack.pack_extend(batch, layout, program.max_rows)
+        packed = pack.pack_extend(batch, self._layout(batch.tokens), program.max_rows)
         fresh = (row.sequence for row in batch.rows if row.fresh)
         lists = (
             (s.slot, pack.pack_sparse(s.request, program.bias_capacity, program.max_logprob_ids))
@@ -169,48 +170,51 @@ class Runner:
     def dispatch(self, prepared: Prepared) -> StepResult:
         """Queue the step on the device, and start copying its results back."""
         batch = prepared.batch
+        wanted = batch.wanted
+        variant = Variant.of(wanted)
         if isinstance(batch, DecodeBatch):
-            output, input_logprobs = self._decode(batch, prepared.upload), None
+            output, prompts = self._decode(batch, prepared.upload, variant), {}
         else:
             for slot, lists in prepared.sparse:
                 self._run(("install_sparse", 0), slot=np.int32(slot), **lists._asdict())
-            output, input_logprobs = self._extend(batch, prepared.upload)
-        logprobs = output.logprobs if batch.wants_logprobs else None
-        for array in (output.tokens, logprobs, input_logprobs):
-            if array is not None:
-                array.copy_to_host_async()
-        top, _ = self.config.program.logprob_columns(batch.wants_wide)
-        return StepResult(batch, output.tokens, logprobs, input_logprobs, top)
+            output, prompts = self._extend(batch, prepared.upload, variant)
+        payloads = {name: output.payloads[name] for name in wanted.names}
+        result = StepResult(batch, output.tokens, payloads, prompts)
+        for array in result.arrays:
+            array.copy_to_host_async()
+        return result
 
-    def _decode(self, batch: DecodeBatch, upload: np.ndarray) -> step.StepOutput:
+    def _decode(self, batch: DecodeBatch, upload: np.ndarray, variant: Variant) -> step.StepOutput:
         if self._upload is None or not np.array_equal(self._upload[0], upload):
             self._upload = (upload, jax.device_put(upload, self._replicated))
         kind = "decode" if batch.steps == 1 else "decode_many"
-        ending, wide = self._reporting(batch)
-        return self._run((kind + ending, batch.row_bucket), rows=self._upload[1], **wide)
+        key = (kind + variant.ending, batch.row_bucket)
+        return self._run(key, rows=self._upload[1], **self._named(batch, variant))
 
     def _extend(
-        self, batch: ExtendBatch, packed: np.ndarray
-    ) -> tuple[step.StepOutput, jax.Array | None]:
+        self, batch: ExtendBatch, packed: np.ndarray, variant: Variant
+    ) -> tuple[step.StepOutput, dict[str, jax.Array]]:
+        """The output, and what extras want of the prompts."""
         # The call itself takes a NumPy array to the device in a fifth of device_put's time.
-        ending, wide = self._reporting(batch)
-        output, hidden = self._run(("extend" + ending, batch.tokens), packed=packed, **wide)
+        named, key = self._named(batch, variant), ("extend" + variant.ending, batch.tokens)
+        output, hidden = self._run(key, packed=packed, **named)
         for start in range(0, len(batch.page_copies), COPY_WIDTH):
             self._copy_pages(batch.page_copies[start : start + COPY_WIDTH])
-        if not any(
-            pack.wants_input_logprobs(r.sequence.request, r.start, r.stop) for r in batch.rows
-        ):
-            return output, None
-        key = ("input_logprobs" + ending, batch.tokens)
-        return output, self._run(key, packed=packed, hidden=hidden, **wide)
+        names = set().union(*(pack.read_of_prompt(row) for row in batch.rows))
+        ending = Variant(wide=variant.wide).ending
+        return output, {
+            name: self._run(
+                (f"prompt_{name}{ending}", batch.tokens), packed=packed, hidden=hidden, **named
+            )
+            for name in sorted(names)
+        }
 
-    def _reporting(self, batch: Batch) -> tuple[str, dict[str, Any]]:
-        """How the kinds of programs end that report all that the batch's rows want, and what they
-        are given for it."""
-        if not batch.wants_wide:
-            return "", {}
+    def _named(self, batch: Batch, variant: Variant) -> dict[str, Any]:
+        """The ids that wide programs are given with each step."""
+        if not variant.wide:
+            return {}
         ids = self._wide_ids.of(batch)
-        return WIDE, {"sparse": self._arrays["sparse"]._replace(logprob_ids=ids)}
+        return {"sparse": self._arrays["sparse"]._replace(logprob_ids=ids)}
 
     def _copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
         sources = np.zeros(COPY_WIDTH, np.int32)

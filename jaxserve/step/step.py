@@ -3,7 +3,6 @@
 Two programs, each from token ids to sampled tokens. `extend` runs packed ragged tokens (prompts,
 chunks, resumed sequences); `decode` runs a token a row, taken from the device's own last sample,
 once or several times. Rows of `extend` may be decode steps, too.
-`input_logprobs` follows an extend step whose prompts' logprobs are wanted.
 """
 
 from __future__ import annotations
@@ -17,36 +16,48 @@ import jax.numpy as jnp
 
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
 from jaxserve.attention.paged import Cache, PagedOps
-from jaxserve.batch.pack import ExtendArrays, ExtendLayout
-from jaxserve.sampler import logprobs as lp
+from jaxserve.batch.layout import ExtendArrays, ExtendLayout, RowFields
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
+from jaxserve.step.payloads import Drawn, Payload
 from jaxserve.step.state import Progress
 
 if TYPE_CHECKING:
     from jaxserve.models.decoder import Decoder
 
-INPUT_LOGPROB_ROWS = 256
-"""Rows of logits alive at once when input logprobs are wanted."""
-
 
 @dataclasses.dataclass(frozen=True)
 class StepModel:
-    """The model as the step sees it. bind: flat parameters -> module."""
+    """The model as the step sees it."""
 
     bind: Callable[[tuple[jax.Array, ...]], Decoder]
+    """Flat parameters -> module."""
     ops: PagedOps
     sampler: Sampler
     page_size: int
+    """S, tokens."""
+    payloads: tuple[Payload, ...]
+    """What its steps report."""
 
 
 class StepOutput(NamedTuple):
-    """tokens [n, B] int32: drawn for each row in each of a program's n steps; logprobs [n, B, X]
-    int32: packed, of the rows that want them. An extend program is one step. Entries of rows that
-    do not sample are unspecified."""
+    """What a program's n steps draw for each of B rows; an extend program is one step. Entries of
+    rows that do not sample are unspecified."""
 
     tokens: jax.Array
-    logprobs: jax.Array
+    """[n, B] int32."""
+    payloads: dict[str, jax.Array]
+    """By name, [n, B, ...]."""
+
+
+def report(model: StepModel, drawn: Drawn) -> StepOutput:
+    """One step's tokens and payloads, without the dimension of steps."""
+    return StepOutput(drawn.tokens, {each.name: each.sampled(drawn) for each in model.payloads})
+
+
+def one_of_many(output: StepOutput) -> StepOutput:
+    """One step as a program of n = 1."""
+    return jax.tree.map(lambda x: x[None], output)
 
 
 class Packed(NamedTuple):
@@ -57,15 +68,22 @@ class Packed(NamedTuple):
     valid: jax.Array
 
 
-def locate(batch: ExtendArrays, tokens: int) -> Packed:
+def locate(rows: RowFields, tokens: int) -> Packed:
     """Which row each of `tokens` packed tokens belongs to. Forks and padding start past the end, so
     the last row that starts at or before a token owns it."""
     index = jnp.arange(tokens, dtype=jnp.int32)
     # compare_all: one small fusion, where the default search is a loop of launches between graphs
-    owner = jnp.searchsorted(batch.q_starts, index, side="right", method="compare_all")
+    owner = jnp.searchsorted(rows.q_starts, index, side="right", method="compare_all")
     owner = owner.astype(jnp.int32) - 1
-    offset = index - batch.q_starts[owner]
-    return Packed(owner, offset, offset < batch.q_lens[owner])
+    offset = index - rows.q_starts[owner]
+    return Packed(owner, offset, offset < rows.q_lens[owner])
+
+
+def rotary_positions(batch: ExtendArrays, positions: jax.Array, carried: jax.Array) -> jax.Array:
+    """Where each packed token is rotated to: its place, or what a layout with `positions` gives (of
+    carried tokens nothing)."""
+    given = batch.per_token.get("positions")
+    return positions if given is None else jnp.where(carried, positions, given)
 
 
 def cache_slots(
@@ -112,13 +130,13 @@ def decode_steps(
         meta = DecodeMeta(slots, page_table, lengths)
         hidden, cache = module(sampled.last_tokens[rows], positions, cache, meta, model.ops)
         logits = module.logits(hidden)
-        sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
-        return (cache, sampled), StepOutput(*output)
+        sampled, *drawn = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
+        return (cache, sampled), report(model, Drawn(hidden, logits, *drawn))
 
     carry = (cache, sampled)
     if steps == 1:
         carry, output = one_step(carry, first)
-        output = StepOutput(*(x[None] for x in output))
+        output = one_of_many(output)
     else:
         positions = first + jnp.arange(steps, dtype=jnp.int32)[:, None]
         carry, output = jax.lax.scan(one_step, carry, positions)
@@ -135,26 +153,26 @@ def extend_step(
     """Run T packed tokens of up to B rows.
 
     packed: one int32 vector, see ExtendLayout. Returns (the cache, progress, carry and row
-    parameters as updated), (the output, and hidden [T, D] for `input_logprobs`).
+    parameters as updated), (the output, and hidden [T, D] for `prompt.prompt_payload`).
     """
     batch = layout.unpack(packed)
     num_rows = progress.lengths.shape[0]
-    slots = batch.slots
+    slots = batch.rows.slots
     table = progress.page_table.at[slots].set(batch.page_table)
-    lengths = jnp.where(slots < num_rows - 1, batch.new_lengths, 0)
+    lengths = jnp.where(slots < num_rows - 1, batch.rows.new_lengths, 0)
     progress = Progress(progress.lengths.at[slots].set(lengths), table)
     row_params = RowParams(
         row_params.floats.at[slots].set(batch.floats), row_params.ints.at[slots].set(batch.ints)
     )
-    owner, offset, valid = locate(batch, layout.tokens)
-    positions = jnp.where(valid, batch.prefix_lens[owner] + offset, 0)
-    carried = valid & (batch.carried[owner] > 0)
-    tokens = jnp.where(carried, sampled.last_tokens[slots[owner]], batch.tokens)
+    owner, offset, valid = locate(batch.rows, layout.tokens)
+    positions = jnp.where(valid, batch.rows.prefix_lens[owner] + offset, 0)
+    carried = valid & (batch.rows.carried[owner] > 0)
+    tokens = jnp.where(carried, sampled.last_tokens[slots[owner]], batch.per_token["tokens"])
 
     # a slot's counts start from zero, and a resumed sequence's outputs are counted again; carried
     # tokens were when they were sampled
     counts = sampled.counts
-    counts = counts.at[jnp.where(batch.fresh > 0, slots, num_rows)].set(0, mode="drop")
+    counts = counts.at[jnp.where(batch.rows.fresh > 0, slots, num_rows)].set(0, mode="drop")
     generated = valid & ~carried & (positions >= row_params.column("prompt_len", slots[owner]))
     counts = counts.at[jnp.where(generated, slots[owner], num_rows), tokens].add(1, mode="drop")
 
@@ -163,55 +181,16 @@ def extend_step(
         num_slots=cache.k.shape[0] * model.page_size,
     )  # fmt: skip
     meta = ExtendMeta(
-        cache_positions, batch.page_table, batch.q_starts, batch.q_lens, batch.prefix_lens
-    )
+        cache_positions, batch.page_table, batch.rows.q_starts, batch.rows.q_lens,
+        batch.rows.prefix_lens,
+    )  # fmt: skip
     module = model.bind(params)
-    hidden, cache = module(tokens, positions, cache, meta, model.ops)
-    logits = module.logits(hidden[jnp.maximum(batch.sample_at, 0)])
-    rows = jnp.where(batch.sample_at >= 0, slots, num_rows - 1)
+    rotated = rotary_positions(batch, positions, carried)
+    hidden, cache = module(tokens, rotated, cache, meta, model.ops)
+    last_hidden = hidden[jnp.maximum(batch.rows.sample_at, 0)]
+    logits = module.logits(last_hidden)
+    rows = jnp.where(batch.rows.sample_at >= 0, slots, num_rows - 1)
     sampled = Sampled(sampled.last_tokens, counts)
-    sampled, *output = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
-    output = StepOutput(*(x[None] for x in output))
+    sampled, *drawn = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
+    output = one_of_many(report(model, Drawn(last_hidden, logits, *drawn)))
     return (cache, progress, sampled, row_params), (output, hidden)
-
-
-def input_logprobs(
-    model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], row_params: RowParams,
-    sparse: SparseRows, packed: jax.Array, hidden: jax.Array, *, top: int,
-) -> tuple[tuple[()], jax.Array]:  # fmt: skip
-    """Packed logprobs [T, X], at temperature 1, of each packed token's successor; nothing is
-    donated.
-
-    hidden [T, D] is the extend step's. The LM head runs on a few hundred rows at a time; chunks in
-    which no token is wanted are skipped. Entries of tokens that are not wanted are unspecified.
-    """
-    batch = layout.unpack(packed)
-    owner, offset, valid = locate(batch, layout.tokens)
-    wants = valid & (batch.wants_input_logprobs[owner] > 0)
-    last = offset == batch.q_lens[owner] - 1
-    targets = jnp.where(last, batch.next_tokens[owner], jnp.roll(batch.tokens, -1))
-    targets = jnp.maximum(targets, 0)
-    slots = batch.slots[owner]
-    module = model.bind(params)
-    rows = min(INPUT_LOGPROB_ROWS, layout.tokens)
-    width = 1 + 2 * top + sparse.logprob_ids.shape[1]
-
-    def chunk(i: jax.Array, result: jax.Array) -> jax.Array:
-        # the last chunk is moved back to end at T: the overlap is computed twice, and equal
-        start = jnp.minimum(i * rows, layout.tokens - rows)
-
-        def part(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, rows)
-
-        def compute() -> jax.Array:
-            some_top = jnp.any(part(wants) & (row_params.column("num_top", part(slots)) > 0))
-            named = sparse.logprob_ids[part(slots)]
-            logits = module.logits(part(hidden))
-            return lp.token_logprobs(logits, part(targets), named, top, some_top).pack()
-
-        neutral = jnp.zeros((rows, width), jnp.int32)
-        found = jax.lax.cond(jnp.any(part(wants)), compute, lambda: neutral)
-        return jax.lax.dynamic_update_slice_in_dim(result, found, start, 0)
-
-    result = jnp.zeros((layout.tokens, width), jnp.int32)
-    return (), jax.lax.fori_loop(0, -(-layout.tokens // rows), chunk, result)

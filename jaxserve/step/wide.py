@@ -1,4 +1,4 @@
-"""Named ids for the steps of requests that want more logprobs than the usual programs report."""
+"""Named ids for the steps of requests that want more columns than the usual programs have."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxserve.batch.batch import Batch
-
-WIDE = "_wide"
-"""Ends the kind of a program with more columns of logprobs, see config.WIDE_TOP."""
 
 
 class WideIds:
@@ -27,8 +24,8 @@ class WideIds:
 
     def of(self, batch: Batch) -> jax.Array:
         """Ids of the batch's rows, in the order that each asked for them in, padded with 0."""
-        specs = ((s.slot, s.request.logprobs) for s in batch.sequences)
-        rows = [(slot, spec.ids) for slot, spec in specs if spec is not None]
+        named_by = ((s.slot, s.request.named_ids) for s in batch.sequences)
+        rows = [(slot, ids) for slot, ids in named_by if ids]
         if rows != self._rows:
             named = np.zeros(self._shape, np.int32)
             for slot, ids in rows:

@@ -107,9 +107,9 @@ class PagedDevice:
             counted[request] = row.start
         assert counted[request] == row.start
         counted[request] = row.stop
-        spec = request.logprobs
-        if row.fresh and spec is not None and spec.start >= 0 and request.input_logprobs is None:
-            assert row.start <= spec.start
+        for extra in request.extras:
+            if row.fresh and extra.prompt and not extra.complete:
+                assert row.start <= extra.prompt.start
         if row.fresh and request.params.frequency_penalty:
             assert row.start <= len(request.prompt_ids)
 

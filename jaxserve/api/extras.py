@@ -1,0 +1,38 @@
+"""What a call asks for beside tokens: an entry for each kind of output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxserve.api.arguments import Arguments
+from jaxserve.api.logprobs import logprob_specs
+from jaxserve.output.extras import ExtraSpec
+
+if TYPE_CHECKING:
+    from jaxserve.config import Limits
+
+
+class Asking(NamedTuple):
+    """A call whose prompts and sampling parameters have been checked."""
+
+    given: Arguments
+    prompts: int
+    single: bool
+    """One prompt, not a list of them."""
+    samples: int
+    """Of each prompt."""
+    limits: Limits
+
+
+KINDS: tuple[Callable[[Asking], Sequence[ExtraSpec | None] | None], ...] = (logprob_specs,)
+"""Each gives a spec for each prompt (None: not of this one), or None where the call asks for
+nothing of the kind. Raises InvalidRequestError, for a list naming the row."""
+
+
+def extra_specs(asking: Asking) -> list[tuple[ExtraSpec, ...]]:
+    """What each prompt's requests are to have, in the order of KINDS."""
+    found = [specs for kind in KINDS if (specs := kind(asking)) is not None]
+    if not found:
+        return [()] * asking.prompts
+    return [tuple(spec for spec in row if spec is not None) for row in zip(*found, strict=True)]
