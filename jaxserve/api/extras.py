@@ -17,12 +17,15 @@ class Asking(NamedTuple):
     """A call whose prompts and sampling parameters have been checked."""
 
     given: Arguments
+    """As the caller gave them."""
     prompts: int
+    """How many there are."""
     single: bool
     """One prompt, not a list of them."""
     samples: int
     """Of each prompt."""
     limits: Limits
+    """What one request may ask for."""
 
 
 KINDS: tuple[Callable[[Asking], Sequence[ExtraSpec | None] | None], ...] = (logprob_specs,)
