@@ -31,9 +31,13 @@ LIMIT = 240
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 BACKTRACKS = "((?:.|\n)+)+\x00$"
 OPTIONS = {
-    "context_length": 128, "max_running_requests": 4, "max_total_tokens": 1024,
-    "max_queued_requests": 4, "precompile": False, "dtype": "float32",
-}  # fmt: skip
+    "context_length": 128,
+    "max_running_requests": 4,
+    "max_total_tokens": 1024,
+    "max_queued_requests": 4,
+    "precompile": False,
+    "dtype": "float32",
+}
 SHORT = {"max_new_tokens": 1, "temperature": 0}
 
 
@@ -50,9 +54,12 @@ def cost(run: Callable[[], Any]) -> dict[str, Any]:
     except Exception as error:
         ended, message = type(error).__name__, str(error)
     return {
-        "seconds": round(time.perf_counter() - started, 3), "mib": round(peak_mib() - before, 1),
-        "ended": ended, "message": message[:120], "message_characters": len(message),
-    }  # fmt: skip
+        "seconds": round(time.perf_counter() - started, 3),
+        "mib": round(peak_mib() - before, 1),
+        "ended": ended,
+        "message": message[:120],
+        "message_characters": len(message),
+    }
 
 
 def longest_wait(engine: Any, busy: Callable[[], Any]) -> dict[str, Any]:

@@ -70,9 +70,12 @@ def main() -> None:
     def run_theirs(prompts: list[str]) -> None:
         batch = tokenizer(prompts, return_tensors="pt", padding=True)
         out = theirs.generate(
-            **batch, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW,
+            **batch,
+            do_sample=False,
+            min_new_tokens=NEW,
+            max_new_tokens=NEW,
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
         assert out.shape[1] - batch["input_ids"].shape[1] == NEW
 
     result = {**machine.describe(), "benchmark": "cpu", "model": "SmolLM2-135M-Instruct float32"}

@@ -14,9 +14,19 @@ from benchmarks.runs import variant
 
 Result = dict[str, Any]
 KINDS = (
-    "offline_throughput", "latency", "startup", "host_overhead", "kernels", "quality", "cpu",
-    "load", "load_test", "interference", "profile", "peer",
-)  # fmt: skip
+    "offline_throughput",
+    "latency",
+    "startup",
+    "host_overhead",
+    "kernels",
+    "quality",
+    "cpu",
+    "load",
+    "load_test",
+    "interference",
+    "profile",
+    "peer",
+)
 """What a result file may be. Profiles are not shown: they are long, and read by themselves."""
 
 

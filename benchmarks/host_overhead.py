@@ -39,10 +39,17 @@ PHASES = ("schedule", "prepare", "commit")
 
 def request(number: int, new: int, mailbox: Mailbox, draw: random.Random) -> Request:
     return Request(
-        rid=str(number), index=number, prompt_ids=[draw.randrange(1000)] * PROMPT,
-        params=SamplingParams(), max_new_tokens=new, stop_ids=frozenset({7, 11}), masked_ids=(),
-        seed=number, sample_index=0, mailbox=mailbox,
-    )  # fmt: skip
+        rid=str(number),
+        index=number,
+        prompt_ids=[draw.randrange(1000)] * PROMPT,
+        params=SamplingParams(),
+        max_new_tokens=new,
+        stop_ids=frozenset({7, 11}),
+        masked_ids=(),
+        seed=number,
+        sample_index=0,
+        mailbox=mailbox,
+    )
 
 
 def result_of(batch: Batch, tokens: np.ndarray) -> SimpleNamespace:
@@ -56,9 +63,12 @@ def measure(rows: int, queued: int, steps: int, at_once: int = 1) -> dict[str, A
     """Microseconds of each of `steps` decode steps, `at_once` in a dispatch, with `rows` running
     and `queued` waiting requests."""
     scheduling = Scheduling(
-        buckets=Buckets.make(rows, 8192), page_size=PAGE_SIZE, max_rows=rows,
-        max_prefill_tokens=8192, steps_per_dispatch=at_once,
-    )  # fmt: skip
+        buckets=Buckets.make(rows, 8192),
+        page_size=PAGE_SIZE,
+        max_rows=rows,
+        max_prefill_tokens=8192,
+        steps_per_dispatch=at_once,
+    )
     scheduler = Scheduler(scheduling, PageAllocator(rows * 64))
     draw, mailbox = random.Random(0), Mailbox()
     for number in range(rows + queued):

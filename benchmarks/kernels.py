@@ -149,10 +149,17 @@ class Bench:
                     f"{problem.flops / seconds / 1e12:6.1f} TFLOP/s"
                 )
                 self.rows.append(
-                    {"operation": operation, "shape": problem.name, "implementation": name,
-                     "sizes": sizes, "features": problem.features, "us": seconds * 1e6,
-                     "floor_us": floor * 1e6, "percent": 100 * floor / seconds}
-                )  # fmt: skip
+                    {
+                        "operation": operation,
+                        "shape": problem.name,
+                        "implementation": name,
+                        "sizes": sizes,
+                        "features": problem.features,
+                        "us": seconds * 1e6,
+                        "floor_us": floor * 1e6,
+                        "percent": 100 * floor / seconds,
+                    }
+                )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -208,8 +215,12 @@ class Bench:
             features = row["features"]
             scale = next(name for name in SCALES if name in features)
             kept = getattr(bench, "TUNED_BY", tuple(name for name in features if name != scale))
-            key = (row["operation"], row["implementation"], scale,
-                   tuple((name, features[name]) for name in kept))  # fmt: skip
+            key = (
+                row["operation"],
+                row["implementation"],
+                scale,
+                tuple((name, features[name]) for name in kept),
+            )
             groups.setdefault(key, {}).setdefault(features[scale], []).append(row)
         entries = []
         for (operation, name, scale, kept), by_scale in groups.items():
@@ -260,8 +271,12 @@ def main(argv: list[str] | None = None) -> None:
         bench.run()
     finally:  # what was measured is worth keeping, whatever happened after
         if args.out:
-            result = {"machine": machine.describe(), "bandwidth": bench.bandwidth,
-                      "rate": bench.rate, "times": bench.rows}  # fmt: skip
+            result = {
+                "machine": machine.describe(),
+                "bandwidth": bench.bandwidth,
+                "rate": bench.rate,
+                "times": bench.rows,
+            }
             with open(args.out, "w", encoding="utf-8") as file:
                 json.dump(result, file, indent=1)
         if args.tune:

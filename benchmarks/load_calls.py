@@ -51,9 +51,13 @@ class Ledger:
     """
 
     def __init__(
-        self, cases: Sequence[Case], requests: int, faults: Faults, seed: int,
+        self,
+        cases: Sequence[Case],
+        requests: int,
+        faults: Faults,
+        seed: int,
         on_progress: Callable[[int], None],
-    ):  # fmt: skip
+    ):
         self.outcomes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.latencies: list[float] = []

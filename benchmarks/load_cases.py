@@ -96,15 +96,17 @@ def _params(rng: random.Random, vocabulary: int) -> dict[str, Any]:
     else:
         params |= {"temperature": 0.8, "sampling_seed": rng.randrange(1 << 32)}
         params |= rng.choice(({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}))
-    params |= rng.choice((
-        {},
-        {"ignore_eos": True},
-        {"stop": ["e", " the"]},
-        {"stop": ["never to be found"]},
-        {"stop_regex": ["[0-9]s?", "a[nt]"]},
-        {"stop_token_ids": [rng.randrange(4, vocabulary) for _ in range(40)]},
-        {"frequency_penalty": 0.5, "repetition_penalty": 1.1},
-        {"logit_bias": {str(rng.randrange(4, vocabulary)): 3.0}},
-        {"min_new_tokens": params["max_new_tokens"] // 2},
-    ))  # fmt: skip
+    params |= rng.choice(
+        (
+            {},
+            {"ignore_eos": True},
+            {"stop": ["e", " the"]},
+            {"stop": ["never to be found"]},
+            {"stop_regex": ["[0-9]s?", "a[nt]"]},
+            {"stop_token_ids": [rng.randrange(4, vocabulary) for _ in range(40)]},
+            {"frequency_penalty": 0.5, "repetition_penalty": 1.1},
+            {"logit_bias": {str(rng.randrange(4, vocabulary)): 3.0}},
+            {"min_new_tokens": params["max_new_tokens"] // 2},
+        )
+    )
     return params

@@ -40,10 +40,15 @@ from tests.checkpoints import VOCAB, make_checkpoint
 
 MIB = 1 << 20
 OPTIONS = {
-    "context_length": 256, "max_running_requests": 32, "chunked_prefill_size": 128,
-    "max_total_tokens": 2560, "precompile": True, "log_level": "critical", "random_seed": 0,
+    "context_length": 256,
+    "max_running_requests": 32,
+    "chunked_prefill_size": 128,
+    "max_total_tokens": 2560,
+    "precompile": True,
+    "log_level": "critical",
+    "random_seed": 0,
     "enable_priority_scheduling": True,
-}  # fmt: skip
+}
 GRACE = 30.0
 """Seconds that callers have to end after the engine was shut down because one was late."""
 

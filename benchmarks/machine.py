@@ -140,9 +140,12 @@ class Floor:
     """The least work a model shape needs: bytes of a decode step, FLOPs of a prefill."""
 
     def __init__(
-        self, config: dict[str, Any], itemsize: int, layer_itemsize: int | None = None,
+        self,
+        config: dict[str, Any],
+        itemsize: int,
+        layer_itemsize: int | None = None,
         kv_itemsize: int | None = None,
-    ):  # fmt: skip
+    ):
         """itemsize: bytes of a number, of the layers' kernels and of keys and values too unless
         given."""
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]

@@ -44,11 +44,13 @@ def compare(base: Sequence[float], here: Sequence[float]) -> dict[str, Any]:
     low, high = interval(base, here)
     wide = low < ratio * 0.98 or high > ratio * 1.02
     return {
-        "base": statistics.median(base), "here": statistics.median(here),
-        "runs": [len(base), len(here)], "ratio": round(ratio, 4),
+        "base": statistics.median(base),
+        "here": statistics.median(here),
+        "runs": [len(base), len(here)],
+        "ratio": round(ratio, 4),
         "interval": [round(low, 4), round(high, 4)],
         "verdict": "not measured" if wide else "slower" if ratio < 0.99 and high < 1 else "ok",
-    }  # fmt: skip
+    }
 
 
 def turn(folder: Path, arguments: Sequence[str]) -> dict[str, dict[str, Any]]:

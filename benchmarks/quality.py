@@ -44,9 +44,11 @@ def measure(
     ) as engine:
         ids = engine.tokenizer(text)["input_ids"]
         result = engine.generate(
-            input_ids=ids, sampling_params={"max_new_tokens": 0}, return_logprob=True,
+            input_ids=ids,
+            sampling_params={"max_new_tokens": 0},
+            return_logprob=True,
             logprob_start_len=0,
-        )  # fmt: skip
+        )
         usage = engine.get_server_info()["memory_usage"]
     logprobs = np.array([value for value, *_ in result["meta_info"]["input_token_logprobs"][1:]])
     assert len(logprobs) == len(ids) - 1 and np.isfinite(logprobs).all()

@@ -79,9 +79,14 @@ def variant(options: Mapping[str, Any]) -> list[str]:
 
 
 def run(
-    benchmarks: Sequence[Benchmark], model: str, cases: Sequence[str], out_dir: Path | None,
-    options: Mapping[str, Any], repeats: int | None = None, scale: float = 1.0,
-) -> None:  # fmt: skip
+    benchmarks: Sequence[Benchmark],
+    model: str,
+    cases: Sequence[str],
+    out_dir: Path | None,
+    options: Mapping[str, Any],
+    repeats: int | None = None,
+    scale: float = 1.0,
+) -> None:
     """Measures `cases` in their order on one engine with `options`. Writes each result to
     DEVICE_MODEL[_VARIANT]_CASE.json in `out_dir`: at once, and again with the ceilings, which are
     measured when the engine is gone; then prints it too. A case that fails does not keep the

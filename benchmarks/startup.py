@@ -137,10 +137,12 @@ def streams(engine: Any) -> dict[str, Any]:
     last: dict[int, float] = {}
     longest = 0.0
     for chunk in engine.generate(
-        input_ids=prompts, sampling_params=params, stream=True,
+        input_ids=prompts,
+        sampling_params=params,
+        stream=True,
         return_logprob=[row % 4 == 0 for row in range(64)],
         logprob_start_len=[0 if row % 8 == 0 else -1 for row in range(64)],
-    ):  # fmt: skip
+    ):
         now = time.perf_counter()
         if chunk["index"] in last:
             longest = max(longest, now - last[chunk["index"]])

@@ -140,9 +140,12 @@ def _fuse_on_host(
 
 
 def _fuse_on_device(
-    source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding,
+    source: TensorSource,
+    parts: list[Part],
+    spec: jax.ShapeDtypeStruct,
+    sharding: Sharding,
     flags: dict[str, jax.Array],
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """flags: takes whether each tensor is finite, which the device need not have found out yet."""
     # One device transposes and fuses; the result then goes where it belongs.
     device = min(sharding.device_set, key=lambda d: d.id)

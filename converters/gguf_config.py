@@ -18,14 +18,30 @@ _FAMILIES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
 }
 _CHANGES_MATHEMATICS = (
-    "expert_count", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias",
-    "attention.temperature_scale", "attn_logit_softcapping", "final_logit_softcapping",
-    "logit_scale", "residual_scale", "embedding_scale",
-)  # fmt: skip
+    "expert_count",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.temperature_scale",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+)
 _END_NAMES = frozenset(
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
-     "<|endoftext|>", "<|eom_id|>", "<EOT>")
-)  # fmt: skip
+    (
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|eom_id|>",
+        "<EOT>",
+    )
+)
 """Of llama.cpp's llama-vocab.cpp, where a vocabulary's end-of-generation tokens are collected."""
 _CONTROL = 3
 """ggml's token type."""

@@ -129,9 +129,12 @@ def restore(folder: Path, declaration: Declaration, placement: Placement) -> dic
 
 
 def _quantized(
-    stored: StoredArray, spec: jax.ShapeDtypeStruct, path: str, sharding: Sharding,
+    stored: StoredArray,
+    spec: jax.ShapeDtypeStruct,
+    path: str,
+    sharding: Sharding,
     scale_sharding: Sharding,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """kernel and scale of a stored, not quantized kernel [in, out]."""
     dtype = np.dtype(spec.dtype)
     if on_cpu(sharding):
@@ -188,9 +191,11 @@ def _open_chunk(
 
 
 def _check_shapes(
-    folder: Path, found: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
-    declaration: Declaration, absent: set[str],
-) -> None:  # fmt: skip
+    folder: Path,
+    found: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    declaration: Declaration,
+    absent: set[str],
+) -> None:
     """absent: declared parameters that are made, not read."""
     specs = {path: spec for path, spec in declaration.specs.items() if path not in absent}
     problems = [f"missing {path}" for path in specs if path not in found]

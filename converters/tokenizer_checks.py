@@ -26,8 +26,16 @@ those that speak in codes of sounds or images up to 65,536 and a few."""
 MOST_NAMED = 1 << 12
 """Further special tokens that a config names. transformers' time goes with the square of their
 number: these take a tenth of a second, 100,000 a minute. Models have up to some hundreds."""
-GROWING = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "ByteLevel": 4,
-           "BertNormalizer": 36, "Metaspace": 2}  # fmt: skip
+GROWING = {
+    "NFC": 3,
+    "NFD": 4,
+    "NFKC": 18,
+    "NFKD": 18,
+    "Lowercase": 3,
+    "ByteLevel": 4,
+    "BertNormalizer": 36,
+    "Metaspace": 2,
+}
 """Characters of one at most, by Unicode's tables and UTF-8; a prefix for each piece."""
 Growth = tuple[int, int]
 """How many characters or tokens one of them becomes, and how many are added to a text."""

@@ -45,9 +45,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 SAMPLING = (
-    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
     "sampling_seed",
-)  # fmt: skip
+)
 
 
 def main(arguments: list[str]) -> int:

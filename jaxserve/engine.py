@@ -84,9 +84,7 @@ class Engine(Uncopyable, UnsupportedMethods):
         if started.tokenizer is not None:
             # What requests are encoded with is nobody else's: users may change their tokenizer.
             self._codec, chats = Codec(started.tokenizer), ChatPrompts.of(started.tokenizer)
-        self._builder = RequestBuilder(
-            args, self._loop.limits, started.eos_ids, self._codec, chats
-        )  # fmt: skip
+        self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, self._codec, chats)
         self._live_ids = LiveIds()
         self._request_log: RequestLog | None = None
         if args.log_requests:

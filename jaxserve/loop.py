@@ -64,9 +64,11 @@ class EngineLoop(Uncopyable):
         self._runner = runner
         self._stats = Stats()
         self._window = Window.fitting(
-            runner.model_config.window, config.program.page_size, runner.num_pages,
+            runner.model_config.window,
+            config.program.page_size,
+            runner.num_pages,
             config.chunk_alignment,
-        )  # fmt: skip
+        )
         host = runner.host
         self._host = None if host is None else HostPages(host.num_blocks, host.width)
         self._scheduler = Scheduler(

@@ -212,9 +212,14 @@ class RequestBuilder:
         return checks.integer("priority", given)
 
     def _samples(
-        self, row: CheckedPrompt, names: list[str], prompt: int, mailbox: Mailbox, stream: bool,
+        self,
+        row: CheckedPrompt,
+        names: list[str],
+        prompt: int,
+        mailbox: Mailbox,
+        stream: bool,
         shared: Mapping[str, Any],
-    ) -> list[Request]:  # fmt: skip
+    ) -> list[Request]:
         """The n requests of one prompt: the same seed, different sample indices. shared: further
         fields of all of them."""
         seed = row.params.sampling_seed

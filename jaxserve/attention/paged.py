@@ -52,9 +52,16 @@ class PagedOps:
     """See `paged_prefill`."""
 
     def linear_in(
-        self, stream: Residual, kernel: jax.Array, *, norm: jax.Array, eps: float,
-        bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
-    ) -> tuple[jax.Array, Residual]:  # fmt: skip
+        self,
+        stream: Residual,
+        kernel: jax.Array,
+        *,
+        norm: jax.Array,
+        eps: float,
+        bias: jax.Array | None = None,
+        act: str | None = None,
+        scale: jax.Array | None = None,
+    ) -> tuple[jax.Array, Residual]:
         """See `Ops.linear_in`."""
         if stream.pending is None:
             y = self._linear(stream.x, kernel, norm=norm, eps=eps, bias=bias, act=act, scale=scale)
@@ -63,10 +70,16 @@ class PagedOps:
         return self._linear(normed, kernel, bias=bias, act=act, scale=scale), Residual(x)
 
     def linear_out(
-        self, y: jax.Array, kernel: jax.Array, stream: Residual, *,
-        bias: jax.Array | None = None, scale: jax.Array | None = None,
-        norm: jax.Array | None = None, eps: float = 0.0,
-    ) -> Residual:  # fmt: skip
+        self,
+        y: jax.Array,
+        kernel: jax.Array,
+        stream: Residual,
+        *,
+        bias: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        norm: jax.Array | None = None,
+        eps: float = 0.0,
+    ) -> Residual:
         """See `Ops.linear_out`."""
         assert stream.pending is None, "a product has read this stream, and so its pending part"
         leaves_the_sum = self._leaves_the_sum(y, kernel)
@@ -99,15 +112,30 @@ class PagedOps:
         return not runs_as_one_kernel(y, kept, transposed=transposed)
 
     def _linear(
-        self, x: jax.Array, kernel: jax.Array, *, bias: jax.Array | None,
-        scale: jax.Array | None, norm: jax.Array | None = None, eps: float = 0.0,
-        act: str | None = None, residual: jax.Array | None = None,
-    ) -> jax.Array:  # fmt: skip
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        *,
+        bias: jax.Array | None,
+        scale: jax.Array | None,
+        norm: jax.Array | None = None,
+        eps: float = 0.0,
+        act: str | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
         kept, transposed = self._as_kept(kernel)
         return linear(
-            x, kept, bias=bias, norm=norm, eps=eps, residual=residual, act=act, scale=scale,
-            transposed=transposed, implementation=self.others,
-        )  # fmt: skip
+            x,
+            kept,
+            bias=bias,
+            norm=norm,
+            eps=eps,
+            residual=residual,
+            act=act,
+            scale=scale,
+            transposed=transposed,
+            implementation=self.others,
+        )
 
     def _as_kept(self, kernel: jax.Array) -> tuple[jax.Array, bool]:
         """`kernel` [in, out] as it lies in memory, and whether that is [out, in]."""
@@ -115,21 +143,41 @@ class PagedOps:
         return kernel.T if transposed else kernel, transposed
 
     def attend(
-        self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache,
-        meta: ExtendMeta | DecodeMeta, spec: AttentionSpec, *,
-        q_norm: jax.Array | None = None, k_norm: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:  # fmt: skip
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        cache: Cache,
+        meta: ExtendMeta | DecodeMeta,
+        spec: AttentionSpec,
+        *,
+        q_norm: jax.Array | None = None,
+        k_norm: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """See `Ops.attend`: writes the tokens' keys and values into their pages, then runs a paged
         kernel over everything cached. T is a step's packed tokens, or B rows of a decode step."""
         first_page = jnp.full(1, spec.layer * self.num_pages, jnp.int32)
         q, k, v = rope_kv_write(
-            qkv, cos, sin, cache.k, cache.v, meta.slots, num_heads=spec.num_heads, q_norm=q_norm,
-            k_norm=k_norm, eps=spec.eps, first_page=first_page, implementation=self.others,
-        )  # fmt: skip
+            qkv,
+            cos,
+            sin,
+            cache.k,
+            cache.v,
+            meta.slots,
+            num_heads=spec.num_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=spec.eps,
+            first_page=first_page,
+            implementation=self.others,
+        )
         options = {
-            "scale": spec.scale, "window": spec.window, "soft_cap": spec.soft_cap,
-            "first_page": first_page, "implementation": self.attention,
-        }  # fmt: skip
+            "scale": spec.scale,
+            "window": spec.window,
+            "soft_cap": spec.soft_cap,
+            "first_page": first_page,
+            "implementation": self.attention,
+        }
         locks = cache.locks
         if isinstance(meta, DecodeMeta):
             out, locks = paged_decode(
@@ -137,7 +185,14 @@ class PagedOps:
             )
         else:
             out = paged_prefill(
-                q, k, v, meta.page_table, meta.q_starts, meta.q_lens, meta.prefix_lens,
-                fixed_tiles=self.fixed_tiles, **options,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                meta.page_table,
+                meta.q_starts,
+                meta.q_lens,
+                meta.prefix_lens,
+                fixed_tiles=self.fixed_tiles,
+                **options,
+            )
         return out.reshape(qkv.shape[0], -1), Cache(k, v, locks)

@@ -57,9 +57,13 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
 
 
 def count_pages(
-    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, device: Any,
-    weight_bytes: int, program_bytes: int,
-) -> int:  # fmt: skip
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: jnp.dtype,
+    device: Any,
+    weight_bytes: int,
+    program_bytes: int,
+) -> int:
     """Pages of the pool on `device`, a jax.Device.
 
     GPU: mem_fraction_static of the device, less the weights, and never more than what the largest

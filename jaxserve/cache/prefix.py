@@ -40,9 +40,12 @@ class PrefixCache:
     """
 
     def __init__(
-        self, allocator: PageAllocator, page_size: int, policy: str | None = "lru",
+        self,
+        allocator: PageAllocator,
+        page_size: int,
+        policy: str | None = "lru",
         host: HostPages | None = None,
-    ):  # fmt: skip
+    ):
         """policy: of eviction, "lru" or "lfu"; None keeps nothing. host: takes what is evicted."""
         self.allocator = allocator
         """Of all pages, the tree's included."""

@@ -67,9 +67,11 @@ class RadixTree:
     """
 
     def __init__(
-        self, page_size: int, policy: str = "lru",
+        self,
+        page_size: int,
+        policy: str = "lru",
         on_evict: Callable[[Node, int], object] | None = None,
-    ):  # fmt: skip
+    ):
         """on_evict: called with a node before it loses its last so many pages to eviction."""
         self.size = 0
         """Pages."""

@@ -41,5 +41,7 @@ class Limits:
             logger.log(
                 logging.INFO if asked else logging.WARNING,
                 "the context of %d tokens is cut to %d: the KV cache holds no more (see "
-                "max_total_tokens, context_length)", self.context_length, self.longest,
-            )  # fmt: skip
+                "max_total_tokens, context_length)",
+                self.context_length,
+                self.longest,
+            )

@@ -18,9 +18,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 MOST_LAYERS = 1024
 """Layers are unrolled, in Python and in every program: nobody would see the end of more."""
 _CONTEXT_KEYS = (
-    "max_sequence_length", "seq_length", "max_seq_len", "model_max_length",
+    "max_sequence_length",
+    "seq_length",
+    "max_seq_len",
+    "model_max_length",
     "max_position_embeddings",
-)  # fmt: skip
+)
 """Names under which a config.json states its context, the first that is present counts (SGLang)."""
 
 

@@ -52,16 +52,27 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = head_norm(), head_norm()
 
     def __call__(
-        self, stream: Residual, norm: RMSNorm, cos: jax.Array, sin: jax.Array, cache: Any,
-        meta: Any, ops: Ops,
-    ) -> tuple[Residual, Any]:  # fmt: skip
+        self,
+        stream: Residual,
+        norm: RMSNorm,
+        cos: jax.Array,
+        sin: jax.Array,
+        cache: Any,
+        meta: Any,
+        ops: Ops,
+    ) -> tuple[Residual, Any]:
         """The stream [T, D] with attention(norm(stream)) added, new cache. cos, sin [T, H/2]."""
         qkv, stream = self.qkv.read(stream, ops, norm)  # [T, (N + 2K) * H]
         out, cache = ops.attend(
-            qkv, cos, sin, cache, meta, self.spec,
+            qkv,
+            cos,
+            sin,
+            cache,
+            meta,
+            self.spec,
             q_norm=None if self.q_norm is None else self.q_norm.weights(),
             k_norm=None if self.k_norm is None else self.k_norm.weights(),
-        )  # fmt: skip
+        )
         return self.o.write(out, ops, stream, self.out_norm), cache
 
 

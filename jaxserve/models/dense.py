@@ -21,9 +21,16 @@ class DenseOps:
     """
 
     def linear_in(
-        self, stream: Residual, kernel: jax.Array, *, norm: jax.Array, eps: float,
-        bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
-    ) -> tuple[jax.Array, Residual]:  # fmt: skip
+        self,
+        stream: Residual,
+        kernel: jax.Array,
+        *,
+        norm: jax.Array,
+        eps: float,
+        bias: jax.Array | None = None,
+        act: str | None = None,
+        scale: jax.Array | None = None,
+    ) -> tuple[jax.Array, Residual]:
         """See `Ops.linear_in`."""
         y = product(rms_norm(stream.x, norm, eps), kernel, bias, scale)
         if act is not None:
@@ -32,10 +39,16 @@ class DenseOps:
         return y.astype(stream.x.dtype), stream
 
     def linear_out(
-        self, y: jax.Array, kernel: jax.Array, stream: Residual, *,
-        bias: jax.Array | None = None, scale: jax.Array | None = None,
-        norm: jax.Array | None = None, eps: float = 0.0,
-    ) -> Residual:  # fmt: skip
+        self,
+        y: jax.Array,
+        kernel: jax.Array,
+        stream: Residual,
+        *,
+        bias: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        norm: jax.Array | None = None,
+        eps: float = 0.0,
+    ) -> Residual:
         """See `Ops.linear_out`."""
         added = product(y, kernel, bias, scale)
         if norm is not None:
@@ -47,9 +60,17 @@ class DenseOps:
         return rms_norm(stream.x, scale, eps)
 
     def attend(
-        self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: jax.Array | None,
-        spec: AttentionSpec, *, q_norm: jax.Array | None = None, k_norm: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        cache: Any,
+        meta: jax.Array | None,
+        spec: AttentionSpec,
+        *,
+        q_norm: jax.Array | None = None,
+        k_norm: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """See `Ops.attend`. Softmax in float32."""
         q, k, v = split_heads(qkv, cos, sin, spec, q_norm, k_norm)
         tokens = q.shape[0]
@@ -79,9 +100,13 @@ def product(
 
 
 def split_heads(
-    qkv: jax.Array, cos: jax.Array, sin: jax.Array, spec: AttentionSpec,
-    q_norm: jax.Array | None, k_norm: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    spec: AttentionSpec,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """qkv [T, (N + 2K) * H] -> q [T, N, H], k and v [T, K, H]; q and k normalized and rotated."""
     heads = qkv.reshape(qkv.shape[0], -1, spec.head_dim)
     q, k, v = jnp.split(heads, [spec.num_heads, spec.num_heads + spec.num_kv_heads], axis=1)

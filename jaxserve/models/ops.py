@@ -52,9 +52,16 @@ class Ops(Protocol):
     float8. Products have the dtype of what is multiplied."""
 
     def linear_in(
-        self, stream: Residual, kernel: jax.Array, *, norm: jax.Array, eps: float,
-        bias: jax.Array | None = None, act: str | None = None, scale: jax.Array | None = None,
-    ) -> tuple[jax.Array, Residual]:  # fmt: skip
+        self,
+        stream: Residual,
+        kernel: jax.Array,
+        *,
+        norm: jax.Array,
+        eps: float,
+        bias: jax.Array | None = None,
+        act: str | None = None,
+        scale: jax.Array | None = None,
+    ) -> tuple[jax.Array, Residual]:
         """The stream, RMS-normalized with weights norm [in] (Zhang and Sennrich 2019), times
         kernel: [T, out]; and the stream as it goes on.
 
@@ -64,10 +71,16 @@ class Ops(Protocol):
         ...
 
     def linear_out(
-        self, y: jax.Array, kernel: jax.Array, stream: Residual, *,
-        bias: jax.Array | None = None, scale: jax.Array | None = None,
-        norm: jax.Array | None = None, eps: float = 0.0,
-    ) -> Residual:  # fmt: skip
+        self,
+        y: jax.Array,
+        kernel: jax.Array,
+        stream: Residual,
+        *,
+        bias: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        norm: jax.Array | None = None,
+        eps: float = 0.0,
+    ) -> Residual:
         """The stream with y [T, in] times kernel added to it.
 
         norm [out]: the product, bias included, is RMS-normalized with these weights and eps before
@@ -80,9 +93,17 @@ class Ops(Protocol):
         ...
 
     def attend(
-        self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, meta: Any,
-        spec: AttentionSpec, *, q_norm: jax.Array | None = None, k_norm: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        cache: Any,
+        meta: Any,
+        spec: AttentionSpec,
+        *,
+        q_norm: jax.Array | None = None,
+        k_norm: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Causal attention of T new tokens, and the cache with their keys and values.
 
         qkv [T, (N + 2K) * H]: heads of q, k, v. q_norm, k_norm [H]: weights of an RMSNorm over each

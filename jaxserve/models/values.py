@@ -37,9 +37,13 @@ def size(hf: Mapping[str, Any], key: str, default: int | None = None, most: int 
 
 
 def number(
-    hf: Mapping[str, Any], key: str, default: float | None = None, *,
-    least: float = -math.inf, above: float = -math.inf,
-) -> float:  # fmt: skip
+    hf: Mapping[str, Any],
+    key: str,
+    default: float | None = None,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+) -> float:
     """A number that is finite in float32, at least `least` and more than `above`, both in float32;
     an absent key or null takes the default."""
     value = hf.get(key)
@@ -109,6 +113,9 @@ def token_ids(
     if len(known) < len(set(ids)):
         logger.warning(
             "%s: %s=%s has ids outside the vocabulary of %d tokens; they are left out",
-            file, key, quoted(value), vocab_size,
-        )  # fmt: skip
+            file,
+            key,
+            quoted(value),
+            vocab_size,
+        )
     return known

@@ -12,8 +12,11 @@ from jaxserve.options.upstream import FOREIGN, UpstreamOption
 
 TYPES = {"integer": int, "integers": int, "number": float}
 FOREIGN_TYPES = {
-    "int": int, "float": float, "list[int]": int, "list[float]": float,
-}  # fmt: skip
+    "int": int,
+    "float": float,
+    "list[int]": int,
+    "list[float]": float,
+}
 FOREIGN_FLAGS: Mapping[str, tuple[str, ...]] = {
     "attn_cp_size": ("attention_context_parallel_size",),
     "moe_dp_size": ("moe_data_parallel_size",),

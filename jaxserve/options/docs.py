@@ -32,18 +32,24 @@ def docs_rows() -> tuple[DocsRow, ...]:
     theirs."""
     implemented = (
         DocsRow(
-            name, option.type, "required" if option.required else repr(option.default),
-            _meaning(option), "implemented",
+            name,
+            option.type,
+            "required" if option.required else repr(option.default),
+            _meaning(option),
+            "implemented",
         )
         for name, option in OPTIONS.items()
-    )  # fmt: skip
+    )
     others = (
         DocsRow(
-            name, option.kind + (" | None" if option.optional else ""), repr(option.default), "",
+            name,
+            option.kind + (" | None" if option.optional else ""),
+            repr(option.default),
+            "",
             "ignored" if option.ignored else "unsupported",
         )
         for name, option in FOREIGN.items()
-    )  # fmt: skip
+    )
     return (*implemented, *others)
 
 

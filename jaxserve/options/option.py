@@ -23,9 +23,7 @@ TRUE, FALSE = ("true", "1", "yes", "y"), ("false", "0", "no", "n", "")
 METADATA = "option"
 """Under which a dataclass field keeps its Option."""
 
-Kind = Literal[
-    "text", "path", "dtype", "level", "flag", "integer", "number", "integers", "json"
-]  # fmt: skip
+Kind = Literal["text", "path", "dtype", "level", "flag", "integer", "number", "integers", "json"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

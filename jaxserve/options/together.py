@@ -31,8 +31,10 @@ def check_together(options: Options) -> None:
 def _check_deterministic(options: Options) -> None:
     """The options that ask for more than one decode program."""
     for name, only in (
-        ("cuda_graph_bs", None), ("cuda_graph_max_bs", None), ("num_continuous_decode_steps", 1)
-    ):  # fmt: skip
+        ("cuda_graph_bs", None),
+        ("cuda_graph_max_bs", None),
+        ("num_continuous_decode_steps", 1),
+    ):
         value = getattr(options, name)
         if value not in (None, only):
             raise InvalidRequestError(

@@ -52,9 +52,12 @@ def commit(result: StepResult, scheduler: Scheduler) -> int:
 
 
 def _commit_decode(
-    batch: DecodeBatch, tokens: np.ndarray, made: np.ndarray | None, reported: Reported,
+    batch: DecodeBatch,
+    tokens: np.ndarray,
+    made: np.ndarray | None,
+    reported: Reported,
     scheduler: Scheduler,
-) -> int:  # fmt: skip
+) -> int:
     """Rows that only collect tokens are appended to all at once; the others, and those that end,
     one by one. made [B] bool: which rows have a token; None is all."""
     rows, progress = batch.rows, scheduler.slots
@@ -68,9 +71,7 @@ def _commit_decode(
     if made is not None:
         alive &= made[: len(alive)]
     which = np.flatnonzero(alive & rows.simple)
-    ended = progress.append(
-        rows.slots[which], tokens[which], rows.limit[which], rows.stops[which]
-    )  # fmt: skip
+    ended = progress.append(rows.slots[which], tokens[which], rows.limit[which], rows.stops[which])
     for row in which[ended].tolist():
         _settle(rows.sequences[row], int(tokens[row]), scheduler)
     for row in np.flatnonzero(alive & ~rows.simple).tolist():

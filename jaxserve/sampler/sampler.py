@@ -38,9 +38,14 @@ class Sampler:
     """See `pallas_kernels.sample`."""
 
     def __call__(
-        self, logits: jax.Array, sampled: Sampled, rows: jax.Array, positions: jax.Array,
-        params: RowParams, sparse: SparseRows,
-    ) -> tuple[Sampled, jax.Array, jax.Array]:  # fmt: skip
+        self,
+        logits: jax.Array,
+        sampled: Sampled,
+        rows: jax.Array,
+        positions: jax.Array,
+        params: RowParams,
+        sparse: SparseRows,
+    ) -> tuple[Sampled, jax.Array, jax.Array]:
         """Draw a token for each row and carry it to the next step.
 
         logits [B, V] float32; rows [B] int32 slots (R for padding); positions [B] int32 of the

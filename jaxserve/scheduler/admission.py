@@ -17,9 +17,15 @@ class Admission:
     """Takes what a sequence needs to run, its cached prefix first, and gives it back."""
 
     def __init__(
-        self, pages: PrefixCache, slots: Slots, page_size: int, conservativeness: float = 1.0,
-        alignment: int = 1, window: Window | None = None, chunk: int = 1,
-    ):  # fmt: skip
+        self,
+        pages: PrefixCache,
+        slots: Slots,
+        page_size: int,
+        conservativeness: float = 1.0,
+        alignment: int = 1,
+        window: Window | None = None,
+        chunk: int = 1,
+    ):
         self._pages = pages
         self._slots = slots
         self._page_size = page_size

@@ -18,9 +18,14 @@ class ExtendPlanner:
     """
 
     def __init__(
-        self, buckets: Buckets, max_tokens: int, max_prompts: int | None, alignment: int = 1,
-        pace: Pace | None = None, riders: int = 0,
-    ):  # fmt: skip
+        self,
+        buckets: Buckets,
+        max_tokens: int,
+        max_prompts: int | None,
+        alignment: int = 1,
+        pace: Pace | None = None,
+        riders: int = 0,
+    ):
         """max_tokens: packed, of the step. max_prompts: sequences with tokens to run, None is any
         number. pace: where given, the step is also limited to its work. riders: running sequences
         for which room is kept."""
@@ -75,10 +80,15 @@ class ExtendPlanner:
         count = stop - start
         self._rows.append(
             ExtendRow(
-                sequence, start, stop, self._packed, samples=stop == total,
-                fresh=start == sequence.reused, epoch=sequence.epoch,
+                sequence,
+                start,
+                stop,
+                self._packed,
+                samples=stop == total,
+                fresh=start == sequence.reused,
+                epoch=sequence.epoch,
             )
-        )  # fmt: skip
+        )
         self._packed += padded_length(count)
         self._work += padded_length(count) + self._attending(start, count)
         sequence.most_kv = stop
@@ -103,10 +113,16 @@ class ExtendPlanner:
             length = sequence.most_kv
             self._rows.append(
                 ExtendRow(
-                    sequence, length, length + 1, self._packed, samples=True, fresh=False,
-                    epoch=sequence.epoch, carried=True,
+                    sequence,
+                    length,
+                    length + 1,
+                    self._packed,
+                    samples=True,
+                    fresh=False,
+                    epoch=sequence.epoch,
+                    carried=True,
                 )
-            )  # fmt: skip
+            )
             self._packed += ALIGNMENT
 
     @property

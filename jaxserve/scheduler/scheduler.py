@@ -78,9 +78,14 @@ class Scheduler:
         self.running = Running(self.slots)
         """Decoding."""
         self.admission = Admission(
-            self.pages, self.slots, self.page_size, self.policy.conservativeness,
-            scheduling.chunk_alignment, window, chunk=scheduling.extend_tokens,
-        )  # fmt: skip
+            self.pages,
+            self.slots,
+            self.page_size,
+            self.policy.conservativeness,
+            scheduling.chunk_alignment,
+            window,
+            chunk=scheduling.extend_tokens,
+        )
         self._scheduling = scheduling
         everything = Ready.everything(scheduling.buckets)
         self._ready = ready or (lambda: everything)
@@ -186,9 +191,13 @@ class Scheduler:
         pace = scheduling.pace if expectant is not None and expectant.watched else None
         riders = mixing.riders(expectant, pace)
         planner = ExtendPlanner(
-            self._ready().buckets, scheduling.extend_tokens, scheduling.max_prefill_rows,
-            scheduling.chunk_alignment, pace, len(riders.slots) if riders else 0,
-        )  # fmt: skip
+            self._ready().buckets,
+            scheduling.extend_tokens,
+            scheduling.max_prefill_rows,
+            scheduling.chunk_alignment,
+            pace,
+            len(riders.slots) if riders else 0,
+        )
         self._extend_admitted(planner)
         if self._may_admit and planner.has_room():
             self._extend_waiting(planner)

@@ -27,9 +27,13 @@ class Memory:
     """
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, mesh: Mesh,
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        dtype: jnp.dtype,
+        mesh: Mesh,
         weight_bytes: int,
-    ):  # fmt: skip
+    ):
         """dtype: of the pages. weight_bytes: of the parameters, which are on the mesh already.
         InvalidRequestError: no page fits."""
         self.config = config

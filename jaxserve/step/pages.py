@@ -51,9 +51,13 @@ def scatter_pages(
 
 
 def install_sparse(
-    sparse: SparseRows, slot: jax.Array, bias_ids: jax.Array, bias_values: jax.Array,
-    bias_until: jax.Array, logprob_ids: jax.Array,
-) -> tuple[tuple[SparseRows], None]:  # fmt: skip
+    sparse: SparseRows,
+    slot: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+    bias_until: jax.Array,
+    logprob_ids: jax.Array,
+) -> tuple[tuple[SparseRows], None]:
     """Write one slot's sparse lists."""
     written = SparseRows(
         sparse.bias_ids.at[slot].set(bias_ids),

@@ -43,16 +43,24 @@ class GivenAttention(PagedOps):
         return cls(**fields, attended=attended)
 
     def attend(  # pyright: ignore[reportIncompatibleMethodOverride] (the cache is opaque to models)
-        self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Seen, meta: None,
-        spec: AttentionSpec, **norms: Any,
-    ) -> tuple[jax.Array, Seen]:  # fmt: skip
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        cache: Seen,
+        meta: None,
+        spec: AttentionSpec,
+        **norms: Any,
+    ) -> tuple[jax.Array, Seen]:
         return self.attended[spec.layer], (*cache, qkv)
 
 
 def layer_products(
-    model: StepModel, params: tuple[jax.Array, ...], attended: tuple[jax.Array, ...],
+    model: StepModel,
+    params: tuple[jax.Array, ...],
+    attended: tuple[jax.Array, ...],
     tokens: jax.Array,
-) -> tuple[tuple[()], Any]:  # fmt: skip
+) -> tuple[tuple[()], Any]:
     """What the layers of a step of T tokens multiply with weights; nothing is donated.
 
     attended: [T, N * H] of each layer of `model`. tokens [T] int32. Their values do not matter:

@@ -71,9 +71,12 @@ class Facts:
         """The model over a cache of the present size, in programs that report `variant`."""
         program = self.config.program
         ops = PagedOps(
-            program.attention, program.other_kernels, self.memory.num_pages, program.crossovers,
+            program.attention,
+            program.other_kernels,
+            self.memory.num_pages,
+            program.crossovers,
             fixed_tiles=program.deterministic,
-        )  # fmt: skip
+        )
         top, _ = program.logprob_columns(variant.wide)
         sampler = Sampler(
             top, program.raw_logprobs, program.other_kernels, fixed_split=program.deterministic

@@ -17,10 +17,15 @@ ROWS = 256
 
 
 def prompt_payload(
-    model: StepModel, layout: ExtendLayout, payload: Callable[[PromptRows], jax.Array],
-    params: tuple[jax.Array, ...], row_params: RowParams, sparse: SparseRows, packed: jax.Array,
+    model: StepModel,
+    layout: ExtendLayout,
+    payload: Callable[[PromptRows], jax.Array],
+    params: tuple[jax.Array, ...],
+    row_params: RowParams,
+    sparse: SparseRows,
+    packed: jax.Array,
     hidden: jax.Array,
-) -> tuple[tuple[()], jax.Array]:  # fmt: skip
+) -> tuple[tuple[()], jax.Array]:
     """`payload` [T, ...] of each packed token of an extend step; nothing is donated.
 
     hidden [T, D] is the extend step's. The LM head runs on a few hundred rows at a time; chunks in
@@ -44,10 +49,16 @@ def prompt_payload(
         logits = module.logits(part(hidden))
         return payload(
             PromptRows(
-                part(hidden), logits, part(successors), part(slots), part(wanted), row_params,
-                sparse, model.sampler.top,
+                part(hidden),
+                logits,
+                part(successors),
+                part(slots),
+                part(wanted),
+                row_params,
+                sparse,
+                model.sampler.top,
             )
-        )  # fmt: skip
+        )
 
     shape = jax.eval_shape(from_row, 0)
     neutral = jnp.zeros(shape.shape, shape.dtype)

@@ -87,9 +87,13 @@ def rotary_positions(batch: ExtendArrays, positions: jax.Array, carried: jax.Arr
 
 
 def cache_slots(
-    page_table: jax.Array, rows: jax.Array, positions: jax.Array, valid: jax.Array,
-    page_size: int, num_slots: int,
-) -> jax.Array:  # fmt: skip
+    page_table: jax.Array,
+    rows: jax.Array,
+    positions: jax.Array,
+    valid: jax.Array,
+    page_size: int,
+    num_slots: int,
+) -> jax.Array:
     """Flat position of each token in a layer's pages, [T] int32: page * S + offset, and for tokens
     of padding distinct positions past the end of all layers, num_slots (a scatter drops those, and
     has no duplicates)."""
@@ -99,9 +103,16 @@ def cache_slots(
 
 
 def decode_steps(
-    model: StepModel, steps: int, params: tuple[jax.Array, ...], cache: Cache, progress: Progress,
-    sampled: Sampled, row_params: RowParams, sparse: SparseRows, upload: jax.Array,
-) -> tuple[tuple[Cache, Progress, Sampled], StepOutput]:  # fmt: skip
+    model: StepModel,
+    steps: int,
+    params: tuple[jax.Array, ...],
+    cache: Cache,
+    progress: Progress,
+    sampled: Sampled,
+    row_params: RowParams,
+    sparse: SparseRows,
+    upload: jax.Array,
+) -> tuple[tuple[Cache, Progress, Sampled], StepOutput]:
     """`steps` tokens for each of B rows, one after the other: at most S, so that a row begins one
     page at most.
 
@@ -123,9 +134,13 @@ def decode_steps(
     ) -> tuple[tuple[Cache, Sampled], StepOutput]:
         cache, sampled = carry
         slots = cache_slots(
-            page_table, jnp.arange(rows.shape[0]), positions, live, model.page_size,
+            page_table,
+            jnp.arange(rows.shape[0]),
+            positions,
+            live,
+            model.page_size,
             num_slots=cache.k.shape[0] * model.page_size,
-        )  # fmt: skip
+        )
         lengths = jnp.where(live, positions + 1, 0)
         meta = DecodeMeta(slots, page_table, lengths)
         hidden, cache = module(sampled.last_tokens[rows], positions, cache, meta, model.ops)
@@ -146,10 +161,16 @@ def decode_steps(
 
 
 def extend_step(
-    model: StepModel, layout: ExtendLayout, params: tuple[jax.Array, ...], cache: Cache,
-    progress: Progress, sampled: Sampled, row_params: RowParams, sparse: SparseRows,
+    model: StepModel,
+    layout: ExtendLayout,
+    params: tuple[jax.Array, ...],
+    cache: Cache,
+    progress: Progress,
+    sampled: Sampled,
+    row_params: RowParams,
+    sparse: SparseRows,
     packed: jax.Array,
-) -> tuple[tuple[Cache, Progress, Sampled, RowParams], tuple[StepOutput, jax.Array]]:  # fmt: skip
+) -> tuple[tuple[Cache, Progress, Sampled, RowParams], tuple[StepOutput, jax.Array]]:
     """Run T packed tokens of up to B rows.
 
     packed: one int32 vector, see ExtendLayout. Returns (the cache, progress, carry and row
@@ -177,13 +198,20 @@ def extend_step(
     counts = counts.at[jnp.where(generated, slots[owner], num_rows), tokens].add(1, mode="drop")
 
     cache_positions = cache_slots(
-        batch.page_table, owner, positions, valid, model.page_size,
+        batch.page_table,
+        owner,
+        positions,
+        valid,
+        model.page_size,
         num_slots=cache.k.shape[0] * model.page_size,
-    )  # fmt: skip
+    )
     meta = ExtendMeta(
-        cache_positions, batch.page_table, batch.rows.q_starts, batch.rows.q_lens,
+        cache_positions,
+        batch.page_table,
+        batch.rows.q_starts,
+        batch.rows.q_lens,
         batch.rows.prefix_lens,
-    )  # fmt: skip
+    )
     module = model.bind(params)
     rotated = rotary_positions(batch, positions, carried)
     hidden, cache = module(tokens, rotated, cache, meta, model.ops)

@@ -42,11 +42,17 @@ class StoredPrograms:
         first = self._devices[0]
         self._common = "\n".join(
             [
-                versions(), settings(), os.environ.get("XLA_FLAGS", ""), first.device_kind,
-                first.client.platform_version, repr(mesh.shape),
-                repr([device.id for device in self._devices]), _sources(), *map(repr, facts),
+                versions(),
+                settings(),
+                os.environ.get("XLA_FLAGS", ""),
+                first.device_kind,
+                first.client.platform_version,
+                repr(mesh.shape),
+                repr([device.id for device in self._devices]),
+                _sources(),
+                *map(repr, facts),
             ]
-        )  # fmt: skip
+        )
 
     def name(self, name: str, abstract: Any, donated: Any, options: Any) -> str:
         """Of the file in which the program of these (abstract) arguments is, or would be."""
@@ -66,9 +72,12 @@ class StoredPrograms:
             find_mosaic_runtime()
             serialized, in_tree, out_tree, memory = pickle.loads(_verified(name, content))
             program = serialize_executable.deserialize_and_load(
-                serialized, in_tree, out_tree, backend=self._devices[0].client,
+                serialized,
+                in_tree,
+                out_tree,
+                backend=self._devices[0].client,
                 execution_devices=self._devices,
-            )  # fmt: skip
+            )
             self._folder.touch(name)
         except Exception as error:
             self._warn("a stored program cannot be used and is compiled anew", error)

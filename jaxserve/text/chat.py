@@ -17,11 +17,22 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 NOT_VARIABLES = frozenset(
     (
-        "chat_template", "conversation", "conversations", "messages", "tools", "tokenize",
-        "return_tensors", "return_dict", "return_assistant_tokens_mask", "padding",
-        "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens",
+        "chat_template",
+        "conversation",
+        "conversations",
+        "messages",
+        "tools",
+        "tokenize",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "padding",
+        "truncation",
+        "max_length",
+        "tokenizer_kwargs",
+        "sanitize_control_tokens",
     )
-)  # fmt: skip
+)
 """Arguments of transformers' `apply_chat_template` that are no variables of a template."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which an assistant's reasoning is given; templates read one or the other."""

@@ -75,9 +75,7 @@ class StopRegex:
         return match.span() if match else None
 
     def _search(self, text: str, start: int = 0) -> Any:
-        return self._compiled.search(
-            text, start, timeout=limits.PATTERN_SECONDS, concurrent=True
-        )  # fmt: skip
+        return self._compiled.search(text, start, timeout=limits.PATTERN_SECONDS, concurrent=True)
 
 
 class Patience:

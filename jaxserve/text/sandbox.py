@@ -27,10 +27,24 @@ from jaxserve.text.costs import Budget, TooCostly
 OPERATORS = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 COMPARING = frozenset(
     (
-        "eq", "equalto", "==", "ne", "!=", "gt", "greaterthan", ">", "ge", ">=", "lt",
-        "lessthan", "<", "le", "<=", "in",
+        "eq",
+        "equalto",
+        "==",
+        "ne",
+        "!=",
+        "gt",
+        "greaterthan",
+        ">",
+        "ge",
+        ">=",
+        "lt",
+        "lessthan",
+        "<",
+        "le",
+        "<=",
+        "in",
     )
-)  # fmt: skip
+)
 
 
 class BoundedCode(CodeGenerator):

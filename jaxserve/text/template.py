@@ -14,8 +14,18 @@ from jaxserve.text import limits
 from jaxserve.text.costs import Budget, within
 from jaxserve.text.sandbox import BoundedEnvironment
 
-SCOPES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With,
-          nodes.AssignBlock, nodes.Block, nodes.Scope, nodes.CondExpr)  # fmt: skip
+SCOPES = (
+    nodes.If,
+    nodes.For,
+    nodes.Macro,
+    nodes.CallBlock,
+    nodes.FilterBlock,
+    nodes.With,
+    nodes.AssignBlock,
+    nodes.Block,
+    nodes.Scope,
+    nodes.CondExpr,
+)
 SHOWN = 500
 """Characters of a template's own words in an error."""
 
