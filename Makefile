@@ -28,7 +28,7 @@ kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
 ifeq ($(PYTHON_NEW),)
 	@echo "SKIPPED: the kernel suite on the newest JAX needs Python 3.12 (set PYTHON_NEW)"
 else
-	.venv-newest/bin/python -m pytest tests/test_kernels_*.py -k "mosaic or lower or order or refus"
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile tests/test_kernels_*.py -k "mosaic or lower or order or refus"
 endif
 
 # What takes longer than a change should wait for: documentation, notebook, thousands of seeded runs.
@@ -74,7 +74,7 @@ report: .venv/bench.stamp
 .venv-newest/stamp: pyproject.toml
 	$(PYTHON_NEW) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
-	.venv-newest/bin/python -m pip install --quiet jax numpy pytest pytest-timeout hypothesis
+	.venv-newest/bin/python -m pip install --quiet jax numpy pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 clean:
