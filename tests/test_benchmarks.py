@@ -23,6 +23,7 @@ from benchmarks import (
     latency,
     machine,
     offline_throughput,
+    outputs,
     profile,
     report,
     runs,
@@ -562,3 +563,14 @@ def test_cold_and_warm_starts_of_a_tiny_engine(tmp_path):
         assert 0 < parts < start["ready_s"] and start["first_token_s"] > 0
         assert start["late_compiles"] == 0
     assert result["engine"] == options and result["jax"] and result["date"]
+
+
+def test_outputs_are_compared_bit_by_bit():
+    def row(tokens, *logprobs):
+        return {"tokens": tokens, "logprobs": [[[value, 7, None] for value in logprobs]]}
+
+    base = [row([1, 2, 3], -0.5, -1.5), row([4, 5], -2.0)]
+    assert outputs.compared(base, [row([1, 2, 3], -0.5, -1.5), row([4, 5], -2.0)]) == "the same"
+    other = [row([1, 9, 3], -9.0, -9.0), row([4, 5], -2.25)]
+    said = "3 of 5 tokens before a difference, logprobs within 2.5e-01"
+    assert outputs.compared(base, other) == said
