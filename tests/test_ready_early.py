@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
 import threading
 import time
 
+import jax
 import pytest
 
 import jaxserve
-from jaxserve.config import EngineConfig
 from jaxserve.step.compile import Programs
 from jaxserve.step.workers import Workers
 from tests import inside
-from tests.test_programs import OPTIONS, SHORT
+from tests.test_programs import OPTIONS, SHORT, keep
 
 EARLY = {**OPTIONS, "precompile": True, "wait_until_compiled": False}
 DECODE, EXTEND = [1, 2, 4, 8], [64, 128]
@@ -106,6 +105,15 @@ def test_several_steps_at_once_wait_for_their_programs(tiny_models, gate):
         assert runner.ready.several == {1, 2, 4, 8}
 
 
+@pytest.mark.parametrize(("kind", "products"), [("layer_products", 4), ("head_product", 1)])
+def test_programs_that_choose_kernels_are_there_when_wanted(tiny_models, kind, products):
+    """On a GPU alone; here they are lowered. Layers share a function for each of their products."""
+    with jaxserve.Engine(model_path=tiny_models("llama"), **OPTIONS) as engine:
+        function, arguments, donated = inside.runner(engine)._catalogue.lowerable((kind, 4))
+        text = jax.jit(function, donate_argnums=donated).lower(*arguments).as_text()
+    assert text.count("stablehlo.dot_general") == products
+
+
 def test_deterministic_inference_waits_for_its_programs(tiny_models, gate):
     options = {**EARLY, "enable_deterministic_inference": True}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
@@ -117,15 +125,11 @@ def test_deterministic_inference_waits_for_its_programs(tiny_models, gate):
 def test_programs_are_stored_as_they_come(tiny_models, gate, monkeypatch, tmp_path):
     """As on a GPU, where XLA may time kernels only at rest. What was compiled without is another
     file: an engine that waits for its programs compiles those anew, and has the best."""
-    resolve = EngineConfig.resolve
-
-    def resolved(*args):
-        return dataclasses.replace(resolve(*args), program_folder=tmp_path)
 
     def options(config, rows, *, timed=True, quantized=False):
         return {} if timed else {"xla_backend_optimization_level": "1"}
 
-    monkeypatch.setattr(EngineConfig, "resolve", resolved)
+    keep(monkeypatch, tmp_path)
     monkeypatch.setattr("jaxserve.step.runner.xla_options", options)
     path = tiny_models("llama")
 

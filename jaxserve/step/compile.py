@@ -65,7 +65,7 @@ class Programs:
         self._complete = False
         self._closed = False
         self._behind: Workers[ProgramKey] | None = None
-        self._wanted: set[ProgramKey] = set()
+        self._wanted: list[ProgramKey] = []
         self.late_compiles = 0
         self.untimed = 0
         """Programs for which XLA timed nothing, because requests ran while they were compiled."""
@@ -111,7 +111,7 @@ class Programs:
         behind = self._behind
         if behind is None or not behind.busy:
             return 0
-        return sum(key not in self._compiled for key in list(self._wanted))
+        return len(self._missing(self._wanted))
 
     def memory(self, key: ProgramKey) -> int:
         """Bytes the program needs beside its arguments: temporaries, and results in other places
@@ -148,8 +148,7 @@ class Programs:
     def build_behind(self, keys: Iterable[ProgramKey], threads: int) -> None:
         """Compile `keys` while requests run, each stored as soon as it is done. One that fails is
         logged; it is then missing."""
-        self._wanted = set(self._missing(keys))
-        missing = [key for key in keys if key in self._wanted]
+        self._wanted = self._missing(keys)
 
         def make(key: ProgramKey) -> None:
             try:
@@ -158,7 +157,7 @@ class Programs:
             except Exception:
                 logger.exception("%s[%d] could not be compiled; larger programs serve", *key)
 
-        self._behind = Workers(make, missing, threads)
+        self._behind = Workers(make, self._wanted, threads)
 
     def expect_no_more(self) -> None:
         """What is compiled on first use from now on is late."""
@@ -185,29 +184,24 @@ class Programs:
         return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
 
     def _compile(self, key: ProgramKey, *, late: bool = False, at_rest: bool = True) -> Any:
-        started = time.perf_counter()
-        with self._on_device():
-            program, how = self._find(key, timed_only=at_rest), "loaded"
-            if program is None:
-                program, how = self._make(key, at_rest), "compiled"
-        self._keep(key, program)
-        seconds = time.perf_counter() - started
-        self.compile_seconds += seconds
-        if late:
-            self.late_compiles += 1
-            logger.warning("late compile of %s[%d]: %.1f s", *key, seconds)
-        else:
-            logger.info("%s %s[%d] in %.1f s", how, *key, seconds)
+        program = self._load(key, timed_only=at_rest, late=late)
+        if program is None:
+            started = time.perf_counter()
+            with self._on_device():
+                program = self._make(key, at_rest)
+            self._keep(key, program, "compiled", started, late)
         return program
 
-    def _load(self, key: ProgramKey, timed_only: bool) -> None:
+    def _load(self, key: ProgramKey, timed_only: bool, late: bool = False) -> Any | None:
+        """The stored program; None where there is none."""
+        if self._stored is None:
+            return None
         started = time.perf_counter()
         with self._on_device():
-            program = self._find(key, timed_only)
+            program = self._find(self._stored, key, timed_only)
         if program is not None:
-            self._keep(key, program)
-            self.compile_seconds += time.perf_counter() - started
-            logger.info("loaded %s[%d] in %.1f s", *key, time.perf_counter() - started)
+            self._keep(key, program, "loaded", started, late)
+        return program
 
     def _choose(self, key: ProgramKey) -> None:
         started = time.perf_counter()
@@ -215,15 +209,19 @@ class Programs:
             self._xla(self._lower(key, self._builder(key)), self._options(key[1]))
         logger.info("kernels of %s[%d] chosen in %.1f s", *key, time.perf_counter() - started)
 
-    def _keep(self, key: ProgramKey, program: Any) -> None:
+    def _keep(self, key: ProgramKey, program: Any, how: str, started: float, late: bool) -> None:
         if not self._closed:
             self._compiled[key] = program
+        seconds = time.perf_counter() - started
+        self.compile_seconds += seconds
+        if late:
+            self.late_compiles += 1
+            logger.warning("late compile of %s[%d]: %.1f s", *key, seconds)
+        else:
+            logger.info("%s %s[%d] in %.1f s", how, *key, seconds)
 
-    def _find(self, key: ProgramKey, timed_only: bool) -> Any | None:
-        """The stored program."""
-        stored, lowerable = self._stored, self._builder(key)
-        if stored is None:
-            return None
+    def _find(self, stored: StoredPrograms, key: ProgramKey, timed_only: bool) -> Any | None:
+        lowerable = self._builder(key)
         for timed in (True,) if timed_only else (True, False):
             found = stored.load(self._file(stored, key, lowerable, timed))
             if found is not None:

@@ -29,19 +29,21 @@ class Precompilation:
             return
         catalogue, programs, threads = self._catalogue, self._programs, os.cpu_count() or 1
         everything = catalogue.beforehand()
-        first = everything if self._config.wait_until_compiled else catalogue.first()
+        first = set(everything if self._config.wait_until_compiled else catalogue.first())
         programs.load(everything, threads, timed_only=self._config.wait_until_compiled)
-        later = set(everything).difference(first)
-        choices = catalogue.choices(key for key in later if key not in programs)
-        programs.build(catalogue.mosaic_first(first), threads, choices)
+        missing = [key for key in everything if key not in programs]
+        now = [key for key in missing if key in first]
+        choices = catalogue.choices(key for key in missing if key not in first)
+        programs.build(catalogue.mosaic_first(now), threads, choices)
 
     def rest(self) -> None:
         """Compile the others while requests run, on half of the cores."""
         if not self._config.precompile:
             return
-        self._programs.expect_no_more()
-        keys = self._catalogue.mosaic_first(self._catalogue.beforehand())
-        self._programs.build_behind(keys, max((os.cpu_count() or 1) // 2, 1))
+        programs, catalogue = self._programs, self._catalogue
+        programs.expect_no_more()
+        later = [key for key in catalogue.beforehand() if key not in programs]
+        programs.build_behind(catalogue.mosaic_first(later), max((os.cpu_count() or 1) // 2, 1))
 
     @property
     def ready(self) -> Ready:

@@ -219,24 +219,31 @@ def prompt_programs(facts: Facts, wide: bool) -> list[Program]:
 
 def choosing_programs(facts: Facts) -> list[Program]:
     """The products of steps of few rows, see step.products."""
-    few, hidden = facts.shallow(products.LAYERS), facts.model.hidden_size
-    model = few.step_model(USUAL)
+    width, hidden = facts.model.num_heads * facts.model.head_dim, facts.model.hidden_size
+
+    @functools.cache
+    def few() -> Facts:
+        # when a choice is to be made: at most starts none is
+        return facts.shallow(products.LAYERS)
+
+    def params(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return few().params
 
     def attended(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        each = facts.array(tokens, few.model.num_heads * few.model.head_dim, dtype=facts.dtype)
-        return (each,) * few.model.num_layers
+        each = facts.array(tokens, width, dtype=facts.dtype)
+        return (each,) * few().model.num_layers
 
     return [
         Program(
             LAYER_PRODUCTS,
-            lambda tokens: functools.partial(products.layer_products, model),
-            {"params": few.params, "attended": attended, "tokens": facts.array},
+            lambda tokens: functools.partial(products.layer_products, few().step_model(USUAL)),
+            {"params": params, "attended": attended, "tokens": facts.array},
         ),
         Program(
             HEAD_PRODUCT,
-            lambda rows: functools.partial(products.head_product, model),
+            lambda rows: functools.partial(products.head_product, few().step_model(USUAL)),
             {
-                "params": few.params,
+                "params": params,
                 "hidden": lambda rows: facts.array(rows, hidden, dtype=facts.dtype),
             },
         ),
