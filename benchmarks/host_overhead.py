@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from jaxserve.batch import pack
-from jaxserve.batch.batch import Batch, DecodeBatch
-from jaxserve.batch.buckets import Buckets
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.mailbox import Mailbox
 from jaxserve.output.commit import commit
+from jaxserve.packing import pack
+from jaxserve.packing.batch import Batch, DecodeBatch
+from jaxserve.packing.buckets import Buckets
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.scheduler import Scheduler

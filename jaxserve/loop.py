@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxserve.batch.batch import Batch
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
@@ -30,6 +29,7 @@ from jaxserve.output.commit import ABORTED, commit, fail, failure_reason, finish
 from jaxserve.output.counters import collect
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
+from jaxserve.packing.batch import Batch
 from jaxserve.parallel.mesh import first_device
 from jaxserve.process import Home, Uncopyable, abandon
 from jaxserve.request import Request, Update

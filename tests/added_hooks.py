@@ -15,10 +15,10 @@ import numpy as np
 
 import converters
 import jaxserve
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Slots
 from jaxserve.mailbox import Mailbox
 from jaxserve.models.dense import DenseOps
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Slots
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.policy import WaitingQueue

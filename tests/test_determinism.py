@@ -12,10 +12,10 @@ import threading
 import pytest
 
 import jaxserve
-from jaxserve.batch.buckets import Buckets
 from jaxserve.config import EngineConfig
 from jaxserve.errors import InvalidRequestError
 from jaxserve.models.registry import config_from_hf
+from jaxserve.packing.buckets import Buckets
 from tests import inside
 from tests.checkpoints import make_config
 from tests.faults import fail_at

@@ -11,14 +11,14 @@ import pytest
 
 import converters
 from jaxserve.attention.paged import PagedOps
-from jaxserve.batch.batch import ExtendBatch, ExtendRow
-from jaxserve.batch.layout import TOKEN_FIELDS, ExtendLayout, TokenField
-from jaxserve.batch.pack import pack_extend
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Slots
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
 from jaxserve.models.dense import DenseOps
+from jaxserve.packing.batch import ExtendBatch, ExtendRow
+from jaxserve.packing.layout import TOKEN_FIELDS, ExtendLayout, TokenField
+from jaxserve.packing.pack import pack_extend
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Slots
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
 from jaxserve.step import step

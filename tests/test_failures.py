@@ -8,10 +8,10 @@ import threading
 import pytest
 
 import jaxserve
-from jaxserve.batch.batch import ExtendBatch
 from jaxserve.cache.pages import OutOfPagesError
 from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from jaxserve.inbox import Task
+from jaxserve.packing.batch import ExtendBatch
 from tests import inside
 from tests.faults import fail_at
 from tests.prompts import ids

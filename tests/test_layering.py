@@ -19,7 +19,7 @@ NO_JAX = [
     "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/scheduler",
     "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
     "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",
-    "jaxserve/batch", "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
+    "jaxserve/packing", "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
 ]  # fmt: skip
 
 
@@ -56,7 +56,8 @@ def roots(path: Path) -> set[str]:
 
 def test_host_side_imports_no_jax_anywhere_on_its_way():
     program = (
-        "import sys, jaxserve, jaxserve.request, jaxserve.scheduler.scheduler, jaxserve.batch.pack,"
+        "import sys, jaxserve, jaxserve.request, jaxserve.scheduler.scheduler,"
+        "jaxserve.packing.pack,"
         "jaxserve.output.commit, jaxserve.text.stop, jaxserve.server_args, jaxserve.inbox;"
         "assert 'jax' not in sys.modules and 'torch' not in sys.modules"
     )

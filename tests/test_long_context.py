@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import jaxserve
-from jaxserve.batch.batch import ExtendBatch, ExtendRow
-from jaxserve.batch.layout import ExtendLayout
-from jaxserve.batch.pack import pack_extend
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Slots
+from jaxserve.packing.batch import ExtendBatch, ExtendRow
+from jaxserve.packing.layout import ExtendLayout
+from jaxserve.packing.pack import pack_extend
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Slots
 from tests.prompts import text
 from tests.test_scheduler import make_request
 

@@ -9,8 +9,8 @@ import pytest
 
 import jaxserve
 from jaxserve import machine
-from jaxserve.batch.buckets import DECODE_ROWS
 from jaxserve.machine import Crossovers, Dispatch, Pacing, machine_of
+from jaxserve.packing.buckets import DECODE_ROWS
 
 TABLES = Path(jaxserve.__file__).parent / "machines"
 

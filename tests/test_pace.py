@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from benchmarks.workloads import SHAPES
-from jaxserve.batch.batch import DecodeBatch, ExtendBatch
 from jaxserve.config import EngineConfig
 from jaxserve.models.registry import config_from_hf
 from jaxserve.output.commit import commit, finish
 from jaxserve.output.logprobs import LogprobSpec
+from jaxserve.packing.batch import DecodeBatch, ExtendBatch
 from jaxserve.scheduler.pace import Pace, attention_cost
 from jaxserve.server_args import ServerArgs
 from tests.machines import GPU, MACHINES

@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxserve.batch.batch import ExtendBatch, ExtendRow
-from jaxserve.batch.layout import TOKEN_FIELDS, ExtendLayout, RowFields, TokenField
-from jaxserve.batch.pack import pack_extend
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Slots
 from jaxserve.mailbox import Mailbox
 from jaxserve.output.logprobs import LogprobSpec
+from jaxserve.packing.batch import ExtendBatch, ExtendRow
+from jaxserve.packing.layout import TOKEN_FIELDS, ExtendLayout, RowFields, TokenField
+from jaxserve.packing.pack import pack_extend
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Slots
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 

@@ -8,9 +8,9 @@ import jax
 import pytest
 
 import converters
-from jaxserve.batch.buckets import Buckets
 from jaxserve.config import EngineConfig, HostMemory, ProgramConfig
 from jaxserve.machine import DeviceMemory
+from jaxserve.packing.buckets import Buckets
 from jaxserve.parallel.mesh import mesh_of, replicated
 from jaxserve.scheduler.policy import Policy
 from jaxserve.server_args import ServerArgs

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
-from jaxserve.batch.buckets import Buckets
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Slots
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.cache.window import Window
 from jaxserve.output.commit import commit, finish
 from jaxserve.output.logprobs import Logprobs, LogprobSpec
+from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
+from jaxserve.packing.buckets import Buckets
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Slots
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.pace import Pace

@@ -11,11 +11,11 @@ import pytest
 
 from benchmarks.workloads import SHAPES
 from jaxserve.attention.paged import PagedOps
-from jaxserve.batch.buckets import Buckets
-from jaxserve.batch.layout import ExtendLayout
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
 from jaxserve.models import registry
+from jaxserve.packing.buckets import Buckets
+from jaxserve.packing.layout import ExtendLayout
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
 from jaxserve.step import products, step

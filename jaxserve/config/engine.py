@@ -13,10 +13,10 @@ from jaxserve.config.program import ProgramConfig
 from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
-    from jaxserve.batch.buckets import Buckets
     from jaxserve.machine import DeviceMemory, Machine
     from jaxserve.models.config import ModelConfig
     from jaxserve.options import Options
+    from jaxserve.packing.buckets import Buckets
     from jaxserve.scheduler.pace import Pace
 
 

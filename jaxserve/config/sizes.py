@@ -6,9 +6,9 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
-from jaxserve.batch.buckets import DECODE_ROWS, Buckets, padded_length
 from jaxserve.errors import InvalidRequestError
 from jaxserve.options import OPTIONS
+from jaxserve.packing.buckets import DECODE_ROWS, Buckets, padded_length
 from jaxserve.scheduler.pace import Pace
 
 if TYPE_CHECKING:

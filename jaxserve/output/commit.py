@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxserve.batch.batch import DecodeBatch, ExtendBatch
-from jaxserve.batch.sequence import Sequence
 from jaxserve.errors import RequestFailedError
 from jaxserve.output.extras import Reported
+from jaxserve.packing.batch import DecodeBatch, ExtendBatch
+from jaxserve.packing.sequence import Sequence
 from jaxserve.request import Request, Update
 from jaxserve.scheduler.scheduler import Scheduler
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.output.stats import Stats
+from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from jaxserve.batch.batch import Batch, DecodeBatch
+from jaxserve.packing.batch import Batch, DecodeBatch
 from jaxserve.request import Request
 
 WINDOW_SECONDS = 10.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxserve.batch.sequence import Sequence
+    from jaxserve.packing.sequence import Sequence
 
 
 class Field(NamedTuple):

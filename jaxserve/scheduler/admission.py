@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Rows, Slots
 from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.cache.window import Window
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Rows, Slots
 
 
 class Admission:

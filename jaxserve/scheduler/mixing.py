@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from jaxserve.batch.buckets import ALIGNMENT
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Rows, Slots
+from jaxserve.packing.buckets import ALIGNMENT
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Rows, Slots
 from jaxserve.scheduler.admission import Admission
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.prefill import ExtendPlanner

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from jaxserve.batch.buckets import ALIGNMENT, padded_length
+from jaxserve.packing.buckets import ALIGNMENT, padded_length
 
 if TYPE_CHECKING:
     from jaxserve.machine import Pacing

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from jaxserve.batch.sequence import Sequence
+from jaxserve.packing.sequence import Sequence
 from jaxserve.request import Request
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxserve.batch.sequence import Sequence
+from jaxserve.packing.sequence import Sequence
 from jaxserve.scheduler.admission import Admission
 from jaxserve.scheduler.policy import WaitingQueue
 from jaxserve.scheduler.running import Running

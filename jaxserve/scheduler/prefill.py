@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from jaxserve.batch.batch import ExtendBatch, ExtendRow
-from jaxserve.batch.buckets import ALIGNMENT, Buckets, padded_length
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Rows
+from jaxserve.packing.batch import ExtendBatch, ExtendRow
+from jaxserve.packing.buckets import ALIGNMENT, Buckets, padded_length
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Rows
 from jaxserve.scheduler.pace import Pace
 
 

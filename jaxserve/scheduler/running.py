@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Rows, Slots
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Rows, Slots
 
 
 class Running:

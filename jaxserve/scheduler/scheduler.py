@@ -19,14 +19,14 @@ from itertools import islice
 
 import numpy as np
 
-from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
-from jaxserve.batch.buckets import Ready
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Rows, Slots
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import PrefixCache
 from jaxserve.cache.window import Window
+from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
+from jaxserve.packing.buckets import Ready
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Rows, Slots
 from jaxserve.request import Request
 from jaxserve.scheduler.admission import Admission
 from jaxserve.scheduler.mixing import Mixing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from jaxserve.batch.buckets import Buckets
+from jaxserve.packing.buckets import Buckets
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy
 

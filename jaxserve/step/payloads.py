@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxserve.batch.wanted import Wanted
+from jaxserve.packing.wanted import Wanted
 from jaxserve.sampler.logprobs import prompt_logprobs
 from jaxserve.sampler.state import RowParams, SparseRows
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from jaxserve.batch.buckets import Ready
 from jaxserve.config import EngineConfig
+from jaxserve.packing.buckets import Ready
 from jaxserve.step.catalogue import Catalogue
 from jaxserve.step.compile import Programs
 

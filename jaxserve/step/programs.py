@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.attention.paged import PagedOps
-from jaxserve.batch.layout import ExtendLayout
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration, declare
+from jaxserve.packing.layout import ExtendLayout
 from jaxserve.parallel.mesh import abstract, first_device, replicated
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import pages, products, prompt, step

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxserve.batch.layout import ExtendLayout
+from jaxserve.packing.layout import ExtendLayout
 from jaxserve.sampler.state import RowParams, SparseRows
 from jaxserve.step.payloads import PromptRows
 from jaxserve.step.step import StepModel, locate

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxserve.batch.batch import Batch
-from jaxserve.batch.pack import SparseArrays
+from jaxserve.packing.batch import Batch
+from jaxserve.packing.pack import SparseArrays
 
 
 class Prepared(NamedTuple):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxserve.batch import pack
-from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch
-from jaxserve.batch.buckets import Ready
 from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import COPYING_BYTES
 from jaxserve.cache.pool import cache_dtype
 from jaxserve.config import EngineConfig
+from jaxserve.packing import pack
+from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
+from jaxserve.packing.buckets import Ready
 from jaxserve.parallel.mesh import first_device, replicated
 from jaxserve.step import step
 from jaxserve.step.catalogue import ProgramKey

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
 from jaxserve.attention.paged import Cache, PagedOps
-from jaxserve.batch.layout import ExtendArrays, ExtendLayout, RowFields
+from jaxserve.packing.layout import ExtendArrays, ExtendLayout, RowFields
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 from jaxserve.step.payloads import Drawn, Payload

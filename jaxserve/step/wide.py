@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxserve.batch.batch import Batch
+from jaxserve.packing.batch import Batch
 
 
 class WideIds:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.batch.batch import Batch, DecodeBatch, ExtendBatch, ExtendRow
-from jaxserve.batch.sequence import Sequence
 from jaxserve.cache.host import Copies
+from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch, ExtendRow
+from jaxserve.packing.sequence import Sequence
 from jaxserve.request import Request
 
 

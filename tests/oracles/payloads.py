@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.batch.batch import Batch, ExtendBatch
-from jaxserve.batch.pack import read_of_prompt
 from jaxserve.output.extras import Extra, ExtraSpec
+from jaxserve.packing.batch import Batch, ExtendBatch
+from jaxserve.packing.pack import read_of_prompt
 
 MOST_TOP = 8
 """Columns of the best logprobs."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxserve.batch.sequence import Sequence
+from jaxserve.packing.sequence import Sequence
 from jaxserve.sampler.fields import FLOATS, INTS
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxserve.batch.sequence import Sequence
-from jaxserve.batch.slots import Rows
-from jaxserve.batch.wanted import Wanted
+from jaxserve.packing.sequence import Sequence
+from jaxserve.packing.slots import Rows
+from jaxserve.packing.wanted import Wanted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxserve.batch.wanted import Wanted
+from jaxserve.packing.wanted import Wanted
 from jaxserve.request import Request
 
 if TYPE_CHECKING:
-    from jaxserve.batch.sequence import Sequence
+    from jaxserve.packing.sequence import Sequence
 
 MAX_STOPS = 8
 """End tokens that are compared here; requests with more are looked at one by one."""

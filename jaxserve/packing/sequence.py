@@ -7,8 +7,8 @@ from array import array
 
 import numpy as np
 
-from jaxserve.batch.slots import Slots
 from jaxserve.cache.prefix import Lease
+from jaxserve.packing.slots import Slots
 from jaxserve.request import Request
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.batch.batch import DecodeBatch, ExtendBatch, ExtendRow
-from jaxserve.batch.layout import ROW, ExtendLayout, RowFields
+from jaxserve.packing.batch import DecodeBatch, ExtendBatch, ExtendRow
+from jaxserve.packing.layout import ROW, ExtendLayout, RowFields
 from jaxserve.request import Request
 from jaxserve.sampler.fields import FLOATS, INTS
 
