@@ -21,7 +21,7 @@ from converters import finite, quantize, sizes
 from converters.messages import plain, some_of
 from converters.placement import Placement, on_cpu
 from converters.sources import TensorSource
-from converters.stored_array import StoredArray
+from converters.stored_array import StoredArray, copy_block
 from converters.tables import Table, table_for
 from jaxserve.errors import ModelLoadError
 from jaxserve.models.config import ModelConfig
@@ -35,32 +35,60 @@ _CHANNELS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source tensor of a parameter."""
+    """One source tensor of a parameter: columns of it.
+
+    The columns of a parameter are all that its axes behind `rows` hold, in `groups` equal groups;
+    a part has the same columns of each group.
+    """
 
     name: str
     """In the checkpoint."""
     shape: tuple[int, ...]
     """There."""
-    start: int
-    """Its first column in the parameter's last axis; it takes as many as it is wide."""
+    rows: tuple[int, ...]
+    """The parameter's axes that are no columns, and the source's."""
     transpose: bool
-    """[out, in] there, [in, out] here."""
+    """[columns, *rows] there, [*rows, columns] here."""
+    groups: int
+    """1: the parts lie one behind the other."""
+    group: int
+    """Columns of a group, over all parts."""
+    start: int
+    """Its first column in each group."""
+    width: int
+    """Its columns in each group."""
 
-    @property
-    def width(self) -> int:
-        return self.shape[0 if self.transpose else -1]
+    def view(self, parameter: np.ndarray) -> np.ndarray:
+        """What is this part's of a parameter: [*rows, groups, width]."""
+        grouped = parameter.reshape(*self.rows, self.groups, self.group)
+        return grouped[..., self.start : self.start + self.width]
+
+    def blocks(self, source: TensorSource, most: int) -> Iterator[tuple[np.ndarray, slice]]:
+        """Up to `most` rows of the source at a time, and the parameter's columns that they are."""
+        done = 0
+        for block in source.blocks(self.name, most):
+            while len(block):
+                group, at = divmod(done, self.width)
+                piece, block = np.split(block, [self.width - at])
+                first = group * self.group + self.start + at
+                yield piece, slice(first, first + len(piece))
+                done += len(piece)
 
 
 def parts_of(path: str, shape: tuple[int, ...], config: ModelConfig, table: Table) -> list[Part]:
     """The source tensors of parameter `path` of `shape`, with the shapes they must have."""
     rule, layer = table.rule(path)
     widths = rule.widths(config) if rule.widths else (shape[-1],)
+    groups = rule.groups(config) if rule.groups else 1
+    # fused parameters are kernels [in, *out], which are transposed, and biases [*out]
+    rows = shape[:1] if rule.transpose else () if rule.widths else shape[:-1]
+    group = sum(widths) // groups
     parts, start = [], 0
     for source, width in zip(rule.sources, widths, strict=True):
-        rest = shape[:-1]
-        expected = (width, *rest) if rule.transpose else (*rest, width)
-        parts.append(Part(source.replace("{i}", layer), expected, start, rule.transpose))
-        start += width
+        expected = (width, *rows) if rule.transpose else (*rows, width)
+        name, share = source.replace("{i}", layer), width // groups
+        parts.append(Part(name, expected, rows, rule.transpose, groups, group, start, share))
+        start += share
     return parts
 
 
@@ -133,9 +161,14 @@ def _fuse_on_host(
 ) -> jax.Array:
     out = aligned_empty(spec.shape, np.dtype(spec.dtype))
     for part in parts:
-        columns = out[..., part.start : part.start + part.width]
         check = finite.checking(part.name)
-        source.read_into(part.name, columns.T if part.transpose else columns, check)
+        if part.groups == 1:
+            columns = part.view(out)[..., 0, :]
+            source.read_into(part.name, columns.T if part.transpose else columns, check)
+            continue
+        flat = out.reshape(*part.rows, -1)
+        for block, columns in part.blocks(source, _CHANNELS):
+            copy_block(block, flat[..., columns].T, check)
     return jax.device_put(out, sharding)
 
 
@@ -156,23 +189,32 @@ def _fuse_on_device(
         piece = piece.astype(spec.dtype)
         flags[part.name] = finite.on_device(piece)
         pieces.append(piece.T if part.transpose else piece)
-    out = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
+    out = _side_by_side(parts, pieces, spec.shape)
     return jax.block_until_ready(jax.device_put(out, sharding))
+
+
+def _side_by_side(parts: list[Part], pieces: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """Columns of each part, the last axis of its piece -> the parameter of `shape`."""
+    if len(pieces) == 1:
+        return pieces[0].reshape(shape)
+    grouped = [
+        piece.reshape(*piece.shape[:-1], part.groups, part.width)
+        for part, piece in zip(parts, pieces, strict=True)
+    ]
+    return jnp.concatenate(grouped, axis=-1).reshape(shape)
 
 
 def _quantize_on_host(
     source: TensorSource, parts: list[Part], spec: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> tuple[jax.Array, np.ndarray]:
     kernel = aligned_empty(spec.shape, np.dtype(spec.dtype))
-    scale = aligned_empty(spec.shape[-1:], np.dtype(np.float32))
+    scale = aligned_empty(spec.shape[1:], np.dtype(np.float32))
+    flat, steps = kernel.reshape(len(kernel), -1), scale.reshape(-1)
     for part in parts:
         assert part.transpose, part  # a row is an output channel, and has its own scale
-        start = part.start
-        for block in source.blocks(part.name, _CHANNELS):
-            columns = slice(start, start + len(block))
-            quantize.on_host(block.T, kernel[:, columns], scale[columns])
-            start = columns.stop
-        quantize.check_finite(part.name, scale[part.start : start])
+        for block, columns in part.blocks(source, _CHANNELS):
+            quantize.on_host(block.T, flat[:, columns], steps[columns])
+            quantize.check_finite(part.name, steps[columns])
     return jax.device_put(kernel, sharding), scale
 
 
@@ -190,9 +232,9 @@ def _quantize_on_device(
         quantize.check_finite(part.name, scale)
         kernels.append(kernel)
         scales.append(scale)
-    if len(parts) > 1:
-        kernels, scales = [jnp.concatenate(kernels, axis=-1)], [jnp.concatenate(scales)]
-    return jax.block_until_ready(jax.device_put(kernels[0], sharding)), scales[0]
+    kernel = _side_by_side(parts, kernels, spec.shape)
+    scale = _side_by_side(parts, scales, spec.shape[1:])
+    return jax.block_until_ready(jax.device_put(kernel, sharding)), scale
 
 
 def place_rows(array: StoredArray, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
@@ -225,5 +267,5 @@ def to_hf(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The inverse for one parameter: its Hugging Face tensors, contiguous, one at a time."""
     for part in parts_of(path, array.shape, config, table):
-        columns = array[..., part.start : part.start + part.width]
+        columns = part.view(array).reshape(*part.rows, -1)
         yield part.name, np.ascontiguousarray(columns.T if part.transpose else columns)

@@ -36,7 +36,8 @@ from jaxserve.shown import quoted
 
 MARKER = "jaxserve.json"
 _PARAMS = "params"
-_VERSION = 1
+_VERSION = 2
+"""2: heads of q, k and v are grouped by KV head, gate and up are two rows of one parameter."""
 _MAX_HEADER = 1 << 20
 """Bytes of a .zarray file, which has a few hundred."""
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -135,12 +136,14 @@ def _quantized(
     sharding: Sharding,
     scale_sharding: Sharding,
 ) -> tuple[jax.Array, jax.Array]:
-    """kernel and scale of a stored, not quantized kernel [in, out]."""
+    """kernel and scale of a stored, not quantized kernel [in, *out]."""
     dtype = np.dtype(spec.dtype)
     if on_cpu(sharding):
         kernel = aligned_empty(spec.shape, dtype)
-        scale = aligned_empty(spec.shape[-1:], np.dtype(np.float32))
-        quantize.on_host(stored.read(), kernel, scale)
+        scale = aligned_empty(spec.shape[1:], np.dtype(np.float32))
+        rows = spec.shape[0]
+        weights, flat = (x.reshape(rows, -1) for x in (stored.read(), kernel))
+        quantize.on_host(weights, flat, scale.reshape(-1))
     else:
         weights = place_rows(stored, jax.ShapeDtypeStruct(stored.shape, stored.dtype), sharding)
         kernel, scale = jax.block_until_ready(
@@ -155,7 +158,8 @@ def _read_marker(folder: Path) -> JsonObject:
     version = marker.integer("version")
     if version != _VERSION:
         raise ModelLoadError(
-            f"{folder} has format version {version}, this jaxserve reads {_VERSION}: convert anew"
+            f"{folder} has format version {version}, this jaxserve reads {_VERSION}, in which "
+            "parameters lie otherwise: convert the checkpoint that it was made of again"
         )
     return marker
 

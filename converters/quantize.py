@@ -35,8 +35,8 @@ def on_host(weights: np.ndarray, kernel: np.ndarray, scale: np.ndarray) -> None:
 def on_device(
     weights: jax.Array, *, dtype: np.dtype[Any], transpose: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """weights [in, out], or [out, in] where `transpose` -> kernel [in, out] in `dtype`, and scale
-    [out] float32. One program per shape."""
+    """weights [in, *out], or [out, in] where `transpose` -> kernel [in, *out] in `dtype`, and scale
+    [*out] float32. One program per shape."""
     return quantization.quantize(weights.T if transpose else weights, dtype)
 
 

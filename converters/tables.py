@@ -24,11 +24,14 @@ class Rule:
     path: str
     """Ours, dotted; `{i}` is the layer."""
     sources: tuple[str, ...]
-    """Hugging Face's names, side by side along the last axis."""
+    """Hugging Face's names, side by side."""
     transpose: bool = False
     """Each is [out, in] there and [in, out] here."""
     widths: Callable[[ModelConfig], tuple[int, ...]] | None = None
-    """The sources' sizes along the last axis; None for a single source, which has all of it."""
+    """The sources' columns here; None for a single source, which has all of them."""
+    groups: Callable[[ModelConfig], int] | None = None
+    """The columns lie in so many groups, each an equal share of the first source, then of the
+    second and so on; None: in one, the sources one behind the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +66,25 @@ def _qkv_widths(config: ModelConfig) -> tuple[int, ...]:
     return (config.num_heads * config.head_dim, kv, kv)
 
 
+def _kv_heads(config: ModelConfig) -> int:
+    return config.num_kv_heads
+
+
 def _gate_up_widths(config: ModelConfig) -> tuple[int, ...]:
     return (config.intermediate_size, config.intermediate_size)
 
 
-def _linear(path: str, *names: str, widths=None, bias: bool = False) -> tuple[Rule, ...]:
+def _linear(
+    path: str, *names: str, widths=None, groups=None, bias: bool = False
+) -> tuple[Rule, ...]:
     """Rules of a projection made of `names` side by side: its kernel, and its bias if any."""
     sources = tuple(_LAYER + name for name in names)
     weights = tuple(source + ".weight" for source in sources)
-    kernel = Rule(f"layers.{{i}}.{path}.kernel", weights, transpose=True, widths=widths)
+    kernel = Rule(f"layers.{{i}}.{path}.kernel", weights, True, widths, groups)
     if not bias:
         return (kernel,)
     biases = tuple(source + ".bias" for source in sources)
-    return (kernel, Rule(f"layers.{{i}}.{path}.bias", biases, widths=widths))
+    return (kernel, Rule(f"layers.{{i}}.{path}.bias", biases, False, widths, groups))
 
 
 def _norm(path: str, name: str) -> Rule:
@@ -95,6 +104,7 @@ def _decoder(*, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = F
             "attn.qkv",
             *(attn + name for name in ("q_proj", "k_proj", "v_proj")),
             widths=_qkv_widths,
+            groups=_kv_heads,
             bias=qkv_bias,
         ),
         *_linear("attn.o", attn + "o_proj", bias=o_bias),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.machine import Crossovers
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def kept_transposed(kernel: jax.Array | jax.ShapeDtypeStruct, crossovers: Crossovers) -> bool:
-    """Whether a kernel [in, out] (an array, a tracer or a spec) is kept as [out, in], its
+    """Whether a kernel [in, *out] (an array, a tracer or a spec) is kept as [*out, in], its
     contraction axis last.
 
     Products with few rows then read small and one-byte kernels faster: at B=1 the four of a layer
@@ -46,14 +47,18 @@ def kept(
         for name, spec in declaration.specs.items()
     }
 
+    def turn(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*spec.shape[1:], spec.shape[0]), spec.dtype)
+
+    def turn_back(x: jax.Array) -> jax.Array:
+        # flat, [in, out], at once: one transposition is then all there is for XLA to fold
+        return x.reshape(-1, x.shape[-1]).T
+
     def bind(arrays: Arrays) -> Decoder:
         parts = zip(turned.items(), arrays, strict=True)
-        return declaration.bind({name: x.T if turn else x for (name, turn), x in parts})
+        return declaration.bind({name: turn_back(x) if back else x for (name, back), x in parts})
 
-    specs = {
-        name: jax.ShapeDtypeStruct(spec.shape[::-1], spec.dtype) if turned[name] else spec
-        for name, spec in declaration.specs.items()
-    }
+    specs = {name: turn(spec) if turned[name] else spec for name, spec in declaration.specs.items()}
     return specs, bind
 
 
@@ -69,6 +74,6 @@ def arrange(
     def place(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
         array = params.pop(name)
         turn = spec is not declaration.specs[name]
-        return jax.block_until_ready(array.T) if turn else array
+        return jax.block_until_ready(jnp.moveaxis(array, 0, -1)) if turn else array
 
     return tuple(place(*each) for each in specs.items()), bind

@@ -118,6 +118,13 @@ def make_config(family: str = "llama", *, dtype: str = "float32", **overrides: A
     return config | overrides
 
 
+def by_kv_head(q: np.ndarray, k: np.ndarray, v: np.ndarray, kv_heads: int) -> np.ndarray:
+    """Projections [in, out], or biases [out], as the engine fuses them: for each KV head its
+    queries, its keys and its values."""
+    parts = [np.split(x, kv_heads, axis=-1) for x in (q, k, v)]
+    return np.concatenate([part[i] for i in range(kv_heads) for part in parts], axis=-1)
+
+
 def make_weights(config: dict, *, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Random tensors under Hugging Face's names. Layers outweigh embeddings in the residual
     stream, so that a tied model does not just repeat its last token."""

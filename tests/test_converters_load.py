@@ -19,6 +19,7 @@ from jaxserve.errors import InvalidRequestError, ModelLoadError, NotSupportedErr
 from tests.checkpoints import (
     FAMILIES,
     IM_END,
+    by_kv_head,
     make_checkpoint,
     make_config,
     make_weights,
@@ -64,12 +65,14 @@ class TestSafetensors:
         layer = "model.layers.1."
         qkv = np.asarray(loaded.params["layers.1.attn.qkv.kernel"])
         names = [f"{layer}self_attn.{name}_proj.weight" for name in "qkv"]
-        np.testing.assert_array_equal(qkv, np.concatenate([weights[n].T for n in names], axis=1))
+        np.testing.assert_array_equal(qkv, by_kv_head(*(weights[n].T for n in names), kv_heads=2))
+        if family == "qwen2":
+            bias = np.asarray(loaded.params["layers.1.attn.qkv.bias"])
+            biases = [weights[name.replace("weight", "bias")] for name in names]
+            np.testing.assert_array_equal(bias, by_kv_head(*biases, kv_heads=2))
         gate_up = np.asarray(loaded.params["layers.1.mlp.gate_up.kernel"])
         names = [f"{layer}mlp.{name}_proj.weight" for name in ("gate", "up")]
-        np.testing.assert_array_equal(
-            gate_up, np.concatenate([weights[n].T for n in names], axis=1)
-        )
+        np.testing.assert_array_equal(gate_up, np.stack([weights[n].T for n in names], axis=1))
         down = np.asarray(loaded.params["layers.1.mlp.down.kernel"])
         np.testing.assert_array_equal(down, weights[f"{layer}mlp.down_proj.weight"].T)
         embedding = np.asarray(loaded.params["embed.embedding"])
@@ -161,7 +164,7 @@ class TestDummy:
         (tmp_path / "config.json").write_text(json.dumps(config))
         converters.load(str(tmp_path), load_format="dummy")
         # embeddings, qkv, o, gate_up, down
-        assert sorted(made) == [(64, 64), (64, 128), (64, 256), (128, 64), (512, 64)]
+        assert sorted(made) == [(64, 2, 128), (64, 64), (64, 128), (128, 64), (512, 64)]
 
 
 class TestErrors:

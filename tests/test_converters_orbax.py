@@ -109,7 +109,9 @@ mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisTy
 whole = converters.load(sys.argv[1]).params
 
 def placement(path):
-    if path.endswith(("qkv.kernel", "gate_up.kernel")):
+    if path.endswith("gate_up.kernel"):
+        return NamedSharding(mesh, P(None, None, "tensor"))
+    if path.endswith("qkv.kernel"):
         return NamedSharding(mesh, P(None, "tensor"))
     if path.endswith((".kernel", ".embedding")):
         return NamedSharding(mesh, P("tensor"))
@@ -183,8 +185,11 @@ class TestDamage:
 
     def test_marker(self, folder):
         marker = folder / "jaxserve.json"
-        marker.write_text(json.dumps({"version": 99}))
-        assert "format version 99" in self.load_error(folder)
+        for version in (1, 99):  # 1: fused parameters in another order
+            marker.write_text(json.dumps({"version": version, "dtype": "bfloat16"}))
+            message = self.load_error(folder)
+            assert f"format version {version}, this jaxserve reads 2" in message
+            assert "convert the checkpoint that it was made of again" in message
         marker.write_text("")
         assert "jaxserve.json: cannot be read as JSON" in self.load_error(folder)
         marker.unlink()

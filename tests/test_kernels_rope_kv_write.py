@@ -126,8 +126,10 @@ def test_xla_equals_the_composition_of_its_parts(case, dtype):
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
     def composed(qkv, cos, sin, k_pages, v_pages, slots, _first_page, *norms):
-        heads = qkv.reshape(qkv.shape[0], -1, case.head_dim)
-        q, k, v = jnp.split(heads, [case.heads, case.heads + case.kv_heads], axis=1)
+        groups = qkv.reshape(qkv.shape[0], case.kv_heads, -1, case.head_dim)
+        group = case.heads // case.kv_heads
+        q, k, v = jnp.split(groups, [group, group + 1], axis=2)
+        q, k, v = (x.reshape(len(x), -1, case.head_dim) for x in (q, k, v))
         if norms:
             q, k = norm(q, norms[0]), norm(k, norms[1])
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -313,6 +315,7 @@ def arguments():
         ({"qkv": np.zeros((4, 7 * 64), np.float32)}, "qkv "),
         ({"qkv": np.zeros((4, 8 * 64), np.int32)}, "qkv has dtype int32"),
         ({"num_heads": 3}, "num_heads=3"),
+        ({"num_heads": 2}, "num_heads=2"),
         ({"cos": np.zeros((4, 64), np.float32)}, "cos "),
         ({"sin": np.zeros((4, 32), np.float16)}, "sin "),
         ({"k_pages": np.zeros((3, 16, 2, 64), np.float16)}, "k_pages has dtype float16"),

@@ -13,8 +13,9 @@ from flax import nnx
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
 from jaxserve.attention.paged import Cache, PagedOps
 from jaxserve.models import registry, rope
-from jaxserve.models.decoder import Decoder, Layer
+from jaxserve.models.decoder import Attention, Decoder, Layer
 from jaxserve.models.dense import DenseOps
+from jaxserve.models.layers import MLP, RMSNorm
 from jaxserve.models.make import Make
 from jaxserve.models.ops import AttentionSpec, Residual
 from tests.checkpoints import make_config
@@ -36,7 +37,8 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 def attention(qkv: np.ndarray, spec: AttentionSpec) -> np.ndarray:
     """[T, N * H]: each token and head by itself, without rotation."""
-    q, k, v = np.split(qkv.reshape(len(qkv), -1, H).astype(np.float64), [N, N + K], axis=1)
+    groups = qkv.reshape(len(qkv), K, N // K + 2, H).astype(np.float64)
+    q, k, v = groups[:, :, :-2].reshape(len(qkv), N, H), groups[:, :, -2], groups[:, :, -1]
     out = np.zeros_like(q)
     for t in range(len(qkv)):
         first = 0 if spec.window is None else max(0, t + 1 - spec.window)
@@ -159,3 +161,46 @@ def test_what_is_embedded_may_stand_in_a_tokens_place(config):
     embedded = model.embed(jnp.asarray([1, 2, 3, 4, 5, 6])).at[2].set(image)
     hidden, _ = model.run(embedded, positions, None, None, DenseOps())
     np.testing.assert_array_equal(hidden, want)
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize(
+    ("part", "reads", "writes"), [(Attention, "qkv", "o"), (MLP, "gate_up", "down")]
+)
+def test_halves_of_a_layer_are_layers(config, part, reads, writes, quantization):
+    """What reads the stream is cut along its last axis, what writes to it along its first. Each
+    half is a layer of half the heads or columns, and together they add what the whole does."""
+    config = dataclasses.replace(config, attention_bias=True, mlp_bias=True)
+    halved = ("num_heads", "num_kv_heads", "intermediate_size")
+    smaller = dataclasses.replace(config, **{name: getattr(config, name) // 2 for name in halved})
+    maker = dataclasses.replace(make(), quantization=quantization)
+    norm = RMSNorm(config.hidden_size, maker, eps=1e-6)
+    stream = Residual(jnp.asarray(random(7, config.hidden_size)))
+    angles = rope.cos_sin(config.rope, config.head_dim, jnp.arange(7))
+
+    def added(module):
+        if part is MLP:
+            return module(stream, DenseOps(), norm).x - stream.x
+        return module(stream, norm, *angles, None, None, DenseOps())[0].x - stream.x
+
+    def half(number):
+        made = part(smaller, 0, maker)
+        for name, axis in ((reads, -1), (writes, 0)):
+            mine, theirs = getattr(made, name), getattr(whole, name)
+            for parameter in ("kernel", "bias", "kernel_scale"):
+                value = getattr(theirs, parameter)
+                if value is None:
+                    continue
+                value = value[...]
+                if axis == -1 or parameter == "kernel":
+                    value = jnp.split(value, 2, axis=axis)[number]
+                assert value.shape == getattr(mine, parameter)[...].shape
+                setattr(mine, parameter, nnx.Param(value))
+        return made
+
+    whole = part(config, 0, maker)
+    reading = getattr(whole, reads)
+    reading.bias = nnx.Param(jnp.asarray(random(*reading.bias[...].shape, seed=1)))
+    want = added(whole)
+    assert float(jnp.abs(want).max()) > 1e-3
+    np.testing.assert_allclose(added(half(0)) + added(half(1)), want, rtol=0, atol=1e-6)

@@ -27,7 +27,14 @@ from jaxserve.models import registry
 from jaxserve.models.dense import DenseOps, split_heads
 from jaxserve.models.quantization import SCHEMES, kernel_dtype, quantize, round_to, step_of
 from tests import gguf_files
-from tests.checkpoints import FAMILIES, make_checkpoint, make_config, make_weights, write_weights
+from tests.checkpoints import (
+    FAMILIES,
+    by_kv_head,
+    make_checkpoint,
+    make_config,
+    make_weights,
+    write_weights,
+)
 from tests.machines import GPU
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -54,6 +61,9 @@ def assert_is_quantized(kernel, scale, weights: np.ndarray, scheme: str) -> None
     float32's precision may be rounded to either: those are few."""
     kernel, scale = np.asarray(kernel), np.asarray(scale)
     assert (kernel.dtype, scale.dtype) == (SCHEMES[scheme], np.float32)
+    assert (kernel.shape, scale.shape) == (weights.shape, weights.shape[1:])
+    kernel, weights = (x.reshape(len(x), -1) for x in (kernel, weights))
+    scale = scale.reshape(-1)
     expected, steps = quantized_by_hand(weights, scheme)
     np.testing.assert_allclose(scale, steps, rtol=1e-6)
     assert (kernel.astype(np.float64) != expected).mean() < 1e-2
@@ -161,17 +171,19 @@ def same(a: LoadedModel, b: LoadedModel) -> None:
 
 def hf_kernels(folder: Path, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Layer 1's kernels [in, out] in the checkpoint's numbers."""
-    tensors = make_weights(json.loads((folder / "config.json").read_text()), dtype=dtype)
-    layer = "model.layers.1."
-    names = {
-        "attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
-        "attn.o": ["self_attn.o_proj"],
-        "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-        "mlp.down": ["mlp.down_proj"],
-    }
+    config = json.loads((folder / "config.json").read_text())
+    tensors = make_weights(config, dtype=dtype)
+
+    def kernel(name: str) -> np.ndarray:
+        return tensors[f"model.layers.1.{name}_proj.weight"].T
+
     return {
-        path: np.concatenate([tensors[f"{layer}{name}.weight"].T for name in parts], axis=1)
-        for path, parts in names.items()
+        "attn.qkv": by_kv_head(
+            *(kernel(f"self_attn.{x}") for x in "qkv"), kv_heads=config["num_key_value_heads"]
+        ),
+        "attn.o": kernel("self_attn.o"),
+        "mlp.gate_up": np.stack([kernel("mlp.gate"), kernel("mlp.up")], axis=1),
+        "mlp.down": kernel("mlp.down"),
     }
 
 
@@ -242,7 +254,7 @@ class TestLoading:
         monkeypatch.setattr(dummy, "_program", lambda *kind: made.append(kind[0]) or program(*kind))
         (tmp_path / "config.json").write_text(json.dumps(make_config(num_hidden_layers=6)))
         converters.load(str(tmp_path), load_format="dummy", quantization="fp8")
-        assert sorted(made) == [(64, 64), (64, 128), (64, 256), (128, 64), (512, 64)]
+        assert sorted(made) == [(64, 2, 128), (64, 64), (64, 128), (128, 64), (512, 64)]
 
     @pytest.mark.parametrize("host", [True, False])
     def test_infinity_and_nan(self, host, tmp_path, monkeypatch):
@@ -382,7 +394,9 @@ replicated = NamedSharding(mesh, P())
 
 def placement(path):
     name = path.removesuffix("_scale")
-    if name.endswith(("qkv.kernel", "gate_up.kernel")):
+    if name.endswith("gate_up.kernel"):
+        return NamedSharding(mesh, P(None, "tensor") if path != name else P(None, None, "tensor"))
+    if name.endswith("qkv.kernel"):
         return NamedSharding(mesh, P("tensor") if path != name else P(None, "tensor"))
     if path.endswith((".kernel", ".embedding")):
         return NamedSharding(mesh, P("tensor"))
@@ -511,7 +525,9 @@ class Fp8PagesOps(DenseOps):
     def attend(self, qkv, cos, sin, cache, meta, spec, *, q_norm=None, k_norm=None):
         q, k, v = split_heads(qkv, cos, sin, spec, q_norm, k_norm)
         k, v = (jnp.clip(x, -448, 448).astype(E4M3).astype(jnp.float32) for x in (k, v))
-        rounded = jnp.concatenate([q, k, v], axis=1).reshape(qkv.shape)
+        groups = q.reshape(len(q), spec.num_kv_heads, -1, spec.head_dim)
+        rounded = jnp.concatenate([groups, k[:, :, None], v[:, :, None]], axis=2)
+        rounded = rounded.reshape(qkv.shape)
         half = spec.head_dim // 2
         unturned = (jnp.ones((len(qkv), half)), jnp.zeros((len(qkv), half)))
         return super().attend(rounded, *unturned, cache, meta, spec)

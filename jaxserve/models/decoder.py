@@ -21,7 +21,8 @@ from jaxserve.models.rope_config import RopeConfig
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and fused q, k, v projections."""
+    """Grouped-query attention with rotary positions and fused q, k, v projections, the columns of a
+    KV head side by side: see `Ops.attend`."""
 
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     """Of the norms over the heads of q and k."""
@@ -41,8 +42,8 @@ class Attention(nnx.Module):
         )
         dim, width = config.hidden_size, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
-        self.qkv = Linear(dim, width + 2 * kv_width, make, bias=config.attention_bias)
-        self.o = Linear(width, dim, make, bias=config.attention_out_bias)
+        self.qkv = Linear(dim, (width + 2 * kv_width,), make, bias=config.attention_bias)
+        self.o = Linear(width, (dim,), make, bias=config.attention_out_bias)
 
         def head_norm() -> RMSNorm | None:
             if not config.qk_norm:

@@ -107,9 +107,12 @@ def split_heads(
     q_norm: jax.Array | None,
     k_norm: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """qkv [T, (N + 2K) * H] -> q [T, N, H], k and v [T, K, H]; q and k normalized and rotated."""
-    heads = qkv.reshape(qkv.shape[0], -1, spec.head_dim)
-    q, k, v = jnp.split(heads, [spec.num_heads, spec.num_heads + spec.num_kv_heads], axis=1)
+    """qkv [T, (N + 2K) * H], see `Ops.attend` -> q [T, N, H], k and v [T, K, H]; q and k normalized
+    and rotated."""
+    tokens, group = qkv.shape[0], spec.num_heads // spec.num_kv_heads
+    heads = qkv.reshape(tokens, spec.num_kv_heads, group + 2, spec.head_dim)
+    q = heads[:, :, :group].reshape(tokens, spec.num_heads, spec.head_dim)
+    k, v = heads[:, :, group], heads[:, :, group + 1]
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, spec.eps), rms_norm(k, k_norm, spec.eps)
     return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v

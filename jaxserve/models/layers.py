@@ -36,19 +36,20 @@ class Embedding(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """kernel [in, out] (+ bias [out]); how it is applied is up to `Ops`.
+    """kernel [in, *out] (+ bias [*out]); how it is applied is up to `Ops`, which sees [in, out].
 
-    Where `make.quantization` is a scheme, the kernel is int8 or float8 and has a kernel_scale [out]
-    float32 beside it.
+    out has several axes where a cut of the last one must go through each of several parts: [2, F]
+    of a gated MLP. Where `make.quantization` is a scheme, the kernel is int8 or float8 and has a
+    kernel_scale [*out] float32 beside it.
     """
 
-    def __init__(self, size_in: int, size_out: int, make: Make, *, bias: bool):
-        kernel, scale = make.normal(size_in, size_out), None
+    def __init__(self, size_in: int, size_out: tuple[int, ...], make: Make, *, bias: bool):
+        kernel, scale = make.normal(size_in, *size_out), None
         if make.quantization is not None:
             values, steps = quantize(kernel[...], kernel_dtype(make.quantization))
             kernel, scale = nnx.Param(values), nnx.Param(steps)
         self.kernel, self.kernel_scale = kernel, scale
-        self.bias = make.zeros(size_out) if bias else None
+        self.bias = make.zeros(*size_out) if bias else None
 
     def read(
         self, stream: Residual, ops: Ops, norm: RMSNorm, act: str | None = None
@@ -57,7 +58,7 @@ class Linear(nnx.Module):
         See `Ops.linear_in`."""
         return ops.linear_in(
             stream,
-            self.kernel[...],
+            self._kernel(),
             norm=norm.weights(),
             eps=norm.eps,
             bias=self._bias(),
@@ -71,7 +72,7 @@ class Linear(nnx.Module):
         """y [T, in] -> the stream [T, out] with it, or with norm of it. See `Ops.linear_out`."""
         return ops.linear_out(
             y,
-            self.kernel[...],
+            self._kernel(),
             stream,
             bias=self._bias(),
             scale=self._scale(),
@@ -79,11 +80,15 @@ class Linear(nnx.Module):
             eps=0.0 if norm is None else norm.eps,
         )
 
+    def _kernel(self) -> jax.Array:
+        kernel = self.kernel[...]
+        return kernel.reshape(kernel.shape[0], -1)
+
     def _bias(self) -> jax.Array | None:
-        return None if self.bias is None else self.bias[...]
+        return None if self.bias is None else self.bias[...].reshape(-1)
 
     def _scale(self) -> jax.Array | None:
-        return None if self.kernel_scale is None else self.kernel_scale[...]
+        return None if self.kernel_scale is None else self.kernel_scale[...].reshape(-1)
 
 
 class RMSNorm(nnx.Module):
@@ -110,7 +115,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """Gated MLP: (act(x @ gate) * (x @ up)) @ down, gate and up fused (Shazeer 2020)."""
+    """Gated MLP: (act(x @ gate) * (x @ up)) @ down, gate and up fused, [D, 2, F] (Shazeer 2020)."""
 
     out_norm: RMSNorm | None = None
     """Norm of what goes into the stream, where a family has one."""
@@ -121,8 +126,8 @@ class MLP(nnx.Module):
         activation(config.hidden_act)  # an unknown name fails here, not in the first step
         self.act = config.hidden_act
         dim, mlp_dim = config.hidden_size, config.intermediate_size
-        self.gate_up = Linear(dim, 2 * mlp_dim, make, bias=config.mlp_bias)
-        self.down = Linear(mlp_dim, dim, make, bias=config.mlp_bias)
+        self.gate_up = Linear(dim, (2, mlp_dim), make, bias=config.mlp_bias)
+        self.down = Linear(mlp_dim, (dim,), make, bias=config.mlp_bias)
 
     def __call__(self, stream: Residual, ops: Ops, norm: RMSNorm) -> Residual:
         """The stream [T, D] with mlp(norm(stream)) added."""

@@ -106,8 +106,9 @@ class Ops(Protocol):
     ) -> tuple[jax.Array, Any]:
         """Causal attention of T new tokens, and the cache with their keys and values.
 
-        qkv [T, (N + 2K) * H]: heads of q, k, v. q_norm, k_norm [H]: weights of an RMSNorm over each
-        head, before q and k are rotated by cos, sin [T, H/2] float32. `cache` and `meta` are the
-        caller's own. Returns [T, N * H] in qkv's dtype, and the new cache.
+        qkv [T, (N + 2K) * H]: for each KV head the N / K heads of q that read it, then its k, then
+        its v, so that a cut between KV heads cuts all three. q_norm, k_norm [H]: weights of an
+        RMSNorm over each head, before q and k are rotated by cos, sin [T, H/2] float32. `cache` and
+        `meta` are the caller's own. Returns [T, N * H] in qkv's dtype, and the new cache.
         """
         ...

@@ -1,6 +1,6 @@
 """Weight-only quantization of linear layers: a byte a weight, a float32 step an output channel.
 
-    w [in, out]  ~  kernel [in, out] * kernel_scale [out]
+    w [in, *out]  ~  kernel [in, *out] * kernel_scale [*out]
     kernel_scale = max over in of |w| / largest,   kernel = round(w / kernel_scale)
 
 Symmetric, rounded to nearest even. fp8 is float8_e4m3fn (largest 448; Micikevicius et al. 2022),
@@ -55,7 +55,8 @@ def round_to(w: Any, step: Any, dtype: np.dtype[Any], xp: Any = jnp) -> Any:
 
 
 def quantize(w: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, jax.Array]:
-    """w [in, out] of any float dtype -> kernel [in, out] in `dtype`, kernel_scale [out] float32."""
+    """w [in, *out] of any float dtype -> kernel [in, *out] in `dtype`, kernel_scale [*out]
+    float32."""
     w = w.astype(jnp.float32)
     step = step_of(jnp.abs(w).max(axis=0), dtype)
     # XLA's max on a CPU drops NaN in long reductions (jax 0.10.2)

@@ -47,9 +47,11 @@ def rope_kv_write(
     """Split a fused projection, rotate q and k, and store k and v in the cache; in place when the
     pages are donated.
 
-    qkv [T, (N + 2K) * H] (bfloat16, float16 or float32): N = num_heads query heads, then K key and
-    K value heads. cos, sin [T, H/2] float32, with any scaling in them; numbers i and i + H/2 of a
-    head are rotated together (RoFormer, Su et al. 2021, in the order of Hugging Face).
+    qkv [T, (N + 2K) * H] (bfloat16, float16 or float32): for each of K KV heads the N / K query
+    heads that read it (N = num_heads, a multiple of K), then its key, then its value, so that a cut
+    between KV heads leaves parts of the same form. cos, sin [T, H/2] float32, with any scaling in
+    them; numbers i and i + H/2 of a head are rotated together (RoFormer, Su et al. 2021, in the
+    order of Hugging Face).
     k_pages, v_pages [P, S, K, H] in qkv's dtype, or float8_e4m3fn, to which numbers are clipped
     (+-448). slots [T] int32: positions in the flat P * S; those at P * S or above are dropped, so
     padding goes there (below 2**30); the others must differ from each other and not be negative.
@@ -70,7 +72,9 @@ def rope_kv_write(
     kv_heads, head_dim = k_pages.shape[2:]
     tokens = slots.shape[0]
     expected = (tokens, (num_heads + 2 * kv_heads) * head_dim)
-    if num_heads < 1 or qkv.shape != expected:
+    if num_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"num_heads={num_heads}: expected a multiple of k_pages' {kv_heads} heads")
+    if qkv.shape != expected:
         raise ValueError(
             f"qkv {list(qkv.shape)}: expected {list(expected)} for num_heads={num_heads} and "
             f"k_pages {list(k_pages.shape)}"

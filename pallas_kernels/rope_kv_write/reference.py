@@ -45,11 +45,12 @@ def rope_kv_write(
     qkv, cos, sin = (np.asarray(x) for x in (qkv, cos, sin))
     new_k, new_v = np.array(k_pages), np.array(v_pages)
     pages, page_size, kv_heads, head_dim = new_k.shape
-    heads = qkv.reshape(qkv.shape[0], num_heads + 2 * kv_heads, head_dim).astype(np.float32)
+    group = num_heads // kv_heads
+    heads = qkv.reshape(qkv.shape[0], kv_heads, group + 2, head_dim).astype(np.float32)
     q_out = np.zeros((qkv.shape[0], num_heads, head_dim), qkv.dtype)
     for token, slot in enumerate(np.asarray(slots) + first_page[0] * page_size):
-        q, k, v = np.split(heads[token], [num_heads, num_heads + kv_heads])
-        q = _norm(q, q_norm, eps, qkv.dtype)
+        k, v = heads[token, :, group], heads[token, :, group + 1]
+        q = _norm(heads[token, :, :group].reshape(-1, head_dim), q_norm, eps, qkv.dtype)
         k = _norm(k, k_norm, eps, qkv.dtype)
         q_out[token] = _rotate(q, cos[token], sin[token]).astype(qkv.dtype)
         if slot < pages * page_size:

@@ -1,30 +1,29 @@
 """Head norms, rotary embedding and KV write in one launch, Pallas on the Triton backend.
 
-Grid (head groups, ceil(T / tokens)). A program takes `tokens` rows of `heads` heads of one kind,
-which follows from its group, so its threads all do the same. The two halves of a head are two tiles
-[tokens, H/2], because number i is rotated with number i + H/2:
+Grid ((N + 2K) / heads, ceil(T / tokens)). A program takes `tokens` rows of `heads` heads of one
+kind, so its threads all do the same; the first programs take heads of q, the next of k, the last of
+v. In qkv they lie by KV head, G = N / K heads of q, then its k and its v. The two halves of a head
+are two tiles [tokens, H/2], because number i is rotated with number i + H/2:
 
-    qkv [T, N+2K, H]   | q heads ........................ | k heads .... | v heads .... |
-    head groups        |<heads>|<heads>|<heads>|<heads>|...|<heads>|<heads>|<heads>|<heads>|
-                           |                                   |               |
-    cos, sin [tokens, H/2] -> registers, once a program        |               |
-                           v                                   v               |
-                    norm?, rotate                       norm?, rotate          |
-                           v                                   v               v
-                    q [T, N, H], row t        row slots[t] of k_pages, v_pages [P*S, K, H] (aliased)
+    qkv [T, K, G + 2, H]   | q q q q | k | v | q q q q | k | v | ...
+                                |      |   |
+    cos, sin [tokens, H/2] -> registers, once a program
+                                v      v   |
+                      norm?, rotate, both  |
+                                v      v   v
+                  q [T, N, H], row t   row slots[t] of k_pages, v_pages [P*S, K, H] (aliased)
 
 The pages are inputs and outputs at once, so nothing else of the cache moves. qkv is read once, q, k
-and v are written once. cos and sin are read once a head group: with one head a group that is twice
-the bytes of qkv, from the L2. So many tokens take groups of several heads, and few tokens take one,
-for more programs. All loads of a program are issued before its arithmetic and none waits for the
-slots, only the stores do. Half a head is padded to a power of two and masked.
+and v are written once. cos and sin are read once a program: with one head that is twice the bytes
+of qkv, from the L2. So with many tokens a program takes several heads, and with few tokens one, for
+more programs. All loads of a program are issued before its arithmetic and none waits for the slots,
+only the stores do. Half a head is padded to a power of two and masked.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ FEW_TOKENS = 512
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """tokens: rows of a program, a power of two. heads: the most heads of a program; it takes the
-    largest number up to this that divides both N and K."""
+    largest number up to this that divides K."""
 
     tokens: int = 1
     heads: int = 1
@@ -73,7 +72,7 @@ def _kernel(
     q_norm, k_norm = norms or (None, None)
     count, _, head_dim = qkv_ref.shape
     query_heads, kv_heads = q_out.shape[1], k_out.shape[1]
-    capacity, half = k_out.shape[0], head_dim // 2
+    capacity, half, group = k_out.shape[0], head_dim // 2, query_heads // kv_heads
     first = pl.program_id(0) * heads
     token = pl.program_id(1) * tokens + jnp.arange(tokens, dtype=jnp.int32)
     rows, columns = column(token, width), row(jnp.arange(width, dtype=jnp.int32), tokens)
@@ -86,6 +85,7 @@ def _kernel(
     other = None if mask is None else 0.0
 
     def halves(head):
+        """Of a head by its place in qkv."""
         at = jnp.full((tokens, width), head, jnp.int32)
         return [
             plt.load(qkv_ref.at[rows, at, columns + start], mask=mask, other=other)
@@ -132,7 +132,9 @@ def _kernel(
 
     @pl.when(first < query_heads)
     def _():
-        pairs = [halves(first + i) for i in range(heads)]
+        # two more heads, k and v, lie behind each group
+        places = [first + i + 2 * lax.div(first + i, group) for i in range(heads)]
+        pairs = [halves(place) for place in places]
         (cos, sin), weights = angles(), scales(q_norm)
         for i, pair in enumerate(pairs):
             put(q_out, rows, first + i, rotated(pair, weights, cos, sin), mask)
@@ -140,18 +142,19 @@ def _kernel(
     @pl.when((first >= query_heads) & (first < query_heads + kv_heads))
     def _():
         slot, where = targets()
-        pairs = [halves(first + i) for i in range(heads)]
+        kv_heads_here = [first - query_heads + i for i in range(heads)]
+        pairs = [halves(head * (group + 2) + group) for head in kv_heads_here]
         (cos, sin), weights = angles(), scales(k_norm)
-        for i, pair in enumerate(pairs):
-            head = first - query_heads + i
+        for head, pair in zip(kv_heads_here, pairs, strict=True):
             put(k_out, slot, head, rotated(pair, weights, cos, sin), where)
 
     @pl.when(first >= query_heads + kv_heads)
     def _():
         slot, where = targets()
-        pairs = [halves(first + i) for i in range(heads)]
-        for i, pair in enumerate(pairs):
-            put(v_out, slot, first - query_heads - kv_heads + i, pair, where)
+        kv_heads_here = [first - query_heads - kv_heads + i for i in range(heads)]
+        pairs = [halves(head * (group + 2) + group + 1) for head in kv_heads_here]
+        for head, pair in zip(kv_heads_here, pairs, strict=True):
+            put(v_out, slot, head, pair, where)
 
 
 def _refuse(qkv: jax.Array, k_pages: jax.Array, device: Device) -> None:
@@ -197,8 +200,7 @@ def rope_kv_write(
             "itemsize": qkv.dtype.itemsize,
         }  # fmt: skip
         sizes = default_sizes(device, features)
-    common = math.gcd(num_heads, kv_heads)
-    heads = max(n for n in range(1, min(sizes.heads, common) + 1) if common % n == 0)
+    heads = max(n for n in range(1, min(sizes.heads, kv_heads) + 1) if kv_heads % n == 0)
     all_heads = num_heads + 2 * kv_heads
     flat = (shape[0] * shape[1], kv_heads, head_dim)
     pages = jax.ShapeDtypeStruct(flat, k_pages.dtype)

@@ -42,8 +42,10 @@ def rope_kv_write(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See pallas_kernels.rope_kv_write."""
     kv_heads, head_dim = k_pages.shape[2:]
-    heads = qkv.reshape(qkv.shape[0], num_heads + 2 * kv_heads, head_dim)
-    q, k, v = jnp.split(heads, [num_heads, num_heads + kv_heads], axis=1)
+    tokens, group = qkv.shape[0], num_heads // kv_heads
+    heads = qkv.reshape(tokens, kv_heads, group + 2, head_dim)
+    q = heads[:, :, :group].reshape(tokens, num_heads, head_dim)
+    k, v = heads[:, :, group], heads[:, :, group + 1]
     q = _rotate(_norm(q, q_norm, eps), cos, sin).astype(qkv.dtype)
     k = to_pages(_rotate(_norm(k, k_norm, eps), cos, sin), k_pages.dtype)
     v = to_pages(v, v_pages.dtype)
