@@ -4,7 +4,8 @@
     python -m benchmarks.outputs --base .base                          # against another checkout
     python -m benchmarks.outputs --base .base --mode deterministic     # where all must be equal
 
-A small model of each family, with random weights: greedy and sampled requests with every penalty,
+A small checkpoint of each family, with random weights that this checkout makes for both, because
+they may keep their parameters in different orders: greedy and sampled requests with every penalty,
 biases, several samples of a prompt, prompts in chunks, cached prefixes, logprobs of outputs and
 prompts, and a batch of all lengths. The other checkout runs this very file, so it needs no copy of
 it. Prints for each part whether it is the same bit for bit, and else how many tokens come before
@@ -99,30 +100,38 @@ def parts(engine: Any) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def write(mode: str, file: Path) -> None:
-    """All parts of all families into `file`."""
-    import jaxserve
+def make(models: Path) -> None:
+    """A checkpoint of each family, in a folder of its name in `models`."""
+    import converters
 
-    assert Path(jaxserve.__file__).is_relative_to(os.environ["PYTHONPATH"]), jaxserve.__file__
-    found = {}
     for family, names in FAMILIES.items():
         with tempfile.TemporaryDirectory() as folder:
             config = {**SIZES, **names, "dtype": "bfloat16"}
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            with jaxserve.Engine(
-                model_path=folder,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                random_seed=0,
-                context_length=1024,
-                max_running_requests=16,
-                chunked_prefill_size=256,
-                max_total_tokens=16384,
-                precompile=False,
-                log_level="error",
-                **MODES[mode],
-            ) as engine:
-                found[family] = parts(engine)
+            loaded = converters.load(folder, load_format="dummy", seed=0)
+            converters.save(loaded, models / family, "safetensors")
+
+
+def write(mode: str, models: Path, file: Path) -> None:
+    """All parts of all families, whose checkpoints are in `models`, into `file`."""
+    import jaxserve
+
+    assert Path(jaxserve.__file__).is_relative_to(os.environ["PYTHONPATH"]), jaxserve.__file__
+    found = {}
+    for family in FAMILIES:
+        with jaxserve.Engine(
+            model_path=str(models / family),
+            skip_tokenizer_init=True,
+            random_seed=0,
+            context_length=1024,
+            max_running_requests=16,
+            chunked_prefill_size=256,
+            max_total_tokens=16384,
+            precompile=False,
+            log_level="error",
+            **MODES[mode],
+        ) as engine:
+            found[family] = parts(engine)
     file.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -148,14 +157,18 @@ def compared(base: list[dict[str, Any]], here: list[dict[str, Any]]) -> str:
     return f"{same} of {total} tokens before a difference, logprobs within {farthest:.1e}"
 
 
-def results(checkout: Path, mode: str) -> dict[str, dict[str, Any]]:
-    """Of the packages in `checkout`, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "outputs.json"
-        command = [sys.executable, __file__, "--mode", mode, "--write", str(file)]
-        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
-        subprocess.run(command, check=True, env=environment, cwd=folder)
-        return json.loads(file.read_text(encoding="utf-8"))
+def run(checkout: Path, folder: Path, *arguments: str, **environment: str) -> None:
+    """This file with `arguments`, over the packages in `checkout`, in a process of its own."""
+    command = [sys.executable, __file__, "--models", str(folder), *arguments]
+    environment = {**os.environ, **environment, "PYTHONPATH": str(checkout.resolve())}
+    subprocess.run(command, check=True, env=environment, cwd=folder)
+
+
+def results(checkout: Path, models: Path, mode: str) -> dict[str, dict[str, Any]]:
+    """Of the packages in `checkout`."""
+    file = models / "outputs.json"
+    run(checkout, models, "--mode", mode, "--write", str(file))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -164,13 +177,21 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, help="the other checkout")
     parser.add_argument("--mode", choices=MODES, default="float32")
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.write is not None:
-        write(given.mode, given.write)
+        write(given.mode, given.models, given.write)
         return
-    here = results(Path(__file__).parent.parent, given.mode)
-    base = here if given.base is None else results(given.base, given.mode)
+    if given.models is not None:
+        make(given.models)
+        return
+    checkout = Path(__file__).parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder)
+        run(checkout, models, JAX_PLATFORMS="cpu")
+        here = results(checkout, models, given.mode)
+        base = here if given.base is None else results(given.base, models, given.mode)
     for family, found in here.items():
         for name, rows in found.items():
             digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
