@@ -63,12 +63,13 @@ class Programs:
         self._lowering = threading.Lock()
         self._engine_thread: int | None = None
         self._complete = False
-        self._closed = False
+        self.closed = threading.Event()
         self._behind: Workers[ProgramKey] | None = None
         self._wanted: list[ProgramKey] = []
+        self._untimed: set[ProgramKey] = set()
+        self._timed_again: set[ProgramKey] = set()
+        self._used = 0.0
         self.late_compiles = 0
-        self.untimed = 0
-        """Programs for which XLA timed nothing, because requests ran while they were compiled."""
         self.compile_seconds = 0.0
         """Of all threads, loading included."""
         self.engine_seconds = 0.0
@@ -86,11 +87,12 @@ class Programs:
         self._stop_listening()
         if self._behind is not None:
             self._behind.stop()
-        self._closed = True
+        self.closed.set()
         self._compiled.clear()
 
     def __call__(self, key: ProgramKey, *args: Any) -> Any:
         """Run the program on arrays of its exact shapes."""
+        self._used = time.monotonic()
         program = self._compiled.get(key)
         if program is None:
             started = time.perf_counter()
@@ -113,6 +115,16 @@ class Programs:
             return 0
         return len(self._missing(self._wanted))
 
+    @property
+    def untimed(self) -> int:
+        """Programs for which XLA timed nothing, because requests ran while they were compiled."""
+        return len(self._untimed)
+
+    @property
+    def used_at(self) -> float:
+        """When a program was last queued, by time.monotonic()."""
+        return self._used
+
     def memory(self, key: ProgramKey) -> int:
         """Bytes the program needs beside its arguments: temporaries, and results in other places
         than those of donated arguments."""
@@ -123,27 +135,27 @@ class Programs:
         """Those of `keys` that are stored. timed_only: not those for which XLA timed nothing."""
         if self._stored is not None:
             load = functools.partial(self._load, timed_only=timed_only)
-            self._all(load, self._missing(keys), threads)
+            Workers.finish(Workers(load, self._missing(keys), threads))
 
     def build(
         self, keys: Iterable[ProgramKey], threads: int, choices: Iterable[ProgramKey] = ()
     ) -> None:
         """Compile `keys` in parallel (XLA compiles outside the interpreter lock), the first ones
-        first. choices: programs that are compiled for what XLA learns by it, and forgotten."""
+        first. choices: programs that are compiled for what XLA learns by it, and forgotten; one
+        after the other beside `keys`, as XLA times one program at a time."""
         missing = self._missing(keys)
         notice = self._notice.shown([_name(key) for key in missing])
         with self._fresh(), notice as ready:
 
-            def make(job: tuple[ProgramKey, bool]) -> None:
-                key, kept = job
-                if kept:
-                    self._compile(key)
-                    ready()
-                else:
-                    self._choose(key)
+            def make(key: ProgramKey) -> None:
+                self._compile(key)
+                ready()
 
-            jobs = [(key, True) for key in missing] + [(key, False) for key in choices]
-            self._all(make, jobs, threads)
+            with self._on_device():
+                # before the large ones are traced, which would keep each of them waiting
+                lowered = [(key, self._lower(key, self._builder(key))) for key in choices]
+            work = [Workers(self._choose, lowered, 1), Workers(make, missing, threads)]
+            Workers.finish(*work)
 
     def build_behind(self, keys: Iterable[ProgramKey], threads: int) -> None:
         """Compile `keys` while requests run, each stored as soon as it is done. One that fails is
@@ -159,6 +171,25 @@ class Programs:
 
         self._behind = Workers(make, self._wanted, threads)
 
+    def time_one(self) -> bool:
+        """Compile one of the `untimed` programs with timing, and take it from now on. False: there
+        is none that has not been tried. Only while nothing runs: if a program was queued meanwhile,
+        the times are worth nothing, and the program stays as it was. (It is not tried again: XLA
+        remembers what it timed.)"""
+        key = min(self._untimed - self._timed_again, default=None)
+        if key is None:
+            return False
+        self._timed_again.add(key)
+        started, began = time.perf_counter(), time.monotonic()
+        with self._fresh(), self._on_device():
+            lowerable = self._builder(key)
+            program = self._xla(self._lower(key, lowerable), self._options(key[1]))
+            if self._used < began:
+                self._store(key, lowerable, program, timed=True)
+                self._keep(key, program, "timed", started, late=False)
+                self._untimed.discard(key)
+        return True
+
     def expect_no_more(self) -> None:
         """What is compiled on first use from now on is late."""
         self._complete = True
@@ -172,12 +203,6 @@ class Programs:
 
     def _missing(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         return [key for key in dict.fromkeys(keys) if key not in self._compiled]
-
-    def _all(self, do: Callable[[Any], object], jobs: list[Any], threads: int) -> None:
-        workers = Workers(do, jobs, threads)
-        workers.wait()
-        for _, error in workers.errors:
-            raise error
 
     def _fresh(self) -> contextlib.AbstractContextManager[None]:
         """Programs to be stored must not come from JAX's cache."""
@@ -203,14 +228,15 @@ class Programs:
             self._keep(key, program, "loaded", started, late)
         return program
 
-    def _choose(self, key: ProgramKey) -> None:
+    def _choose(self, job: tuple[ProgramKey, Any]) -> None:
+        key, lowered = job
         started = time.perf_counter()
         with self._on_device():
-            self._xla(self._lower(key, self._builder(key)), self._options(key[1]))
+            self._xla(lowered, self._options(key[1]))
         logger.info("kernels of %s[%d] chosen in %.1f s", *key, time.perf_counter() - started)
 
     def _keep(self, key: ProgramKey, program: Any, how: str, started: float, late: bool) -> None:
-        if not self._closed:
+        if not self.closed.is_set():
             self._compiled[key] = program
         seconds = time.perf_counter() - started
         self.compile_seconds += seconds
@@ -226,22 +252,26 @@ class Programs:
             found = stored.load(self._file(stored, key, lowerable, timed))
             if found is not None:
                 program, self._memory[key] = found
-                self.untimed += self._is_untimed(key, timed)
+                self._note(key, timed)
                 return program
         return None
 
     def _make(self, key: ProgramKey, timed: bool) -> Any:
         lowerable = self._builder(key)
         program = self._xla(self._lower(key, lowerable), self._options(key[1], timed=timed))
+        self._store(key, lowerable, program, timed)
+        self._note(key, timed)
+        return program
+
+    def _store(self, key: ProgramKey, lowerable: Lowerable, program: Any, timed: bool) -> None:
         self._memory[key] = _memory_beside_arguments(program)
-        self.untimed += self._is_untimed(key, timed)
         if self._stored is not None:
             file = self._file(self._stored, key, lowerable, timed)
             self._stored.store(file, program, self._memory[key])
-        return program
 
-    def _is_untimed(self, key: ProgramKey, timed: bool) -> bool:
-        return not timed and self._options(key[1], timed=False) != self._options(key[1])
+    def _note(self, key: ProgramKey, timed: bool) -> None:
+        if not timed and self._options(key[1], timed=False) != self._options(key[1]):
+            self._untimed.add(key)
 
     def _lower(self, key: ProgramKey, lowerable: Lowerable) -> Any:
         function, abstract, donated = lowerable

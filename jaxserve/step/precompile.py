@@ -8,6 +8,12 @@ from jaxserve.config import EngineConfig
 from jaxserve.packing.buckets import Ready
 from jaxserve.step.catalogue import Catalogue
 from jaxserve.step.compile import Programs
+from jaxserve.step.retiming import time_at_rest
+
+FIRST_THREADS = 4
+"""Compile what an engine begins with: XLA times kernels of one program at a time, badly where the
+host is busy, and its own threads need cores (8B on 16 cores: 36 s with one thread, 24 with 4, 30
+with 16)."""
 
 
 class Precompilation:
@@ -34,16 +40,19 @@ class Precompilation:
         missing = [key for key in everything if key not in programs]
         now = [key for key in missing if key in first]
         choices = catalogue.choices(key for key in missing if key not in first)
-        programs.build(catalogue.mosaic_first(now), threads, choices)
+        few = threads if self._config.wait_until_compiled else min(threads, FIRST_THREADS)
+        programs.build(catalogue.mosaic_first(now), few, choices)
 
     def rest(self) -> None:
-        """Compile the others while requests run, on half of the cores."""
+        """Compile the others while requests run, on half of the cores. What XLA could not time
+        meanwhile, it times when there are none."""
         if not self._config.precompile:
             return
         programs, catalogue = self._programs, self._catalogue
         programs.expect_no_more()
         later = [key for key in catalogue.beforehand() if key not in programs]
         programs.build_behind(catalogue.mosaic_first(later), max((os.cpu_count() or 1) // 2, 1))
+        time_at_rest(programs)
 
     @property
     def ready(self) -> Ready:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jaxserve.process import Home, end_despite
 
@@ -24,9 +24,17 @@ class Workers(Generic[Job]):
     one begins, and the program may end meanwhile.
     """
 
-    def __init__(self, do: Callable[[Job], object], jobs: Iterable[Job], threads: int) -> None:
-        """do: one job; its exceptions are kept in `errors`. The threads begin at once."""
+    def __init__(
+        self,
+        do: Callable[[Job], object],
+        jobs: Iterable[Job],
+        threads: int,
+        stopped: threading.Event | None = None,
+    ) -> None:
+        """do: one job; its exceptions are kept in `errors`. The threads begin at once. stopped: is
+        set when no other job is to begin, for jobs that wait for something."""
         self._do = do
+        self._stopped = stopped or threading.Event()
         self._waiting = deque(jobs)
         self._errors: list[tuple[Job, BaseException]] = []
         self._lock = threading.Lock()
@@ -53,6 +61,7 @@ class Workers(Generic[Job]):
 
     def stop(self) -> None:
         """Begin no other job."""
+        self._stopped.set()
         self._waiting.clear()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -64,6 +73,20 @@ class Workers(Generic[Job]):
         except BaseException:
             self.stop()
             raise
+
+    @staticmethod
+    def finish(*work: Workers[Any]) -> None:
+        """Wait for the jobs of all of them. Raises the first exception of a job."""
+        try:
+            for workers in work:
+                workers.wait()
+        except BaseException:
+            for workers in work:
+                workers.stop()
+            raise
+        for workers in work:
+            for _, error in workers.errors:
+                raise error
 
     def _work(self) -> None:
         with contextlib.suppress(IndexError):
