@@ -23,7 +23,9 @@ def dummy_engine(
     model: str, options: Mapping[str, Any], cases: Iterable[str] = ()
 ) -> Iterator[tuple[jaxserve.Engine, float]]:
     """(engine of shape `model` with Engine `options`, seconds its constructor took). Its context is
-    long enough for `cases`. Afterwards the device's memory is free again."""
+    long enough for `cases`, and all its programs are compiled. Afterwards the device's memory is
+    free again."""
+    options = {"wait_until_compiled": True, **options}
     with tempfile.TemporaryDirectory() as root:
         folder = workloads.write_model(model, Path(root), cases)
         started = time.perf_counter()

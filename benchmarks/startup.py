@@ -16,9 +16,10 @@ in the page cache either way, but for the first process's imports. Of each start
     compiled        XLA compilations until then, not counting what JAX's cache had
     compile_thread_s  compile_s added up over the threads that compile
 
-With --load the cold and the warm start do not wait until everything is compiled, as a third one,
-`rest`, does; and each start goes on, the cold and the warm one at once with 64 streams of all
-lengths, which is when the cold one compiles most of its programs:
+These starts do not wait until everything is compiled (with --keep they do, and with
+--engine '{"wait_until_compiled": true}'). With --load a third one, `rest`, does; and each goes on:
+the cold and the warm one at once with 64 streams of all lengths, beside which the cold one compiles
+most of its programs:
 
     load            requests, seconds, and the longest pause between two chunks of a stream
     complete_s      from the process's start until every program was there
@@ -211,6 +212,7 @@ def run(
     for its programs. The last round's programs go to `kept`."""
     starts: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     machine: dict[str, Any] = {}
+    options = {"wait_until_compiled": kept is not None, **options}
     for _ in range(rounds):
         if load:
             with tempfile.TemporaryDirectory() as folder:

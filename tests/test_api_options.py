@@ -20,7 +20,7 @@ NO_OP, UNSUPPORTED = (
 ONLY_ONE = ("tp_size", "dp_size", "pp_size", "ep_size", "nnodes")
 EXTRAS = {
     "precompile": None,
-    "wait_until_compiled": True,
+    "wait_until_compiled": False,
     "compilation_cache_dir": None,
     "return_original_logprob": False,
     "max_top_logprobs": 32,

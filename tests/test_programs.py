@@ -32,12 +32,13 @@ OPTIONS = {
     "max_total_tokens": 1024,
     "log_level": "warning",
 }
+COMPILED = {**OPTIONS, "precompile": True, "wait_until_compiled": True}
 SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module", params=[1, 4])
 def precompiled(request, tiny_models):
-    options = {**OPTIONS, "precompile": True, "num_continuous_decode_steps": request.param}
+    options = {**COMPILED, "num_continuous_decode_steps": request.param}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         yield engine
 
@@ -135,8 +136,7 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
         return program
 
     monkeypatch.setattr(Programs, "_compile", recorded)
-    options = {**OPTIONS, "precompile": True}
-    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+    with jaxserve.Engine(model_path=tiny_models("llama"), **COMPILED) as engine:
         extends = len(inside.runner(engine).config.buckets.extend)
     assert done[:extends] == ["extend"] * extends and "extend" not in done[extends:]
 

@@ -17,7 +17,7 @@ from jaxserve.step.workers import Workers
 from tests import inside
 from tests.test_programs import OPTIONS, SHORT, keep
 
-EARLY = {**OPTIONS, "precompile": True, "wait_until_compiled": False}
+EARLY = {**OPTIONS, "precompile": True}
 DECODE, EXTEND = [1, 2, 4, 8], [64, 128]
 FIRST = 2 + 1 + 2
 """extend and prompt_logprobs of 128 tokens, decode of 8 rows, and the two for pages and lists."""
@@ -153,6 +153,77 @@ def test_programs_are_stored_as_they_come(tiny_models, gate, monkeypatch, tmp_pa
             assert (info["programs_compiling"], info["programs_untimed"]) == (0, untimed)
             assert info["programs"] == 7
     assert files() == 9
+
+
+@pytest.fixture
+def untimed(monkeypatch, tmp_path):
+    """As on a GPU: what is compiled behind has other options, and engines keep their programs."""
+
+    def options(config, rows, *, timed=True, quantized=False):
+        return {} if timed else {"xla_backend_optimization_level": "1"}
+
+    keep(monkeypatch, tmp_path)
+    monkeypatch.setattr("jaxserve.step.runner.xla_options", options)
+    monkeypatch.setattr("jaxserve.step.retiming.REST_SECONDS", 0.05)
+    monkeypatch.setattr("jaxserve.step.retiming.LOOK_SECONDS", 0.02)
+
+
+def until_timed(engine, most):
+    """Once at most `most` programs are untimed."""
+    deadline = time.monotonic() + 120
+    while engine.get_server_info()["programs_untimed"] > most:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_was_compiled_behind_is_timed_at_rest(tiny_models, gate, untimed):
+    options = {**EARLY, "max_running_requests": 2}
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+        expected = everything(engine)
+        gate.set()
+        before = inside.runner(engine).programs._compiled
+        until_complete(engine)
+        behind = dict(before)
+        until_timed(engine, most=0)
+        assert {key for key in behind if behind[key] is not before[key]} == {
+            ("decode", 1), ("extend", 64), ("prompt_logprobs", 64),
+        }  # fmt: skip
+        assert everything(engine)[0] == expected[0]
+        assert engine.get_server_info()["late_compiles"] == 0
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+        info = engine.get_server_info()
+        assert (info["programs_compiling"], info["programs_untimed"]) == (0, 0)
+
+
+def test_what_is_timed_beside_a_request_is_thrown_away(tiny_models, gate, untimed, monkeypatch):
+    programs: list[Programs] = []
+    time_one = Programs.time_one
+    xla = Programs._xla
+
+    def disturbed(self, lowered, options):
+        program = xla(self, lowered, options)
+        if self in programs:  # a step is queued while XLA times
+            engine.generate(input_ids=[5, 6], sampling_params=SHORT)
+        return program
+
+    def first_disturbed(self):
+        programs.append(self)
+        try:
+            return time_one(self)
+        finally:
+            programs.remove(self)
+            monkeypatch.setattr(Programs, "_xla", xla)
+
+    monkeypatch.setattr(Programs, "_xla", disturbed)
+    monkeypatch.setattr(Programs, "time_one", first_disturbed)
+    options = {**EARLY, "max_running_requests": 2}
+    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
+        gate.set()
+        until_complete(engine)
+        until_timed(engine, most=1)
+        time.sleep(0.3)
+        info = engine.get_server_info()
+        assert info["programs_untimed"] == 1 and info["late_compiles"] == 0
 
 
 def test_a_program_that_cannot_be_compiled_is_done_without(tiny_models, monkeypatch, caplog):

@@ -257,7 +257,7 @@ class Options:
     )
     wait_until_compiled: bool = option(
         "flag",
-        True,
+        False,
         "with precompile: the constructor returns when every program is compiled; False: when a "
         "few can run anything; the others are compiled while requests run",
     )
