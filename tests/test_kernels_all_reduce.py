@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import itertools
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+import pallas_kernels
+from pallas_kernels import Device, available_implementations, compat
 from pallas_kernels.all_reduce import mosaic_one_shot, mosaic_two_shot, protocol, workspace
-from pallas_kernels.all_reduce.cases import EDGES, Case
+from pallas_kernels.all_reduce.cases import Case
 from pallas_kernels.all_reduce.plan import Plan, Sizes
 from pallas_kernels.all_reduce.reference import all_reduce, all_reduce_add_norm
 from tests.kernels import simt
+from tests.kernels.support import ON_GPU, needs_gpu, quiet, shape_list
 
+pytestmark = quiet
+ROOT = Path(__file__).parent.parent
+H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 FORMS = {"one_shot": mosaic_one_shot, "two_shot": mosaic_two_shot}
 BF16 = ml_dtypes.bfloat16
 EPS = 1e-5
+SMALL = Sizes(blocks=3, threads=128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Call:
     rows: int
     size: int
     wide: bool | None = None
-    sizes: Sizes = Sizes(blocks=3, threads=128)
+    sizes: Sizes = SMALL
     dtype: Any = BF16
 
     def plan(self, ranks: int) -> Plan:
@@ -147,8 +161,280 @@ def mixed(form: str) -> list[Call]:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_many_calls_on_ranks_at_their_own_pace(ranks, form, seed):
-    world = World(ranks, mixed(form), seed)
+    world = World(ranks, mixed(form)[: 6 if ranks == 8 else None], seed)
     world.run()
     world.check()
+
+
+def test_as_many_words_as_a_thread_can_have():
+    """Several rows and several chunks of them, the last ones not whole."""
+    for ranks, call in (
+        (2, Call("one_shot", 3, 2104, False, Sizes(2, 256))),
+        (4, Call("two_shot", 7, 1096, True, Sizes(2, 128))),
+    ):
+        assert len(call.plan(ranks).each) == FORMS[call.form].MOST_WORDS
+        world = World(ranks, [call] * 4, seed=ranks)
+        world.run()
+        world.check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        (r"st.global.v4.b32 \[clear\], .*", ""),  # nothing is emptied
+        (r"selp.b32 (x\w+), \d+, \1, q;", ""),  # NaNs are sent that look like an empty word
+        (r"setp.ne.u32 q, m, 4294967295;", "setp.eq.u32 q, m, m;"),  # nobody waits
+        (r"mov.u32 filled, \d+;", "mov.u32 filled, 16;"),  # one thread empties its word
+    ],
+)
+def test_a_kernel_that_breaks_the_protocol_is_noticed(form, line, instead):
+    world = World(2, [Call(form, 3, 128, False), *[Call(form, 3, 128)] * 6], seed=1)
+
+    def change(text: str) -> str:
+        changed = re.sub(line, instead, text)
+        assert changed != text
+        return changed
+
+    with pytest.raises(AssertionError):
+        world.run(change, most=20_000)
+        world.check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_buffers_would_not_do(monkeypatch, form):
+    monkeypatch.setattr(protocol, "BUFFERS", 2)
+    with pytest.raises(AssertionError):
+        for seed in range(4):
+            world = World(2, [Call(form, 3, 128)] * 12, seed)
+            world.run(most=20_000)
+            world.check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rank_that_does_not_come_is_given_up(form):
+    """The others end, all of their calls, and know whom they missed."""
+    calls = [Call(form, 3, 64), Call(form, 2, 64, False), Call(form, 1, 64)]
+    world = World(4, calls, seed=0, patience=1e-3)
+    world.memory.tick = 1000  # 1000 looks at the clock
+    world.run(quiet=(2,))
+    errors = world.errors()
+    assert errors[2] == 0 and all(errors[rank] for rank in (0, 1, 3))
+    if form == "one_shot":
+        assert errors == [4, 4, 0, 4]
+    else:  # where 2 owns nothing, who waits for it is waited for
+        assert errors[0] & 4 and errors[1] & 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quiet_ranks_return_at_once(form):
+    """Nothing is read or written but their inputs: the workspace is as it was."""
+    world = World(2, [Call(form, 3, 128, False)] * 2, 0)
+    before = world.memory.words.copy()
+    first = world.memory.used
+    world.run(quiet=(0, 1))
+    np.testing.assert_array_equal(world.memory.words[16 : first // 4], before[16 : first // 4])
+    for outs in world.outs:
+        for at in itertools.chain(*outs):
+            assert not world.memory.read(at, np.zeros(384, np.uint16)).any()
+
+
+MODEL_SIZES = (896, 1024, 2560, 3584, 4096, 5120, 8192)
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_decode_steps_of_models_are_taken(ranks, size):
+    """All of two ranks up to 256 rows in one step; of more ranks what is small."""
+    for rows in (1, 8, 33, 64, 130, 256):
+        form = mosaic_one_shot
+        if ranks > 2 and rows * size * 2 * (ranks - 1) > 2 << 20:
+            form = mosaic_two_shot
+            with pytest.raises(NotImplementedError, match="peers are more than"):
+                mosaic_one_shot.plan(rows, size, ranks, BF16)
+        plan = form.plan(rows, size, ranks, BF16)
+        assert plan.grid <= workspace.BLOCKS and plan.threads % 128 == 0 and plan.threads <= 512
+        assert form.used_bytes(plan) <= workspace.region(ranks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((4, 64, 2, np.float32), "dtype float32"),
+        ((4, 100, 2, BF16), "rows of 100 numbers"),
+        ((0, 64, 2, BF16), "no rows"),
+        ((4, 64, 1, BF16), "1 ranks"),
+        ((4, 64, 9, BF16), "9 ranks"),
+        ((4096, 4096, 2, BF16), "words a thread"),
+        ((1, 65536, 8, BF16), "bytes of a block's|words a thread"),
+    ],
+)
+def test_what_the_peer_kernels_leave_to_xla(arguments, reason):
+    for form in FORMS.values():
+        with pytest.raises(NotImplementedError, match=reason):
+            form.plan(*arguments)
+
+
+def module(text: str, plan: Plan, fused: bool) -> str:
+    """The text as a whole PTX module."""
+    count = 6 if fused else 3
+    body = re.sub(r"\$(\d)", r"%operand\1", text)
+    parameters = ", ".join(f".param .u64 p{i}" for i in range(count))
+    shared = [".reg .u32 %operand6;", "mov.u32 %operand6, scratch;"] if fused else []
+    return "\n".join(
+        [
+            ".version 8.0",
+            ".target sm_90a",
+            ".address_size 64",
+            f".visible .entry kernel({parameters}) .maxntid {plan.threads}, 1, 1 {{",
+            f".shared .align 16 .b8 scratch[{plan.slots * 128}];",
+            *shared,
+            *(f".reg .u64 %operand{i};" for i in range(count)),
+            *(f"ld.param.u64 %operand{i}, [p{i}];" for i in range(count)),
+            body,
+            "ret;",
+            "}",
+        ]
+    )
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs CUDA's ptxas")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_the_text_assembles_and_fits_the_registers(tmp_path, ranks, form):
+    for rows, size, wide, dtype in (
+        (1, 4096, False, BF16),
+        (64, 896, True, np.float16),
+        (200, 2560, None, BF16),
+        (64, 8192, False, BF16),
+    ):
+        plan = FORMS[form].plan(rows, size, ranks, dtype, Sizes())
+        file = tmp_path / "kernel.ptx"
+        file.write_text(module(FORMS[form].text(plan, wide, EPS), plan, wide is not None))
+        command = ["ptxas", "-arch=sm_90a", "-v", str(file), "-o", str(tmp_path / "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"(\d+) bytes spill stores", done.stderr)
+        assert found and int(found[1]) <= 64, done.stderr
+
+
+def lowered(ranks: int, rows: int, size: int, norm: Any) -> str:
+    """Both operations on a mesh of H100s, as StableHLO."""
+    mesh = compat.abstract_gpus({"tensor": ranks})
+    parts, whole = PartitionSpec("tensor"), PartitionSpec()
+
+    def local(x, residual, norm, comm):
+        total, normed = pallas_kernels.all_reduce_add_norm(x[0], residual, norm, comm)
+        return total, pallas_kernels.all_reduce(normed, comm)
+
+    function = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(parts, whole, whole, parts),
+        out_specs=(whole, whole),
+        check_vma=False,
+    )
+    wide = ((ranks, rows, size), jnp.bfloat16), ((rows, size), jnp.bfloat16)
+    comm = ((ranks, workspace.COMM_WORDS), jnp.int32)
+    shapes = shape_list([*wide, ((size,), norm), comm])
+    return compat.lower_for_cuda(function, *shapes, mesh=mesh)
+
+
+@pytest.mark.parametrize("norm", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("ranks", "rows", "size", "form"),
+    [
+        (2, 1, 896, "one_shot"),
+        (2, 64, 5120, "one_shot"),
+        (2, 256, 8192, "one_shot"),
+        (2, 512, 4096, "two_shot"),
+        (4, 64, 4096, "one_shot"),
+        (4, 256, 4096, "two_shot"),
+        (8, 1, 8192, "one_shot"),
+        (8, 256, 8192, "two_shot"),
+        (8, 8, 2560, "one_shot"),
+        (2, 2048, 4096, "xla"),
+        (8, 4096, 8192, "xla"),
+    ],
+)
+def test_lowers_for_cuda(monkeypatch, ranks, rows, size, form, norm):
+    monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
+    texts: list[str] = []
+    for name, home in FORMS.items():
+
+        def text(*arguments, make=home.text, name=name):
+            texts.append(name)
+            return make(*arguments)
+
+        monkeypatch.setattr(home, "text", text)
+    jax.clear_caches()  # a trace of another test would not come here
+    program = lowered(ranks, rows, size, norm)
+    assert texts == ([form] * 2 if form != "xla" else [])
+    assert ("mosaic_gpu" in program) == (form != "xla")
+    assert ("stablehlo.all_reduce" in program) == (form == "xla")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "order"),
+    [
+        (H100, BF16, ("mosaic_one_shot", "mosaic_two_shot", "xla")),
+        (H100, np.float32, ("xla",)),
+        (Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108), BF16, ("xla",)),
+        (Device("cpu", "cpu"), BF16, ("xla",)),
+    ],
+)
+def test_default_orders(device, dtype, order):
+    assert available_implementations("all_reduce", dtype, device) == order
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((4, 64), np.int32)}, "x has dtype int32"),
+        ({"x": np.zeros(64, np.float32)}, r"x \[64\]"),
+        ({"residual": np.zeros((3, 64), np.float32)}, r"residual \[3, 64\]"),
+        ({"residual": np.zeros((4, 64), np.float16)}, "residual has dtype float16"),
+        ({"norm": np.zeros(32, np.float32)}, r"norm \[32\]"),
+        ({"norm": np.zeros(64, np.int8)}, "norm has dtype int8"),
+        ({"comm": np.zeros((2, 32), np.int32)}, r"comm is int32\[2, 32\]"),
+        ({"comm": np.zeros((1, 32), np.float32)}, "comm is float32"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    x = np.zeros((4, 64), np.float32)
+    arguments = {"x": x, "residual": x, "norm": np.ones(64, np.float32), "comm": None, **change}
+    with pytest.raises(ValueError, match=message):
+        pallas_kernels.all_reduce_add_norm(**arguments)
+
+
+def on_mesh(**environment: str) -> dict[str, int]:
+    """What tests.kernels.on_mesh found right."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.on_mesh"],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, **environment},
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_xla_on_eight_devices():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    right = on_mesh(XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    assert right == {"xla 2": 10, "xla 4": 10, "xla 8": 10}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(ON_GPU and len(jax.devices()) < 2, reason="needs two GPUs")
+def test_on_devices():
+    """Real shapes too; in a process that would be killed if devices waited for each other."""
+    right = on_mesh(XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    for ranks in (n for n in (2, 4, 8) if n <= len(jax.devices())):
+        for name in ("mosaic_one_shot", "mosaic_two_shot", "xla"):
+            assert right[f"{name} {ranks}"] >= 10

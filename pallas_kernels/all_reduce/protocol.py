@@ -72,7 +72,7 @@ class Protocol:
         self.plan, self.used, self.comm = plan, used, comm
         self.text = text = Text()
         self.ranks = range(plan.ranks)
-        text.reg("pred", "q", *(f"other{k}" for k in self.ranks))
+        text.reg("pred", "q", "failed", *(f"other{k}" for k in self.ranks))
         text.reg("u32", "tid", "block", "me", "ms", "error", "buffer", "before", "filled")
         text.reg("u32", "at", "place", "m", "t", "missing")
         text.reg("u64", "own", "header", "here", "clear", "offset", "rows", "until", "now", "limit")
@@ -148,8 +148,8 @@ class Protocol:
             f"ld.global.v2.u32 {{buffer, filled}}, [header+{HEADERS_AT}];",
             "ld.relaxed.sys.global.u32 error, [own];",
             "mul.wide.u32 limit, ms, 1000000;",
-            "setp.ne.u32 q, error, 0;",
-            "@q mov.u64 limit, 0;",
+            "setp.ne.u32 failed, error, 0;",
+            "@failed mov.u64 limit, 0;",
             "mov.u64 until, 0;",
             f"mul.lo.u32 place, block, {size};",
             f"mad.lo.u32 place, tid, {WORD}, place;",
@@ -214,7 +214,8 @@ class Protocol:
                 f"shl.b32 t, t, {source};",
                 "@q or.b32 missing, missing, t;",
             )
-        add("red.relaxed.sys.global.or.b32 [own], missing;", f"THERE{label}:")
+        # of those missed later nobody knows whether they would have come
+        add("@!failed red.relaxed.sys.global.or.b32 [own], missing;", f"THERE{label}:")
 
     def unpack(self, register: str, low: str = "low", high: str = "high") -> None:
         """Two numbers of `register` as float32."""

@@ -79,7 +79,7 @@ class Program:
             elif line.endswith(":"):
                 assert line[:-1] not in self.labels, f"label {line} twice"
                 self.labels[line[:-1]] = len(self.steps)
-            elif line not in ("{", "}"):
+            elif line not in ("{", "}", ""):
                 guard, line = re.findall(r"^(?:@(!?\w+) )?(.*)$", line)[0]
                 step = line if line.startswith(("bra ", "bar.")) else parse(line)
                 self.steps.append((guard.lstrip("!") or None, not guard.startswith("!"), step))
