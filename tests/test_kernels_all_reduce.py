@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from pallas_kernels import Device, available_implementations, compat
-from pallas_kernels.all_reduce import mosaic_one_shot, mosaic_two_shot, protocol, workspace
+from pallas_kernels.all_reduce import mosaic_one_shot, mosaic_two_shot, probe, protocol, workspace
 from pallas_kernels.all_reduce.cases import Case
 from pallas_kernels.all_reduce.plan import Plan, Sizes
 from pallas_kernels.all_reduce.reference import all_reduce, all_reduce_add_norm
@@ -374,6 +374,19 @@ def test_lowers_for_cuda(monkeypatch, ranks, rows, size, form, norm):
     assert texts == ([form] * 2 if form != "xla" else [])
     assert ("mosaic_gpu" in program) == (form != "xla")
     assert ("stablehlo.all_reduce" in program) == (form == "xla")
+
+
+def test_the_self_test_lowers_for_cuda(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
+    mesh = compat.abstract_gpus({"data": 1, "tensor": 2})
+    shape = (probe.ROWS, 4096)
+    comm = ((2, workspace.COMM_WORDS), jnp.int32)
+    shapes = shape_list([((2, *shape), jnp.bfloat16), (shape, jnp.bfloat16), comm])
+    names = ("mosaic_one_shot", "mosaic_two_shot")
+    text = compat.lower_for_cuda(probe.chained(mesh, "tensor", names, 3), *shapes, mesh=mesh)
+    assert "mosaic_gpu" in text and "stablehlo.all_reduce" not in text
+    text = compat.lower_for_cuda(probe.chained(mesh, "tensor", ("xla",), 3), *shapes, mesh=mesh)
+    assert "mosaic_gpu" not in text and "stablehlo.all_reduce" in text
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
-from jax import lax
 
-from pallas_kernels.all_reduce.launch import check_comm, launch
+from pallas_kernels.all_reduce.launch import launch
 from pallas_kernels.all_reduce.plan import Plan, Sizes, check_room, cut
 from pallas_kernels.all_reduce.protocol import Norm, Protocol, held
 
@@ -59,10 +57,7 @@ def all_reduce(
     sizes: Sizes | None = None,
 ) -> Any:
     """See pallas_kernels.all_reduce and all_reduce_add_norm."""
-    comm = check_comm(comm)
-    found = plan(*x.shape, lax.axis_size(axis_name), x.dtype, sizes)
-    wide = None if norm is None else norm.dtype == np.float32
-    return launch(text(found, wide, eps), found, x, comm, residual, norm)
+    return launch(plan, text, x, comm, residual, norm, eps=eps, axis_name=axis_name, sizes=sizes)
 
 
 def text(plan: Plan, wide: bool | None, eps: float) -> str:
@@ -75,7 +70,7 @@ def text(plan: Plan, wide: bool | None, eps: float) -> str:
     out.reg("b32", *(f"r{k}_{i}" for k in protocol.ranks for i in range(4)))
     fused = None
     if wide is not None:
-        fused = Norm(protocol, *rest[:2], wide)
+        fused = Norm(protocol, rest[0], rest[1], wide)
     protocol.enter()
     for k in protocol.ranks:  # in a box the ranks stand in order, its owner left out
         add(
