@@ -218,7 +218,7 @@ def test_a_rank_that_does_not_come_is_given_up(form):
     """The others end, all of their calls, and know whom they missed."""
     calls = [Call(form, 3, 64), Call(form, 2, 64, False), Call(form, 1, 64)]
     world = World(4, calls, seed=0, patience=1e-3)
-    world.memory.tick = 1000  # 1000 looks at the clock
+    world.memory.tick = 20_000  # 50 looks at the clock
     world.run(quiet=(2,))
     errors = world.errors()
     assert errors[2] == 0 and all(errors[rank] for rank in (0, 1, 3))

@@ -55,8 +55,11 @@ def all_reduce(
     eps: float,
     axis_name: str,
     sizes: Sizes | None = None,
+    interpret: Any = None,
 ) -> Any:
-    """See pallas_kernels.all_reduce and all_reduce_add_norm."""
+    """See pallas_kernels.all_reduce and all_reduce_add_norm. interpret: refused."""
+    if interpret is not None:
+        raise NotImplementedError("the interpreter knows no PTX")
     return launch(plan, text, x, comm, residual, norm, eps=eps, axis_name=axis_name, sizes=sizes)
 
 

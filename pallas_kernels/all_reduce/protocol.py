@@ -35,6 +35,8 @@ from pallas_kernels.ptx import constant, scope
 
 NO_EMPTY = 0x7FFF7FFF
 """What is sent in place of EMPTY: also two NaNs, in bfloat16 and float16."""
+LOOKS = 32
+"""Polls, of some 0.7 us, from one look at the clock to the next, a power of two."""
 
 
 class Text:
@@ -74,7 +76,7 @@ class Protocol:
         self.ranks = range(plan.ranks)
         text.reg("pred", "q", "failed", *(f"other{k}" for k in self.ranks))
         text.reg("u32", "tid", "block", "me", "ms", "error", "buffer", "before", "filled")
-        text.reg("u32", "at", "place", "m", "t", "missing")
+        text.reg("u32", "at", "place", "m", "t", "missing", "polls")
         text.reg("u64", "own", "header", "here", "clear", "offset", "rows", "until", "now", "limit")
         text.reg("u64", *(f"box{k}" for k in self.ranks), "mybox")
         text.reg("b32", *(f"{held(word)}_{i}" for word in plan.each for i in range(4)))
@@ -147,10 +149,10 @@ class Protocol:
             "mad.wide.u32 header, block, 8, own;",
             f"ld.global.v2.u32 {{buffer, filled}}, [header+{HEADERS_AT}];",
             "ld.relaxed.sys.global.u32 error, [own];",
-            "mul.wide.u32 limit, ms, 1000000;",
             "setp.ne.u32 failed, error, 0;",
-            "@failed mov.u64 limit, 0;",
+            "@failed mov.u32 ms, 0;",
             "mov.u64 until, 0;",
+            "mov.u32 polls, 0;",
             f"mul.lo.u32 place, block, {size};",
             f"mad.lo.u32 place, tid, {WORD}, place;",
             f"mad.lo.u32 at, buffer, {size * BLOCKS}, place;",
@@ -198,8 +200,13 @@ class Protocol:
         add(
             f"setp.ne.u32 q, m, {EMPTY};",
             f"@q bra THERE{label};",
+            "add.u32 polls, polls, 1;",
+            f"and.b32 t, polls, {LOOKS - 1};",
+            "setp.ne.u32 q, t, 0;",
+            f"@q bra POLL{label};",
             "mov.u64 now, %globaltimer;",
             "setp.eq.u64 q, until, 0;",
+            "mul.wide.u32 limit, ms, 1000000;",
             "@q add.u64 until, now, limit;",
             "setp.lt.u64 q, now, until;",
             f"@q bra POLL{label};",
