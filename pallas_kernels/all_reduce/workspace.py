@@ -96,7 +96,9 @@ def make(mesh: Mesh, axis_name: str, patience: float = PATIENCE_SECONDS) -> Work
         jax.device_put(comm_rows(*addresses, patience=patience, running=running), by_device)
         for running in (True, False)
     )
-    return Workspace(comm, quiet, boxes, state)
+    made = Workspace(comm, quiet, boxes, state)
+    made.missing()  # what reads it is compiled, and loaded, while no kernel waits for a peer
+    return made
 
 
 def comm_rows(boxes: Any, states: Any, *, patience: float, running: bool = True) -> np.ndarray:
