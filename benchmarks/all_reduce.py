@@ -38,7 +38,7 @@ from pallas_kernels.all_reduce import workspace
 from pallas_kernels.all_reduce.probe import Chain
 
 AXIS = all_reduce_stress.AXIS
-ROWS, SIZES = (1, 8, 64, 256), (4096, 8192)
+ROWS, SIZES = (1, 8, 64, 256, 512), (4096, 8192)
 INNER = 256
 """Of the small product, [B, INNER] x [INNER, D]."""
 LAYERS, LOOPS, ROUNDS, RUNS = 16, 16, 9, 3
