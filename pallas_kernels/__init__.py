@@ -12,6 +12,8 @@ import numpy as np
 
 from pallas_kernels.add_norm.api import OPERATION as _ADD_NORM
 from pallas_kernels.add_norm.api import add_norm
+from pallas_kernels.all_reduce.api import OPERATION as _ALL_REDUCE
+from pallas_kernels.all_reduce.api import all_reduce, all_reduce_add_norm
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.kv_write.api import OPERATION as _KV_WRITE
 from pallas_kernels.kv_write.api import kv_write
@@ -35,6 +37,8 @@ __all__ = [
     "SampleRows",
     "SlotLists",
     "add_norm",
+    "all_reduce",
+    "all_reduce_add_norm",
     "available_implementations",
     "current_device",
     "decode_implementation",
@@ -52,8 +56,15 @@ __all__ = [
 def operations() -> dict[str, Operation]:
     """Every operation, by name."""
     known = (
-        _PAGED_DECODE, _PAGED_PREFILL, _KV_WRITE, _ROPE_KV_WRITE, _LINEAR, _ADD_NORM, _SAMPLE
-    )  # fmt: skip
+        _PAGED_DECODE,
+        _PAGED_PREFILL,
+        _KV_WRITE,
+        _ROPE_KV_WRITE,
+        _LINEAR,
+        _ADD_NORM,
+        _SAMPLE,
+        _ALL_REDUCE,
+    )
     return {entry.name: entry for entry in known}
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_ops import WGMMA, plgpu
+from pallas_kernels.ptx import asm, constant, global_address, scope, shared_address
 from pallas_kernels.softmax import TINY
 
 ROWS = 8
@@ -45,7 +46,7 @@ def start_exchange(barrier: Any, *, blocks: int, group: int, head_dim: int) -> N
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def start(ctx: Any, barrier: Any) -> None:
         del ctx
-        _asm(_start_text(blocks, group, head_dim), "r", _shared_address(barrier))
+        asm(_start_text(blocks, group, head_dim), "r", shared_address(barrier))
 
     start(barrier)
 
@@ -57,7 +58,7 @@ def await_blocks() -> None:
     @plgpu.inline_mgpu()
     def wait(ctx: Any) -> None:
         del ctx
-        _asm("barrier.cluster.wait.acquire.aligned;")
+        asm("barrier.cluster.wait.acquire.aligned;")
 
     wait()
 
@@ -78,9 +79,9 @@ def send_shares(
         pairs = acc.registers.reshape(head_dim // 8, 2)[:, 0]
         values = [_element(pair, i) for pair in pairs for i in (0, 1)]
         values += [_element(x.registers.flat[0], 0) for x in (top, total)]
-        addresses = [_shared_address(x) for x in (box, sums, barrier)]
+        addresses = [shared_address(x) for x in (box, sums, barrier)]
         constraints = ",".join(["f"] * len(values) + ["r"] * 3)
-        _asm(_send_text(blocks, group, head_dim), constraints, *values, *addresses)
+        asm(_send_text(blocks, group, head_dim), constraints, *values, *addresses)
 
     send(acc, top, total, box, sums, barrier)
 
@@ -96,9 +97,9 @@ def merge_shares(
     @plgpu.inline_mgpu(arg_types=(ref, ref, ref, ref))
     def merge(ctx: Any, box: Any, sums: Any, barrier: Any, out: Any) -> None:
         del ctx
-        addresses = [_shared_address(x) for x in (box, sums, barrier)]
+        addresses = [shared_address(x) for x in (box, sums, barrier)]
         text = _merge_text(blocks, group, head_dim, jnp.dtype(dtype).name)
-        _asm(text, "r,r,r,l", *addresses, _global_address(out))
+        asm(text, "r,r,r,l", *addresses, global_address(out))
 
     merge(box, sums, barrier, out)
 
@@ -112,14 +113,14 @@ def load_queries(q: Any, q_tile: Any, *, group: int, head_dim: int, transforms: 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(transforms)))
     def load(ctx: Any, q: Any, q_tile: Any) -> None:
         del ctx
-        _asm(_load_text(group, head_dim), "l,r", _global_address(q), _shared_address(q_tile))
+        asm(_load_text(group, head_dim), "l,r", global_address(q), shared_address(q_tile))
 
     load(q, q_tile)
 
 
 def _start_text(blocks: int, group: int, head_dim: int) -> str:
     sent = blocks * group * (head_dim // blocks + 2) * 4
-    return _block([
+    return scope([
         ".reg .pred first;",
         ".reg .u32 tid;",
         "mov.u32 tid, %tid.x;",
@@ -168,7 +169,7 @@ def _send_text(blocks: int, group: int, head_dim: int) -> str:
             "mad.lo.u32 to, at, 8, to;",
             f"{store} [to], {{{top}, {total}}}, [bar];",
         ]
-    return _block([*lines, "END:"])
+    return scope([*lines, "END:"])
 
 
 def _merge_text(blocks: int, group: int, head_dim: int, dtype: str) -> str:
@@ -213,7 +214,7 @@ def _merge_text(blocks: int, group: int, head_dim: int, dtype: str) -> str:
                 f"fma.rn.f32 value, top{i}, value{i}, value;",
             ]
         lines += [
-            f"max.f32 total, total, {_float(TINY)};",
+            f"max.f32 total, total, {constant(TINY)};",
             "div.full.f32 value, value, total;",
             f"cvt.rn.{short}.f32 result, value;",
             f"mad.lo.u32 at, row, {head_dim}, column;",
@@ -222,7 +223,7 @@ def _merge_text(blocks: int, group: int, head_dim: int, dtype: str) -> str:
             "st.global.b16 [to], result;",
             f"add.u32 tid, tid, {THREADS};",
         ]
-    return _block([*lines, "END:"])
+    return scope([*lines, "END:"])
 
 
 def _load_text(group: int, head_dim: int) -> str:
@@ -251,31 +252,11 @@ def _load_text(group: int, head_dim: int) -> str:
             "@mine st.shared.v4.b32 [at], {a, b, c, d};",
             f"add.u32 tid, tid, {THREADS};",
         ]
-    return _block(lines)
+    return scope(lines)
 
 
 def _log2(x: int) -> int:
     return x.bit_length() - 1
-
-
-def _block(lines: list[str]) -> str:
-    return "\n".join(["{", *lines, "}"])
-
-
-def _float(x: float) -> str:
-    """A float32 constant as PTX writes it."""
-    return f"0f{int(jnp.float32(x).view(jnp.uint32)):08X}"
-
-
-def _asm(text: str, constraints: str = "", *values: Any) -> None:
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"), list(values), text,
-        ",".join(filter(None, [constraints, "~{memory}"])),
-        has_side_effects=True,
-    )  # fmt: skip
 
 
 def _element(vector: Any, i: int) -> Any:
@@ -285,19 +266,3 @@ def _element(vector: Any, i: int) -> Any:
 
     index = utils.c(i, ir.IntegerType.get_signless(32))
     return llvm.extractelement(vector, index)
-
-
-def _shared_address(ref: Any) -> Any:
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
-
-
-def _global_address(ref: Any) -> Any:
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    return llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(ref))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -98,25 +97,30 @@ def mosaic_interpreter() -> Any:
     return params()
 
 
-@contextlib.contextmanager
-def lowering_for(device_kind: str = "NVIDIA H100 80GB HBM3") -> Iterator[None]:
-    """Lower Pallas kernels for a GPU that this machine lacks.
+def abstract_gpus(
+    axes: Mapping[str, int], device_kind: str = "NVIDIA H100 80GB HBM3"
+) -> jax.sharding.AbstractMesh:
+    """A mesh of GPUs that this machine lacks. axes: sizes by name, none for a single device.
 
-    JAX 0.11 asks the abstract device for its kind; 0.10 has no such argument and assumes sm_90.
+    JAX 0.11 asks the abstract device for its kind when it lowers Pallas kernels; 0.10 has no such
+    argument and assumes sm_90.
     """
     device_class = getattr(jax.sharding, "AbstractDevice", None)
-    if device_class is None:
-        yield
-        return
-    device = device_class(device_kind=device_kind, num_cores=None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield
+    options: dict[str, Any] = {}
+    if device_class is not None:
+        options["abstract_device"] = device_class(
+            device_kind=device_kind, num_cores=None, platform="gpu"
+        )
+    if axes:
+        options["axis_types"] = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), **options)
 
 
-def lower_for_cuda(function: Callable[..., Any], *shapes: Any) -> str:
+def lower_for_cuda(
+    function: Callable[..., Any], *shapes: Any, mesh: jax.sharding.AbstractMesh | None = None
+) -> str:
     """StableHLO text of `function` lowered for CUDA, on any machine. shapes: arguments as
-    jax.ShapeDtypeStruct."""
-    with lowering_for():
+    jax.ShapeDtypeStruct. mesh: `abstract_gpus`, one if None."""
+    with jax.sharding.use_abstract_mesh(mesh or abstract_gpus({})):
         traced = jax.jit(function).trace(*shapes)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
