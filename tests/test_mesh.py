@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxserve
-from jaxserve.api import startup
 from jaxserve.compat import without_compilation_cache
 from jaxserve.parallel.mesh import abstract, mesh_of, replicated
 from jaxserve.step.stored import StoredPrograms
@@ -38,8 +37,7 @@ def places():
 
 
 def run(device):
-    startup._device = lambda option: jax.devices()[device]
-    with jaxserve.Engine(sys.argv[1], **OPTIONS) as engine:
+    with jaxserve.Engine(sys.argv[1], base_gpu_id=device, **OPTIONS) as engine:
         before = places()
         results = []
         for seed in (1, 2, 3, 1):  # the last one's prefix comes from the host

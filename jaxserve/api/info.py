@@ -83,6 +83,8 @@ def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> d
     info = dict(vars(args))
     info["tokenizer_path"] = args.tokenizer_path or args.model_path
     info["served_model_name"] = args.served_model_name or args.model_path
+    info["dp_size"], info["tp_size"] = args.mesh_shape
+    info["mesh"] = None if args.mesh is None else str(args.mesh)
     memory = stats.get("memory_usage", {})
     state = {
         "last_gen_throughput": stats.get("last_gen_throughput"),
