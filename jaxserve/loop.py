@@ -122,8 +122,10 @@ class EngineLoop(Reception):
     ) -> EngineLoop:
         """Another replica of `first`'s model on `mesh`: the same sizes, so the same programs."""
         config = dataclasses.replace(first.config, num_pages=first._runner.num_pages)
+        started = time.perf_counter()
         loop = cls(config, Runner(config, loaded, mesh, shared), owner)
         loop._thread.start()
+        loop.startup_seconds = time.perf_counter() - started
         return loop
 
     @property
@@ -145,13 +147,7 @@ class EngineLoop(Reception):
     def flush_cache(self) -> bool:
         """Forget cached prefixes; False, and nothing is forgotten, while requests are queued or
         running."""
-
-        def run() -> bool:
-            if self._scheduler.idle:
-                self._scheduler.forget_prefixes()
-            return self._scheduler.idle
-
-        return self.call(run)
+        return self.ask_flush().result()
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, see docs/api.md."""
@@ -169,12 +165,17 @@ class EngineLoop(Reception):
         """End the trace and write it; steps wait for that. ProfileError: there is none."""
         self.call(self._profiler.stop)
 
+    def close(self) -> None:
+        """Let the thread stop; `shutdown` waits for it."""
+        if not self._home.left:
+            self._inbox.close(EngineShutdownError("the engine was shut down"))
+
     def shutdown(self) -> None:
         """Stop the thread, fail waiting requests with EngineShutdownError, free device memory."""
         if self._home.left:
             abandon(self)
             return
-        self._inbox.close(EngineShutdownError("the engine was shut down"))
+        self.close()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -302,6 +303,7 @@ class EngineLoop(Reception):
         with contextlib.suppress(Exception):  # of whatever part has failed
             left.counters = self._collect_stats()
         self._owner.stopped(left)
+        left.requests.clear()
         self._scheduler.live.clear()
         self._in_flight.clear()
         self._profiler.close()

@@ -63,8 +63,8 @@ def start(args: ServerArgs) -> Started:
 
 def _start(args: ServerArgs) -> Started:
     import converters
-    from jaxserve.loop import EngineLoop
-    from jaxserve.parallel.mesh import replicated
+    from jaxserve.parallel.mesh import replicas, replicated
+    from jaxserve.replicas.start import start_on
 
     if args.trust_remote_code:
         warnings.warn(
@@ -86,14 +86,14 @@ def _start(args: ServerArgs) -> Started:
         load_format=args.load_format,
         dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
         quantization=args.quantization,
-        sharding=replicated(mesh),
+        sharding=replicated(replicas(mesh)[0]),
         config_overrides=args.config_overrides,
         revision=args.revision,
         download_dir=args.download_dir,
         seed=args.random_seed or 0,
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
-    loop = EngineLoop.start(args, loaded, mesh)
+    loop = start_on(args, loaded, mesh)
     facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
     return Started(
         loop,

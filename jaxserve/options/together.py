@@ -39,16 +39,9 @@ def _check_mesh(options: Options) -> None:
             raise InvalidRequestError(
                 f"mesh says which devices are used, and {name}={value!r} contradicts it"
             )
-    data, tensor = options.mesh_shape
-    # Until steps are cut over devices, this line refuses them:
-    _refuse("tp_size", tensor)
-    # Until there are replicas:
-    _refuse("dp_size", data)
-
-
-def _refuse(name: str, size: int) -> None:
-    if size > 1:
-        raise NotSupportedError(f"{name}={size} is not supported yet")
+    _, tensor = options.mesh_shape
+    if tensor > 1:  # until steps are cut over devices
+        raise NotSupportedError(f"tp_size={tensor} is not supported yet")
 
 
 def _check_deterministic(options: Options) -> None:

@@ -85,6 +85,18 @@ def replicated(mesh: Mesh, memory_kind: str | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
 
 
+def moved(tree: Any, row: Mesh) -> Any:
+    """A tree of arrays with NamedSharding, copied to the devices of `row`, cut as they are: from
+    device to device."""
+
+    def move(array: jax.Array) -> jax.Array:
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        return jax.device_put(array, NamedSharding(row, sharding.spec))
+
+    return jax.block_until_ready(jax.tree.map(move, tree))
+
+
 def abstract(tree: Any, sharding: Sharding) -> Any:
     """A tree of shapes (or arrays) as jax.ShapeDtypeStruct that lie by `sharding`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

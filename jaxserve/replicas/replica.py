@@ -31,20 +31,17 @@ class Replica:
     """A `leftovers.Owner` of one loop. What it was given is counted by the router, under its lock;
     what has ended, by the engine thread: so neither waits for the other."""
 
-    def __init__(
-        self, rank: int, devices: list[Any], stopped: Callable[[Replica, Leftovers], None]
-    ) -> None:
-        """rank: its row of the mesh, dp_rank. devices: of that row, jax.Devices. stopped: called
-        once, on the engine thread, when the loop has ended."""
+    def __init__(self, rank: int, devices: list[Any]) -> None:
+        """rank: its row of the mesh, dp_rank. devices: of that row, jax.Devices."""
         self.rank = rank
         self.devices = devices
         self.failure: BaseException | None = None
         """Why it can be given nothing any more."""
         self.counters: dict[str, Any] = {}
-        """The last ones of a replica that has failed."""
+        """The last that were read; at the end, those of a replica that has failed."""
         self.moved = False
         """Its requests have gone elsewhere since."""
-        self._stopped = stopped
+        self._stopped: Callable[[Replica, Leftovers], None] = _tell_all
         self._given, self._ended = Load(), Load()
         self._loop: EngineLoop | None = None
 
@@ -57,6 +54,31 @@ class Replica:
     def run_by(self, loop: EngineLoop) -> None:
         """Before the first request."""
         self._loop = loop
+
+    def watched_by(self, stopped: Callable[[Replica, Leftovers], None]) -> None:
+        """stopped: called once, on the engine thread, when the loop has ended."""
+        self._stopped = stopped
+
+    def give_up(self) -> None:
+        """Another one cannot be started."""
+        if self._loop is not None:
+            self._loop.shutdown()
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can be given requests."""
+        return self.failure is None
+
+    def report(self, running: bool) -> dict[str, Any]:
+        """What `get_server_info()` says of it. running: its counters are those of now."""
+        failure = self.failure
+        return {
+            **self.counters,
+            "dp_rank": self.rank,
+            "devices": [str(device) for device in self.devices],
+            "status": "ready" if running else "failed",
+            "error": None if failure is None else f"{type(failure).__name__}: {failure}",
+        }
 
     @property
     def load(self) -> Load:
@@ -83,6 +105,10 @@ class Replica:
 
     def stopped(self, left: Leftovers) -> None:
         self._stopped(self, left)
+
+
+def _tell_all(replica: Replica, left: Leftovers) -> None:
+    left.tell(left.requests)
 
 
 def _add(load: Load, request: Request, sign: int) -> None:
