@@ -13,13 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NO_JAX = [
     "jaxserve/__init__.py", "jaxserve/errors.py", "jaxserve/request.py", "jaxserve/inbox.py",
-    "jaxserve/core.py", "jaxserve/process.py", "jaxserve/folders.py", "jaxserve/step/notice.py",
-    "jaxserve/sampling_params.py", "jaxserve/server_args.py", "jaxserve/options",
-    "jaxserve/machine.py", "jaxserve/config",
-    "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/scheduler",
-    "jaxserve/cache/pages.py", "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py",
-    "jaxserve/cache/window.py", "jaxserve/cache/keys.py", "jaxserve/cache/host.py",
-    "jaxserve/packing", "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
+    "jaxserve/core.py", "jaxserve/reception.py", "jaxserve/leftovers.py",
+    "jaxserve/replicas/__init__.py", "jaxserve/replicas/prefixes.py",
+    "jaxserve/replicas/replica.py", "jaxserve/replicas/replicas.py",
+    "jaxserve/replicas/router.py", "jaxserve/replicas/totals.py", "jaxserve/process.py",
+    "jaxserve/folders.py", "jaxserve/step/notice.py", "jaxserve/sampling_params.py",
+    "jaxserve/server_args.py", "jaxserve/options", "jaxserve/machine.py", "jaxserve/config",
+    "jaxserve/checks.py", "jaxserve/shown.py", "jaxserve/scheduler", "jaxserve/cache/pages.py",
+    "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py", "jaxserve/cache/window.py",
+    "jaxserve/cache/keys.py", "jaxserve/cache/host.py", "jaxserve/packing",
+    "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
 ]  # fmt: skip
 
 
