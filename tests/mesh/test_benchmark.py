@@ -6,7 +6,7 @@ from benchmarks import replicas
 from benchmarks.runs import Case
 
 OPTIONS = {
-    "max_running_requests": 16, "cuda_graph_bs": (16,), "chunked_prefill_size": 512,
+    "max_running_requests": 16, "cuda_graph_bs": (16,), "chunked_prefill_size": 64,
     "context_length": 1024, "max_total_tokens": 16_384, "precompile": True,
 }  # fmt: skip
 
