@@ -9,12 +9,12 @@ PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint tests kernels-newest-jax check docs clients report clean
+.PHONY: demo test lint tests mesh-tests kernels-newest-jax check docs clients report clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
 
-test: lint tests kernels-newest-jax
+test: lint tests mesh-tests kernels-newest-jax
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -22,7 +22,12 @@ lint: .venv/test.stamp
 	$(BIN)/pyright
 
 tests: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile --ignore tests/mesh
+
+# Several devices in one process: eight made of a CPU, which JAX does as it starts.
+mesh-tests: .venv/test.stamp
+	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" \
+		$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile tests/mesh
 
 kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
 ifeq ($(PYTHON_NEW),)

@@ -48,12 +48,19 @@ class Counts:
 
 
 def generate(
-    engine: Any, items: Requests, sampling: Mapping[str, Any], counts: Counts | None = None
+    engine: Any,
+    items: Requests,
+    sampling: Mapping[str, Any],
+    counts: Counts | None = None,
+    **options: Any,
 ) -> float:
-    """Seconds of one call over `items`; every request must give its full length."""
+    """Seconds of one call over `items`; every request must give its full length. options: further
+    ones of the call."""
     params = [{**sampling, "max_new_tokens": out, "ignore_eos": True} for _, out in items]
     started = time.perf_counter()
-    results = engine.generate(input_ids=[ids for ids, _ in items], sampling_params=params)
+    results = engine.generate(
+        input_ids=[ids for ids, _ in items], sampling_params=params, **options
+    )
     seconds = time.perf_counter() - started
     assert [len(r["output_ids"]) for r in results] == [out for _, out in items]
     if counts is not None:

@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import serialize_executable
 
 OWN_SETTINGS: dict[str, Any] = {
     "enable_x64": False,
@@ -141,6 +144,51 @@ def find_mosaic_runtime() -> None:
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
+def load_executable(
+    serialized: Sequence[Any], places: list[int], devices: list[Any], options: Mapping[str, Any]
+) -> Any:
+    """A program of jax.experimental.serialize_executable, for `devices`, whichever of the same kind
+    it was compiled for. serialized: what `serialize` returned. places: the ids of the devices then,
+    in the order of `devices`. options: of the compiler.
+
+    JAX's own way needs those very devices (0.10.2 to 0.12): it looks them up by their ids, and a
+    CPU's program goes back to where it was compiled. A program takes the devices of the compiler's
+    options, where it is given any; so does what JAX's cache keeps for all GPUs of a kind.
+    """
+    content, in_tree, out_tree = serialized
+    client = devices[0].client
+    if places == [device.id for device in devices]:
+        return serialize_executable.deserialize_and_load(
+            content, in_tree, out_tree, backend=client, execution_devices=devices
+        )
+    from jax._src import compiler  # no public name makes these options
+
+    assignment = np.array([[device.id for device in devices]])
+    elsewhere = compiler.get_compile_options(
+        num_replicas=1,
+        num_partitions=len(devices),
+        device_assignment=assignment,
+        env_options_overrides=dict(options),
+    )
+
+    class Unpickler(serialize_executable._JaxPjrtUnpickler):
+        def persistent_load(self, pid: Any) -> Any:
+            if pid[0] != "exec":
+                return super().persistent_load(pid)
+            return client.deserialize_executable(
+                pid[1],
+                executable_devices=self.execution_devices,
+                compile_options=elsewhere,
+            )
+
+    unpickler = Unpickler(io.BytesIO(content), client, devices)
+    unpickler.devices_by_id = dict(zip(places, devices, strict=True))
+    unloaded, args_info, no_kwargs = unpickler.load()
+    return jax.stages.Compiled(
+        unloaded.load(), [], in_tree.unflatten(args_info), out_tree, no_kwargs=no_kwargs
+    )
 
 
 def platforms() -> str | None:

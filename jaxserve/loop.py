@@ -9,13 +9,14 @@ dropped.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
@@ -23,16 +24,18 @@ from jaxserve.cache.window import Window
 from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, RequestFailedError
-from jaxserve.inbox import Inbox, Task, stop_error
+from jaxserve.inbox import Task
+from jaxserve.leftovers import Nobody, Owner, collect_left
 from jaxserve.machine import machine_of
-from jaxserve.output.commit import ABORTED, commit, fail, failure_reason, finish
+from jaxserve.output.commit import commit, fail
 from jaxserve.output.counters import collect
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
 from jaxserve.packing.batch import Batch
 from jaxserve.parallel.mesh import first_device
-from jaxserve.process import Home, Uncopyable, abandon
-from jaxserve.request import Request, Update
+from jaxserve.process import Home, abandon
+from jaxserve.reception import Reception
+from jaxserve.request import Request
 from jaxserve.scheduler.queue_limit import QueueLimit
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.scheduler.scheduling import Scheduling
@@ -46,19 +49,20 @@ if TYPE_CHECKING:
     from converters import LoadedModel
     from jaxserve.api.profile import ProfileSpec
     from jaxserve.server_args import ServerArgs
+    from jaxserve.step.shared import Shared
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 MOST_FAILURES = 2
 """Failed steps, with no sampled token in between, after which the engine gives up."""
 
 
-class EngineLoop(Uncopyable):
+class EngineLoop(Reception):
     """A `core.Core` that runs requests on one engine thread. All public methods are thread-safe. In
     a process forked from this one they raise ForkedProcessError; `shutdown` and aborts have nothing
     to do there."""
 
-    def __init__(self, config: EngineConfig, runner: Runner):
+    def __init__(self, config: EngineConfig, runner: Runner, owner: Owner | None = None):
+        """owner: hears of each request that ends, and of the end; None: nobody needs to."""
         self.config = config
         self.startup_seconds = 0.0
         self._runner = runner
@@ -71,15 +75,16 @@ class EngineLoop(Uncopyable):
         )
         host = runner.host
         self._host = None if host is None else HostPages(host.num_blocks, host.width)
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             Scheduling.of(config),
             PageAllocator(runner.num_pages),
             window=self._window,
             host=self._host,
             ready=lambda: runner.ready,
-            on_finish=self._stats.ended,
+            on_finish=self._ended,
         )
-        self._queue_limit = QueueLimit(config.max_queued, config.policy.priorities)
+        super().__init__(scheduler, QueueLimit(config.max_queued, config.policy.priorities))
+        self._owner = owner or Nobody()
         self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)
         self._profiler = Profiler()
         self._in_flight: deque[StepResult] = deque()
@@ -87,21 +92,38 @@ class EngineLoop(Uncopyable):
         self._failures = 0
         self._home = Home()
         self._settings = Settings.here()
-        self._inbox = Inbox()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
     @classmethod
-    def start(cls, args: ServerArgs, loaded: LoadedModel, mesh: Mesh) -> EngineLoop:
+    def start(
+        cls,
+        args: ServerArgs,
+        loaded: LoadedModel,
+        mesh: Mesh,
+        shared: Shared | None = None,
+        owner: Owner | None = None,
+    ) -> EngineLoop:
         """Build an engine around a model whose parameters lie on `mesh`, compile what is to be
-        compiled beforehand, and start its thread."""
+        compiled beforehand, and start its thread. shared: with the replicas beside it, if any."""
         started = time.perf_counter()
         device = first_device(mesh)
         kind = machine_of(device.platform, device.device_kind)
         weight_bytes = sum(x.nbytes for x in loaded.params.values())
         config = EngineConfig.resolve(args, loaded.config, kind, weight_bytes)
-        runner = Runner(config, loaded, mesh)
-        loop = cls(config, runner)
+        loop = cls(config, Runner(config, loaded, mesh, shared), owner)
         loop.limits.log_cut(asked=config.max_total_tokens is not None)
+        loop._thread.start()
+        loop.startup_seconds = time.perf_counter() - started
+        return loop
+
+    @classmethod
+    def beside(
+        cls, first: EngineLoop, loaded: LoadedModel, mesh: Mesh, shared: Shared, owner: Owner
+    ) -> EngineLoop:
+        """Another replica of `first`'s model on `mesh`: the same sizes, so the same programs."""
+        config = dataclasses.replace(first.config, num_pages=first._runner.num_pages)
+        started = time.perf_counter()
+        loop = cls(config, Runner(config, loaded, mesh, shared), owner)
         loop._thread.start()
         loop.startup_seconds = time.perf_counter() - started
         return loop
@@ -122,77 +144,18 @@ class EngineLoop(Uncopyable):
 
     # -- from any thread --------------------------------------------------------------------------
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests, all or none. EngineDeadError, EngineShutdownError: the engine is gone.
-        InvalidRequestError: max_queued_requests would be exceeded. (With priorities the worst of
-        the queue fail with it instead, when their turn to be queued comes.)"""
-        self._queue_limit.check(len(self._scheduler.waiting), len(requests))
-        now = time.perf_counter()
-        for request in requests:
-            request.submitted_time = now
-
-        def run() -> None:
-            for request in requests:
-                self._scheduler.add(request)
-            for request, error in self._queue_limit.shed(self._scheduler.waiting):
-                fail(request, error, self._scheduler)
-
-        def cancel(error: BaseException) -> None:
-            for request in requests:
-                request.mailbox.put(Update(request, error=error))
-
-        self._inbox.put(Task(run, cancel))
-
-    def abort(self, rid: str = "", abort_all: bool = False) -> None:
-        """End requests whose id starts with `rid`, or all. Unknown ids and "" are ignored, and so
-        is an engine that has stopped: its requests have ended already."""
-        if not (rid or abort_all):
-            return
-
-        def run() -> None:
-            for request in list(self._scheduler.live):
-                if abort_all or request.rid.startswith(rid):
-                    finish(request, dict(ABORTED), self._scheduler)
-
-        self._try_put(Task(run, cancel=lambda error: None))
-
-    def abort_requests(self, requests: Sequence[Request]) -> None:
-        """End exactly these requests, if they still run: their caller has gone."""
-
-        def run() -> None:
-            for request in requests:
-                if request in self._scheduler.live:
-                    finish(request, dict(ABORTED), self._scheduler)
-
-        self._try_put(Task(run, cancel=lambda error: None))
-
-    def call(self, function: Callable[[], T]) -> T:
-        """Run `function` on the engine thread between steps; its value or its exception."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-
-        self._inbox.put(Task(run, future.set_exception))
-        return future.result()
-
     def flush_cache(self) -> bool:
         """Forget cached prefixes; False, and nothing is forgotten, while requests are queued or
         running."""
-
-        def run() -> bool:
-            if self._scheduler.idle:
-                self._scheduler.forget_prefixes()
-            return self._scheduler.idle
-
-        return self.call(run)
+        return self.ask_flush().result()
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, see docs/api.md."""
-        return self.call(self._collect_stats)
+        return self.ask_stats().result()
+
+    def ask_stats(self) -> Future[dict[str, Any]]:
+        """`stats` that does not wait."""
+        return self.ask(self._collect_stats)
 
     def start_profile(self, spec: ProfileSpec) -> None:
         """Trace from the next step on. ProfileError: a profile runs already."""
@@ -202,20 +165,19 @@ class EngineLoop(Uncopyable):
         """End the trace and write it; steps wait for that. ProfileError: there is none."""
         self.call(self._profiler.stop)
 
+    def close(self) -> None:
+        """Let the thread stop; `shutdown` waits for it."""
+        if not self._home.left:
+            self._inbox.close(EngineShutdownError("the engine was shut down"))
+
     def shutdown(self) -> None:
         """Stop the thread, fail waiting requests with EngineShutdownError, free device memory."""
         if self._home.left:
             abandon(self)
             return
-        self._inbox.close(EngineShutdownError("the engine was shut down"))
+        self.close()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def _try_put(self, task: Task) -> None:
-        try:
-            self._inbox.put(task)
-        except RuntimeError:
-            logger.debug("an abort came after the engine had stopped, or in a forked process")
 
     # -- the engine thread ------------------------------------------------------------------------
 
@@ -329,13 +291,19 @@ class EngineLoop(Uncopyable):
         self._scheduler.retract_all()
         self._runner.reset()
 
+    def _ended(self, request: Request) -> None:
+        self._stats.ended(request)
+        self._owner.ended(request)
+
     def _stop(self) -> None:
-        """Tell everybody still waiting, then let go of the device."""
-        reason = self._inbox.close(EngineShutdownError("the engine was shut down"))
-        for request in self._scheduler.live:  # the scheduler itself may be what has failed
-            error = stop_error(reason)
-            request.finish_reason = failure_reason(error)
-            request.mailbox.put(Update(request, error=error, finish_reason=request.finish_reason))
+        """Leave everybody still waiting to the owner, then let go of the device."""
+        left = self._left
+        left.reason = self._inbox.close(EngineShutdownError("the engine was shut down"))
+        left.requests[:0] = collect_left(self._scheduler.live)
+        with contextlib.suppress(Exception):  # of whatever part has failed
+            left.counters = self._collect_stats()
+        self._owner.stopped(left)
+        left.requests.clear()
         self._scheduler.live.clear()
         self._in_flight.clear()
         self._profiler.close()

@@ -79,6 +79,8 @@ class Request:
     stop_matcher: StopMatcher | None = None
     """When stop strings or regexes were given. The engine thread feeds it; the caller reads where
     the match lies after the last update, and the strings and regexes at any time."""
+    routed_dp_rank: int | None = None
+    """The replica that it is to run on; None: any."""
     created: float = dataclasses.field(default_factory=time.perf_counter)
     """When the call began, before its prompts were tokenized. This and the other times are
     readings of time.perf_counter()."""
@@ -86,6 +88,10 @@ class Request:
     """When it was put into the engine's queue: `Core.submit` writes it, on the caller's thread,
     before the engine thread knows of the request."""
 
+    dp_rank: int | None = None
+    """The replica that it runs on; None where there is one only. `Core.submit` writes it before the
+    engine thread knows of the request, and once more when that replica has failed and another goes
+    on with it. The caller reads it after any update."""
     output_ids: list[int] = dataclasses.field(default_factory=list)
     """Without those that a slot still keeps. (The caller has what its updates brought.)"""
     reported: int = 0

@@ -44,3 +44,8 @@ def thread(engine: Engine) -> threading.Thread:
 def call(engine: Engine, function: Callable[[], T]) -> T:
     """`function()` on the engine thread, between two steps."""
     return loop(engine).call(function)
+
+
+def replicas(engine: Engine) -> list[EngineLoop]:
+    """The loops of an engine with dp_size > 1."""
+    return [replica.loop for replica in engine._loop._replicas]  # pyright: ignore

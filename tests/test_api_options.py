@@ -19,6 +19,7 @@ NO_OP, UNSUPPORTED = (
 )
 ONLY_ONE = ("tp_size", "dp_size", "pp_size", "ep_size", "nnodes")
 EXTRAS = {
+    "mesh": None,
     "precompile": None,
     "wait_until_compiled": False,
     "compilation_cache_dir": None,
@@ -83,6 +84,9 @@ def test_the_defaults_are_upstreams():
         "attention_backend": None,
         "tp_size": 1,
         "dp_size": 1,
+        "base_gpu_id": 0,
+        "gpu_id_step": 1,
+        "load_balance_method": "auto",
         "disable_radix_cache": False,
         "disable_overlap_schedule": False,
         "trust_remote_code": False,
@@ -100,6 +104,10 @@ def test_the_defaults_pass_their_own_checks(name):
     ("name", "value"),
     [
         ("model_path", 5),
+        ("gpu_id_step", 0),
+        ("base_gpu_id", -1),
+        ("mesh", (2, 1)),
+        ("load_balance_method", "random"),
         ("tokenizer_mode", "fast"),
         ("load_format", "pickle"),
         ("dtype", "int8"),
@@ -181,7 +189,6 @@ def test_parallelism_is_not_supported_yet(name):
         ("enable_lora", True),
         ("lora_paths", ["a"]),
         ("is_embedding", True),
-        ("base_gpu_id", 1),
         ("enable_memory_saver", True),
         ("schedule_policy", "lof"),
         ("radix_eviction_policy", "slru"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import jax
+import numpy as np
 import pytest
 
 import converters
+from jaxserve.api.info import server_info
 from jaxserve.api.startup import start, tokenizer_eos
 from jaxserve.errors import InvalidRequestError, ModelLoadError
 from jaxserve.loop import EngineLoop
-from jaxserve.parallel.mesh import mesh_of, replicated
+from jaxserve.parallel.mesh import given_mesh, mesh_of, numbered_mesh, replicas, replicated
 from jaxserve.server_args import ServerArgs
 from tests.api_fakes import byte_level_tokenizer
 
@@ -111,6 +114,113 @@ def test_a_device_that_does_not_exist(calls):
     with pytest.raises(InvalidRequestError, match="device='cuda' is not available"):
         start(ServerArgs("model", device="cuda", compilation_cache_dir=""))
     assert "load" not in calls
+
+
+MESHES = {
+    "axes": (("data", "model"), (1, 1), r"mesh must have the axes \('data', 'tensor'\).*'model'"),
+    "order": (("tensor", "data"), (1, 1), "in this order"),
+    "one axis": (("data",), (1,), r"axes \('data',\) of sizes \(1,\)"),
+}
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_a_mesh_with_other_axes(calls, case):
+    axes, shape, message = MESHES[case]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(shape), axes)
+    with pytest.raises(InvalidRequestError, match=message):
+        ServerArgs("model", mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tp_size", 2), ("dp_size", 2), ("base_gpu_id", 1), ("gpu_id_step", 2), ("device", "cpu")],
+)
+def test_a_mesh_beside_what_it_says(name, value):
+    mesh = mesh_of(jax.devices()[0])
+    with pytest.raises(InvalidRequestError, match=f"{name}={value!r} contradicts"):
+        ServerArgs("model", mesh=mesh, **{name: value})
+
+
+def test_a_mesh_is_where_an_engine_runs(calls):
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
+    args = ServerArgs("model", mesh=mesh, skip_tokenizer_init=True, compilation_cache_dir="")
+    start(args)
+    assert calls["loop"][0][2] == mesh_of(jax.devices()[0])
+    assert args == copy.copy(args) and "Mesh" in repr(args)
+    assert server_info_of(args)["mesh"] == str(mesh)
+
+
+def server_info_of(args):
+    limits = types.SimpleNamespace(longest=4)
+    return server_info(args, limits, {"max_total_num_tokens": 4})
+
+
+def test_devices_that_are_not_there(calls):
+    there = len(jax.devices())
+    with pytest.raises(InvalidRequestError) as caught:
+        start(ServerArgs("model", base_gpu_id=there, compilation_cache_dir=""))
+    for part in (f"base_gpu_id={there}", f"JAX has {there}", "XLA_FLAGS"):
+        assert part in str(caught.value)
+    assert "load" not in calls
+
+
+class Device(types.SimpleNamespace):
+    """A jax.Device of no platform."""
+
+    def __hash__(self):
+        return self.id
+
+
+DEVICES = [Device(id=n, platform="gpu", device_kind="X", process_index=0) for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "base", "step", "ids"),
+    [
+        ((1, 1), 3, 1, [[3]]),
+        ((2, 2), 0, 1, [[0, 1], [2, 3]]),
+        ((2, 2), 1, 2, [[1, 3], [5, 7]]),
+        ((1, 8), 0, 1, [[*range(8)]]),
+        ((4, 1), 0, 2, [[0], [2], [4], [6]]),
+    ],
+)
+def test_numbers_of_devices(shape, base, step, ids):
+    mesh = numbered_mesh(DEVICES, shape, base, step)
+    assert mesh.axis_names == ("data", "tensor") and mesh.devices.shape == shape
+    assert [[device.id for device in row] for row in mesh.devices] == ids
+    rows = replicas(mesh)
+    assert [row.devices.shape for row in rows] == [(1, shape[1])] * shape[0]
+    assert [[device.id for device in row.devices.flat] for row in rows] == ids
+
+
+@pytest.mark.parametrize(
+    ("shape", "base", "step", "numbers"),
+    [
+        ((3, 3), 0, 1, ["dp_size=3 x tp_size=3", "number 8", "8 gpu devices"]),
+        ((2, 2), 2, 2, ["base_gpu_id=2", "gpu_id_step=2", "number 8", "0 to 7"]),
+    ],
+)
+def test_more_devices_than_there_are(shape, base, step, numbers):
+    with pytest.raises(InvalidRequestError) as caught:
+        numbered_mesh(DEVICES, shape, base, step)
+    for number in numbers:
+        assert number in str(caught.value)
+    assert "XLA_FLAGS" not in str(caught.value)
+
+
+BAD_MESHES = {
+    "twice": ([DEVICES[0], DEVICES[0]], "more than once"),
+    "kinds": ([DEVICES[0], Device(**{**vars(DEVICES[1]), "device_kind": "Y"})], "gpu X, gpu Y"),
+    "processes": ([DEVICES[0], Device(**{**vars(DEVICES[1]), "process_index": 1})], "processes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MESHES)
+def test_meshes_that_no_engine_can_run_on(case):
+    devices, message = BAD_MESHES[case]
+    mesh = jax.sharding.Mesh(np.array([devices]), ("data", "tensor"))
+    with pytest.raises(InvalidRequestError, match=message):
+        given_mesh(mesh)
 
 
 def test_a_missing_model(tmp_path):

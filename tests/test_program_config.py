@@ -118,6 +118,7 @@ def test_what_concerns_the_host_changes_no_program(base, config, loaded, tmp_pat
         "precompile": not config.precompile,
         "wait_until_compiled": not config.wait_until_compiled,
         "max_total_tokens": 527,  # as many pages
+        "num_pages": base.runner.num_pages,
         "mem_fraction": 0.5,
         "memory": DeviceMemory(0.5, 0.1),
         "log_interval": 3,

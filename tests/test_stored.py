@@ -33,7 +33,7 @@ def place(tmp_path, program, caplog):
 
 
 def store(place):
-    return StoredPrograms(place, mesh_of(jax.devices("cpu")[0]), ())
+    return StoredPrograms(PrivateFolder(place), mesh_of(jax.devices("cpu")[0]), ())
 
 
 def warned(caplog):
@@ -41,9 +41,9 @@ def warned(caplog):
 
 
 def test_a_stored_program_runs(place, caplog):
-    program, memory = store(place).load(NAME)
+    program, memory = store(place).load(NAME, {})
     assert program(jnp.zeros(4)).tolist() == [1, 1, 1, 1] and memory == 5
-    assert store(place).load("another") is None
+    assert store(place).load("another", {}) is None
     assert not warned(caplog)
 
 
@@ -134,7 +134,7 @@ def test_what_others_could_have_written_is_not_unpickled(place, monkeypatch, cap
 
     monkeypatch.setattr(stored.pickle, "loads", loads)
     programs = store(place)
-    assert programs.load(NAME) is None and programs.load(NAME) is None
+    assert programs.load(NAME, {}) is None and programs.load(NAME, {}) is None
     (text,) = warned(caplog)
     assert "compilation_cache_dir" in text and "compiled anew" in text
     assert "unpickled" not in text and (NAME in text or str(place) in text)

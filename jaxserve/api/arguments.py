@@ -40,9 +40,10 @@ class GenerateOptions(TypedDict, total=False):
     cache_salt: str | list[str] | None
     """One salt, or one for each prompt: cached prefixes are shared only where it is the same."""
     routed_dp_rank: int | None
-    """None or 0."""
+    """The replica that is to run all prompts of the call, in [0, dp_size); None: the engine
+    decides (`load_balance_method`)."""
     data_parallel_rank: int | None
-    """None or 0."""
+    """The same, as SGLang called it earlier."""
     external_trace_header: dict[str, Any] | None
     """Accepted without effect: there is no tracing."""
     routed_experts_start_len: int
@@ -67,8 +68,6 @@ NO_EFFECT = frozenset({"external_trace_header", "routed_experts_start_len"})
 """Accepted, and without effect as long as what they refer to is not there: tracing, expert
 records."""
 
-SINGLE_REPLICA = frozenset({"routed_dp_rank", "data_parallel_rank"})
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
@@ -84,6 +83,8 @@ class Arguments:
     rid: Any = None
     priority: Any = None
     cache_salt: Any = None
+    routed_dp_rank: Any = None
+    data_parallel_rank: Any = None
     stream: bool = False
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
@@ -103,9 +104,6 @@ class Arguments:
                 )
             if name in SUPPORTED:
                 values[name] = value
-            elif name in SINGLE_REPLICA:
-                if value is not None:
-                    checks.integer(name, value, 0, 0)
             elif name not in NO_EFFECT:
                 _refuse(name, value)
         for name, value in media.items():

@@ -83,18 +83,25 @@ def server_info(args: ServerArgs, limits: Limits, stats: Mapping[str, Any]) -> d
     info = dict(vars(args))
     info["tokenizer_path"] = args.tokenizer_path or args.model_path
     info["served_model_name"] = args.served_model_name or args.model_path
-    memory = stats.get("memory_usage", {})
-    state = {
-        "last_gen_throughput": stats.get("last_gen_throughput"),
-        "memory_usage": {**memory, "token_capacity": stats["max_total_num_tokens"]},
-        "effective_max_running_requests_per_dp": stats.get("max_running_requests"),
-    }
+    info["dp_size"], info["tp_size"] = args.mesh_shape
+    info["mesh"] = None if args.mesh is None else str(args.mesh)
+    running = [each for each in stats.get("replicas", [stats]) if "max_total_num_tokens" in each]
     return info | {
         **stats,
         "status": "ready",
         "version": jaxserve.VERSION,
         "max_req_input_len": longest_input(limits),
-        "internal_states": [state],
+        "internal_states": [_internal_state(each) for each in running],
+    }
+
+
+def _internal_state(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one replica."""
+    memory = stats.get("memory_usage", {})
+    return {
+        "last_gen_throughput": stats.get("last_gen_throughput"),
+        "memory_usage": {**memory, "token_capacity": stats["max_total_num_tokens"]},
+        "effective_max_running_requests_per_dp": stats.get("max_running_requests"),
     }
 
 

@@ -80,7 +80,9 @@ class RequestBuilder:
             args.abort_on_priority_when_disabled and not args.enable_priority_scheduling
         )
         # With priorities the worst of the queue fail instead, when the others are in it.
-        self._most_queued = None if args.enable_priority_scheduling else args.max_queued_requests
+        self._replicas, _ = args.mesh_shape
+        most = None if args.enable_priority_scheduling else args.max_queued_requests
+        self._most_queued = None if most is None else most * self._replicas
         self._rules = Rules(
             limits=limits,
             eos_ids=eos_ids,
@@ -110,7 +112,7 @@ class RequestBuilder:
         ids = self._prompt_ids(prompts)
         extras = extra_specs(Asking(given, len(ids), single, samples, self._limits))
         rids = request_ids(given.rid, len(ids), single, samples)
-        priority = self._priority(given.priority)
+        priority, rank = self._priority(given.priority), self._rank(given)
         salts = cache_salts(given.cache_salt, len(ids))
         rows = []
         for index, values in enumerate(zip(ids, params, explicit, extras, strict=True)):
@@ -121,6 +123,7 @@ class RequestBuilder:
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
             namespace = namespace_of(salt=salts[index])
             shared = {"priority": priority, "namespace": namespace, "created": created}
+            shared["routed_dp_rank"] = rank
             requests += self._samples(row, names, index, mailbox, given.stream, shared)
         return Inputs(requests, mailbox, single and samples == 1)
 
@@ -210,6 +213,19 @@ class RequestBuilder:
                 "abort_on_priority_when_disabled=True is set"
             )
         return checks.integer("priority", given)
+
+    def _rank(self, given: Arguments) -> int | None:
+        """The replica that a call asks for."""
+        last = self._replicas - 1
+        ranks = {
+            name: checks.integer(name, value, 0, last)
+            for name in ("routed_dp_rank", "data_parallel_rank")
+            if (value := getattr(given, name)) is not None
+        }
+        if len(set(ranks.values())) > 1:
+            said = " and ".join(f"{name}={rank}" for name, rank in ranks.items())
+            raise InvalidRequestError(f"{said} are the same argument")
+        return next(iter(ranks.values()), None)
 
     def _samples(
         self,

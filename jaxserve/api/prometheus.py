@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from jaxserve.errors import EngineDeadError, EngineShutdownError
 
-PREFIX = "jaxserve_"
+PREFIX, REPLICA_PREFIX = "jaxserve_", "jaxserve_replica_"
 GAUGES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "num_running_reqs": ("num_running", "Requests that run"),
@@ -70,11 +70,12 @@ def registry(stats: Callable[[], Mapping[str, Any]], model_name: str) -> Collect
 
 class EngineCollector(Collector):
     """Asks the engine for its counters at each scrape. Of an engine that has ended it only says
-    so: `jaxserve_up` is 0."""
+    so: `jaxserve_up` is 0. Of several replicas there are the sums, and under names of their own
+    (`jaxserve_replica_...`, with a label `dp_rank`) the parts."""
 
     def __init__(self, stats: Callable[[], Mapping[str, Any]], model_name: str):
         self._stats = stats
-        self._model_name = model_name
+        self._model = {"model_name": model_name}
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registering does not scrape."""
@@ -84,40 +85,70 @@ class EngineCollector(Collector):
         try:
             stats = self._stats()
         except (EngineDeadError, EngineShutdownError):
-            yield self._gauge("up", "Whether the engine runs", 0)
+            yield _up(PREFIX, [(self._model, 0)])
             return
-        yield self._gauge("up", "Whether the engine runs", 1)
-        for name, (key, text) in GAUGES.items():
-            yield self._gauge(name, text, stats[key])
-        for name, (key, text) in COUNTERS.items():
-            yield self._counter(name, text, "", {"": stats[key]})
-        steps = {kind: stats[f"{kind}_steps"] for kind in ("extend", "decode")}
-        yield self._counter("steps", "Steps queued on the device", "kind", steps)
-        yield self._counter(
-            "finished_requests", "Requests that ended", "reason", stats["finished_requests"]
-        )
-        yield self._counter(
-            "host_seconds", "Python time of the engine thread", "phase", stats["host_seconds"]
-        )
-        for name, (key, text) in HISTOGRAMS.items():
-            yield self._histogram(name, text, stats["latencies"][key])
+        yield _up(PREFIX, [(self._model, 1)])
+        yield from _families(PREFIX, [(self._model, stats)])
+        rows = [
+            ({**self._model, "dp_rank": str(row["dp_rank"])}, row)
+            for row in stats.get("replicas", ())
+        ]
+        if rows:
+            yield _up(REPLICA_PREFIX, [(labels, row["status"] == "ready") for labels, row in rows])
+            running = [(labels, row) for labels, row in rows if row["status"] == "ready"]
+            yield from _families(REPLICA_PREFIX, running)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
-        return family
 
-    def _counter(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-        """A counter with one more label, or none if `label` is empty."""
-        labels = ["model_name", *([label] if label else [])]
-        family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+Labels = dict[str, str]
+
+
+def _up(prefix: str, rows: list[tuple[Labels, float]]) -> Metric:
+    return _gauge(prefix + "up", "Whether the engine runs", rows)
+
+
+def _families(prefix: str, rows: list[tuple[Labels, Mapping[str, Any]]]) -> Iterator[Metric]:
+    """All metrics of engines, or replicas, each with labels of its own."""
+    for name, (key, text) in GAUGES.items():
+        yield _gauge(prefix + name, text, [(labels, stats[key]) for labels, stats in rows])
+    for name, (key, text) in COUNTERS.items():
+        values = [(labels, {"": stats[key]}) for labels, stats in rows]
+        yield _counter(prefix + name, text, "", values)
+    steps = [
+        (labels, {kind: stats[f"{kind}_steps"] for kind in ("extend", "decode")})
+        for labels, stats in rows
+    ]
+    yield _counter(prefix + "steps", "Steps queued on the device", "kind", steps)
+    ended = [(labels, stats["finished_requests"]) for labels, stats in rows]
+    yield _counter(prefix + "finished_requests", "Requests that ended", "reason", ended)
+    seconds = [(labels, stats["host_seconds"]) for labels, stats in rows]
+    yield _counter(prefix + "host_seconds", "Python time of the engine thread", "phase", seconds)
+    for name, (key, text) in HISTOGRAMS.items():
+        values = [(labels, stats["latencies"][key]) for labels, stats in rows]
+        yield _histogram(prefix + name, text, values)
+
+
+def _gauge(name: str, text: str, rows: list[tuple[Labels, float]]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=list(rows[0][0]))
+    for labels, value in rows:
+        family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _counter(
+    name: str, text: str, label: str, rows: Sequence[tuple[Labels, Mapping[str, float]]]
+) -> Metric:
+    """A counter with one more label, or none if `label` is empty."""
+    family = CounterMetricFamily(name, text, labels=[*rows[0][0], *([label] if label else [])])
+    for labels, values in rows:
         for value, count in values.items():
-            family.add_metric([self._model_name, *([value] if label else [])], count)
-        return family
+            family.add_metric([*labels.values(), *([value] if label else [])], count)
+    return family
 
-    def _histogram(self, name: str, text: str, values: Mapping[str, Any]) -> Metric:
+
+def _histogram(name: str, text: str, rows: list[tuple[Labels, Mapping[str, Any]]]) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=list(rows[0][0]))
+    for labels, values in rows:
         bounds = [*map(str, values["bounds"]), "+Inf"]
         buckets = list(zip(bounds, accumulate(values["counts"]), strict=True))
-        family = HistogramMetricFamily(PREFIX + name, text, labels=["model_name"])
-        family.add_metric([self._model_name], buckets, values["sum"])
-        return family
+        family.add_metric(list(labels.values()), buckets, values["sum"])
+    return family

@@ -63,8 +63,8 @@ def start(args: ServerArgs) -> Started:
 
 def _start(args: ServerArgs) -> Started:
     import converters
-    from jaxserve.loop import EngineLoop
-    from jaxserve.parallel.mesh import replicated
+    from jaxserve.parallel.mesh import replicas, replicated
+    from jaxserve.replicas.start import start_on
 
     if args.trust_remote_code:
         warnings.warn(
@@ -86,14 +86,14 @@ def _start(args: ServerArgs) -> Started:
         load_format=args.load_format,
         dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
         quantization=args.quantization,
-        sharding=replicated(mesh),
+        sharding=replicated(replicas(mesh)[0]),
         config_overrides=args.config_overrides,
         revision=args.revision,
         download_dir=args.download_dir,
         seed=args.random_seed or 0,
     )
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
-    loop = EngineLoop.start(args, loaded, mesh)
+    loop = start_on(args, loaded, mesh)
     facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
     return Started(
         loop,
@@ -120,34 +120,38 @@ def tokenizer_eos(tokenizer: Any) -> frozenset[int]:
 
 
 def _prepare_jax(args: ServerArgs) -> Mesh:
-    """Configures JAX for an engine; the devices that it runs on."""
+    """Configures JAX for an engine; the devices that it runs on, [data, tensor]."""
     from jaxserve import compat
     from jaxserve.cache.host_pool import pinned_limit
     from jaxserve.cache.pool import ALLOCATOR_FRACTION
-    from jaxserve.parallel.mesh import mesh_of
+    from jaxserve.parallel.mesh import given_mesh, numbered_mesh
 
     compat.reserve_device_memory(max(ALLOCATOR_FRACTION, args.mem_fraction_static or 0.0))
     if args.enable_hierarchical_cache:
         compat.allow_pinned_memory(pinned_limit(int(args.hicache_size * 1e9)))
-    device = _device(args.device)
+    if args.mesh is None:
+        devices = _devices(args.device)
+        mesh = numbered_mesh(devices, args.mesh_shape, args.base_gpu_id, args.gpu_id_step)
+    else:
+        mesh = given_mesh(args.mesh)
     if args.compilation_cache_dir != "":
         configured = compat.cache_configured()
         folder = None if configured else _cache_folder(args.compilation_cache_dir)
         if configured or folder:
             compat.enable_compilation_cache(folder)
-    return mesh_of(device)
+    return mesh
 
 
-def _device(option: str | None) -> Any:
-    """The first jax.Device of the first platform in `option` ("cuda", "cuda,cpu") that JAX has, and
-    JAX's default for None."""
+def _devices(option: str | None) -> list[Any]:
+    """This process's jax.Devices of the first platform in `option` ("cuda", "cuda,cpu") that JAX
+    has, and of JAX's default for None."""
     import jax
 
     from jaxserve import compat
 
     first, *others = (None,) if option is None else option.split(",")
     try:
-        return jax.devices(first)[0]
+        return jax.local_devices(backend=first)
     except RuntimeError as error:
         if not others:
             raise InvalidRequestError(
@@ -155,7 +159,7 @@ def _device(option: str | None) -> Any:
                 f"{compat.platforms()!r}: {error}"
             ) from error
     warnings.warn(f"JAX has no {first} device here: running on {others[0]}", stacklevel=5)
-    return _device(",".join(others))
+    return _devices(",".join(others))
 
 
 def _cache_folder(option: str | None) -> str | None:

@@ -48,6 +48,8 @@ class EngineConfig:
     """All of them before the first request."""
     max_total_tokens: int | None
     """Cap on the pool, in tokens."""
+    num_pages: int | None
+    """Of the pool, where another replica has decided it; None: as many as fit."""
     mem_fraction: float | None
     """Of the device's memory, for weights and pages; None: `memory.fraction`."""
     memory: DeviceMemory | None
@@ -104,6 +106,7 @@ class EngineConfig:
                 options.wait_until_compiled or options.enable_deterministic_inference
             ),
             max_total_tokens=options.max_total_tokens,
+            num_pages=None,
             mem_fraction=options.mem_fraction_static,
             memory=machine.memory,
             log_interval=options.decode_log_interval,

@@ -35,9 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of all options. Those that jaxserve does not have are without help, and in the
     namespace only when given."""
     for option in OPTIONS.values():
-        parser.add_argument(
-            *_flags(option.name, option.spellings, option.flags), **_settings(option)
-        )
+        if option.kind != "mesh":
+            flags = _flags(option.name, option.spellings, option.flags)
+            parser.add_argument(*flags, **_settings(option))
     for name, option in FOREIGN.items():
         parser.add_argument(*_flags(name, FOREIGN_FLAGS.get(name, ())), **_foreign_settings(option))
 

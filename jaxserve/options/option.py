@@ -23,7 +23,12 @@ TRUE, FALSE = ("true", "1", "yes", "y"), ("false", "0", "no", "n", "")
 METADATA = "option"
 """Under which a dataclass field keeps its Option."""
 
-Kind = Literal["text", "path", "dtype", "level", "flag", "integer", "number", "integers", "json"]
+MESH_AXES = ("data", "tensor")
+"""Of the option `mesh`: replicas, and the parts that each layer is cut into."""
+
+Kind = Literal[
+    "text", "path", "dtype", "level", "flag", "integer", "number", "integers", "json", "mesh"
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,8 @@ class Option:
     """`dataclasses.MISSING`: it must be given."""
     kind: Kind
     """path: or os.PathLike. dtype: a name, or a type object of NumPy, JAX or PyTorch. level: a name
-    in any case. integers: a list. json: a JSON object, as text or dict."""
+    in any case. integers: a list. json: a JSON object, as text or dict. mesh: a JAX object, which
+    no command line has."""
     help: str
     """One sentence, without a full stop."""
     low: float | None = None
@@ -109,6 +115,8 @@ class Option:
                 return _integers(name, value)
             case "json":
                 return self._json_object(value)
+            case "mesh":
+                return _mesh(name, value)
             case "path":
                 return self._chosen(_path(name, value))
             case "dtype":
@@ -182,6 +190,22 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
             f"{name} must be a list of positive integers, got {checks.shown(value)}"
         )
     return tuple(checks.integers(name, value, 1, checks.MOST_STRINGS))
+
+
+def _mesh(name: str, value: Any) -> Any:
+    """A jax.sharding.Mesh with the right axes; JAX need not be imported to tell."""
+    kind = type(value)
+    if kind.__name__ != "Mesh" or kind.__module__.split(".")[0] != "jax":
+        raise InvalidRequestError(
+            f"{name} must be a jax.sharding.Mesh with the axes {MESH_AXES}, got "
+            f"{checks.shown(value)}"
+        )
+    if tuple(value.axis_names) != MESH_AXES:
+        raise InvalidRequestError(
+            f"{name} must have the axes {MESH_AXES}, in this order; got a Mesh with the axes "
+            f"{tuple(value.axis_names)} of sizes {tuple(value.devices.shape)}"
+        )
+    return value
 
 
 def _path(name: str, value: Any) -> Any:

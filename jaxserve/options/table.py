@@ -220,18 +220,32 @@ class Options:
     tp_size: int = option(
         "integer",
         1,
-        "tensor parallel size; only 1 is supported yet",
+        "devices that each layer is cut over (tensor parallel)",
         low=1,
-        only=1,
         flags=("tp", "tensor_parallel_size"),
     )
     dp_size: int = option(
         "integer",
         1,
-        "data parallel size; only 1 is supported yet",
+        "replicas of the model, each on tp_size devices (data parallel)",
         low=1,
-        only=1,
         flags=("dp", "data_parallel_size"),
+    )
+    base_gpu_id: int = option("integer", 0, "number of the first device, as JAX lists them", low=0)
+    gpu_id_step: int = option("integer", 1, "from one device's number to the next one's", low=1)
+    load_balance_method: str = option(
+        "text",
+        "auto",
+        "which replica gets a request; auto: that with the longest cached prefix, unless others "
+        "have much less to do; the total_ ones: that with the fewest requests or tokens",
+        choices=("auto", "round_robin", "total_requests", "total_tokens"),
+        known=("follow_bootstrap_room", "decode_round_robin", "shortest_queue", "minimum_tokens"),
+    )
+    mesh: Any | None = option(  # noqa: RUF009 (Any may be mutable, a field of the dataclass is not)
+        "mesh",
+        None,
+        "jax.sharding.Mesh with the axes 'data' (replicas) and 'tensor', instead of sizes and "
+        "device numbers",
     )
     pp_size: int = option(
         "integer",
@@ -287,6 +301,14 @@ class Options:
     logit_bias_capacity: int = option(
         "integer", 1024, "most biased and masked ids per request", low=1
     )
+
+    @property
+    def mesh_shape(self) -> tuple[int, int]:
+        """Replicas, and devices of each: of `mesh`, or as the sizes say."""
+        if self.mesh is None:
+            return self.dp_size, self.tp_size
+        data, tensor = self.mesh.devices.shape
+        return data, tensor
 
 
 OPTIONS: Mapping[str, Option] = MappingProxyType(described(Options))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from jaxserve.errors import InvalidRequestError, NotSupportedError
 from jaxserve.options.table import OPTIONS, Options
 
+PLACES = ("tp_size", "dp_size", "base_gpu_id", "gpu_id_step", "device")
+"""Options that say what a mesh says."""
+
 
 def check_together(options: Options) -> None:
     """Raises InvalidRequestError for options that contradict each other, NotSupportedError for
@@ -12,6 +15,7 @@ def check_together(options: Options) -> None:
     for name, option in OPTIONS.items():
         if option.only is not None and getattr(options, name) != option.only:
             raise NotSupportedError(f"{name}={getattr(options, name)} is not supported yet")
+    _check_mesh(options)
     if options.chunked_prefill_size == 0:
         raise InvalidRequestError("chunked_prefill_size must be -1 or at least 1, got 0")
     if options.enable_priority_scheduling and options.schedule_policy != "fcfs":
@@ -26,6 +30,18 @@ def check_together(options: Options) -> None:
         )
     if options.enable_deterministic_inference:
         _check_deterministic(options)
+
+
+def _check_mesh(options: Options) -> None:
+    for name in PLACES:
+        value = getattr(options, name)
+        if options.mesh is not None and value != OPTIONS[name].default:
+            raise InvalidRequestError(
+                f"mesh says which devices are used, and {name}={value!r} contradicts it"
+            )
+    _, tensor = options.mesh_shape
+    if tensor > 1:  # until steps are cut over devices
+        raise NotSupportedError(f"tp_size={tensor} is not supported yet")
 
 
 def _check_deterministic(options: Options) -> None:

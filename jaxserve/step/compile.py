@@ -18,6 +18,7 @@ from jaxserve.compat import Settings, on_backend_compile, without_compilation_ca
 from jaxserve.parallel.mesh import first_device
 from jaxserve.step.catalogue import Lowerable, ProgramKey
 from jaxserve.step.notice import Notice
+from jaxserve.step.shared import Turns
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.workers import Workers
 
@@ -50,11 +51,14 @@ class Programs:
         mesh: Mesh,
         options: CompilerOptions,
         stored: StoredPrograms | None = None,
+        turns: Turns | None = None,
     ):
+        """turns: of all who use `stored`."""
         self._builder = builder
         self._mesh = mesh
         self._options = options
         self._stored = stored
+        self._turns = turns or Turns()
         self._settings = Settings.here()
         self._notice = Notice()
         self._compiled: dict[ProgramKey, Any] = {}
@@ -181,13 +185,17 @@ class Programs:
             return False
         self._timed_again.add(key)
         started, began = time.perf_counter(), time.monotonic()
-        with self._fresh(), self._on_device():
-            lowerable = self._builder(key)
-            program = self._xla(self._lower(key, lowerable), self._options(key[1]))
-            if self._used < began:
-                self._store(key, lowerable, program, timed=True)
-                self._keep(key, program, "timed", started, late=False)
+        with self._turns.of(key), self._fresh():
+            if self._load(key, timed_only=True) is not None:  # another replica has timed it
                 self._untimed.discard(key)
+                return True
+            with self._on_device():
+                lowerable = self._builder(key)
+                program = self._xla(self._lower(key, lowerable), self._options(key[1]))
+                if self._used < began:
+                    self._store(key, lowerable, program, timed=True)
+                    self._keep(key, program, "timed", started, late=False)
+                    self._untimed.discard(key)
         return True
 
     def expect_no_more(self) -> None:
@@ -209,12 +217,13 @@ class Programs:
         return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
 
     def _compile(self, key: ProgramKey, *, late: bool = False, at_rest: bool = True) -> Any:
-        program = self._load(key, timed_only=at_rest, late=late)
-        if program is None:
-            started = time.perf_counter()
-            with self._on_device():
-                program = self._make(key, at_rest)
-            self._keep(key, program, "compiled", started, late)
+        with self._turns.of(key):
+            program = self._load(key, timed_only=at_rest, late=late)
+            if program is None:
+                started = time.perf_counter()
+                with self._on_device():
+                    program = self._make(key, at_rest)
+                self._keep(key, program, "compiled", started, late)
         return program
 
     def _load(self, key: ProgramKey, timed_only: bool, late: bool = False) -> Any | None:
@@ -249,7 +258,8 @@ class Programs:
     def _find(self, stored: StoredPrograms, key: ProgramKey, timed_only: bool) -> Any | None:
         lowerable = self._builder(key)
         for timed in (True,) if timed_only else (True, False):
-            found = stored.load(self._file(stored, key, lowerable, timed))
+            options = self._options(key[1], timed=timed)
+            found = stored.load(self._file(stored, key, lowerable, timed), options)
             if found is not None:
                 program, self._memory[key] = found
                 self._note(key, timed)

@@ -33,8 +33,10 @@ class Memory:
         dtype: jnp.dtype,
         mesh: Mesh,
         weight_bytes: int,
+        devices: list[Any] | None = None,
     ):
         """dtype: of the pages. weight_bytes: of the parameters, which are on the mesh already.
+        devices: all on which pools of the same size lie; None: those of `mesh`.
         InvalidRequestError: no page fits."""
         self.config = config
         self.cache_dtype = dtype
@@ -42,6 +44,7 @@ class Memory:
         self._model = model
         self._mesh = mesh
         self._replicated = replicated(mesh)
+        self._devices = devices or list(mesh.devices.flat)
         self.num_pages = 0
         self._size(0)
 
@@ -56,9 +59,9 @@ class Memory:
     def _size(self, program_bytes: int, most: int | None = None) -> None:
         state = jax.eval_shape(self.make_state)
         others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        device = first_device(self._mesh)
-        pages = count_pages(
-            self.config, self._model, self.cache_dtype, device, self.weight_bytes, others
+        pages = self.config.num_pages or min(
+            count_pages(self.config, self._model, self.cache_dtype, each, self.weight_bytes, others)
+            for each in self._devices
         )
         if self._model.window is None and pages < self.config.program.table_width:
             program = dataclasses.replace(self.config.program, table_width=pages)

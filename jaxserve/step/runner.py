@@ -25,6 +25,7 @@ from jaxserve.step.payloads import Variant
 from jaxserve.step.precompile import Precompilation
 from jaxserve.step.programs import Facts, engine_programs
 from jaxserve.step.result import Prepared, StepResult
+from jaxserve.step.shared import Shared
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WideIds
 from jaxserve.step.xla_options import xla_options
@@ -42,8 +43,10 @@ phase = jax.profiler.TraceAnnotation
 class Runner:
     """One model on one mesh. Not thread-safe: the engine thread calls it."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel, mesh: Mesh):
-        """loaded: with parameters that lie on `mesh`."""
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel, mesh: Mesh, shared: Shared | None = None
+    ):
+        """loaded: with parameters that lie on `mesh`. shared: with the replicas beside it."""
         self.model_config = loaded.config
         params, self._bind = arrange(loaded.declaration, loaded.params, config.program.crossovers)
         self._arrays: dict[str, Any] = {"params": params}
@@ -51,12 +54,14 @@ class Runner:
         self.dtype = loaded.declaration.dtype
         self._mesh = mesh
         self._replicated = replicated(mesh)
+        self._shared = shared
         self.memory = Memory(
             config,
             self.model_config,
             cache_dtype(config.program.kv_cache_dtype, self.dtype),
             mesh,
             sum(p.nbytes for p in params),
+            None if shared is None else shared.devices,
         )
         self._declaration = loaded.declaration
         self._declare_programs()
@@ -96,6 +101,7 @@ class Runner:
             self._mesh,
             functools.partial(xla_options, self.config.program, quantized=quantized),
             self._stored,
+            None if self._shared is None else self._shared.turns,
         )
         self._precompilation = Precompilation(self.config, self._catalogue, self.programs)
 
@@ -117,10 +123,12 @@ class Runner:
 
     @functools.cached_property
     def _stored(self) -> StoredPrograms | None:
-        if self.config.program_folder is None:
+        path, shared = self.config.program_folder, self._shared
+        if path is None and shared is None:
             return None
         facts = (self.config.program, self.model_config)
-        stored = StoredPrograms(self.config.program_folder, self._mesh, facts)
+        folder = (shared or Shared([])).folder(path)
+        stored = StoredPrograms(folder, self._mesh, facts)
         stored.prune()
         return stored
 

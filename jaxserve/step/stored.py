@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from jaxserve.compat import find_mosaic_runtime, settings, versions
-from jaxserve.folders import PrivateFolder
+from jaxserve.compat import find_mosaic_runtime, load_executable, settings, versions
+from jaxserve.step.shared import Folder
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,11 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 class StoredPrograms:
     """Executables in `folder`, for `mesh` and a program that `facts` determine together with its
-    arguments: everything else that could change what is compiled goes into the file's name."""
+    arguments: everything else that could change what is compiled goes into the file's name. Which
+    devices of a kind compiled it does not: it is loaded for those of `mesh`."""
 
-    def __init__(self, folder: Path, mesh: Mesh, facts: Iterable[Any]):
-        self._folder = PrivateFolder(folder)
+    def __init__(self, folder: Folder, mesh: Mesh, facts: Iterable[Any]):
+        self._folder = folder
         self._warned = False
         self._devices = list(mesh.devices.flat)
         first = self._devices[0]
@@ -48,7 +49,6 @@ class StoredPrograms:
                 first.device_kind,
                 first.client.platform_version,
                 repr(mesh.shape),
-                repr([device.id for device in self._devices]),
                 _sources(),
                 *map(repr, facts),
             ]
@@ -63,21 +63,16 @@ class StoredPrograms:
         )
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
-    def load(self, name: str) -> tuple[Any, int] | None:
-        """(program, bytes of its temporaries), or None where there is none that can be used."""
+    def load(self, name: str, options: Mapping[str, Any]) -> tuple[Any, int] | None:
+        """(program, bytes of its temporaries), or None where there is none that can be used.
+        options: of the compiler, as they were for this program."""
         try:
             content = self._folder.read(name)
             if content is None:
                 return None
             find_mosaic_runtime()
-            serialized, in_tree, out_tree, memory = pickle.loads(_verified(name, content))
-            program = serialize_executable.deserialize_and_load(
-                serialized,
-                in_tree,
-                out_tree,
-                backend=self._devices[0].client,
-                execution_devices=self._devices,
-            )
+            *serialized, places, memory = pickle.loads(_verified(name, content))
+            program = load_executable(serialized, places, self._devices, options)
             self._folder.touch(name)
         except Exception as error:
             self._warn("a stored program cannot be used and is compiled anew", error)
@@ -87,7 +82,8 @@ class StoredPrograms:
     def store(self, name: str, program: Any, memory: int) -> None:
         """Keep a program. A failure (a full disk, say) is logged: the engine works without."""
         try:
-            content = pickle.dumps((*serialize_executable.serialize(program), memory))
+            places = [device.id for device in self._devices]
+            content = pickle.dumps((*serialize_executable.serialize(program), places, memory))
             self._folder.write(name, hashlib.sha256(content).digest() + content)
         except Exception as error:
             self._warn("a program could not be stored", error)

@@ -1,0 +1,1 @@
+"""Several replicas of a model behind one engine: who gets a request, and who goes on with it."""

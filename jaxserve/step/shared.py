@@ -1,0 +1,58 @@
+"""What the runners of one engine's replicas have in common beside their configuration."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from jaxserve.folders import PrivateFolder
+from jaxserve.step.catalogue import ProgramKey
+
+
+class MemoryFolder:
+    """As much of `PrivateFolder` as programs need, in memory."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+
+    def read(self, name: str) -> bytes | None:
+        return self._files.get(name)
+
+    def write(self, name: str, content: bytes) -> None:
+        self._files[name] = content
+
+    def touch(self, name: str) -> None:
+        """Nothing is ever pruned here."""
+
+    def prune(self, *, unused_seconds: float) -> None:
+        """As `touch`."""
+
+
+Folder = PrivateFolder | MemoryFolder
+
+
+class Turns:
+    """One lock for each program: whoever comes second finds what the first has compiled."""
+
+    def __init__(self) -> None:
+        self._locks: dict[ProgramKey, threading.Lock] = {}
+
+    def of(self, key: ProgramKey) -> threading.Lock:
+        """To hold while the program is looked for and compiled."""
+        return self._locks.setdefault(key, threading.Lock())
+
+
+class Shared:
+    """Programs are compiled by one runner, for its own devices, and loaded by the others for
+    theirs. Pools are as large as fits on each of all devices."""
+
+    def __init__(self, devices: list[Any]) -> None:
+        """devices: jax.Devices of all runners."""
+        self.devices = devices
+        self.turns = Turns()
+        self._memory = MemoryFolder()
+
+    def folder(self, path: Path | None) -> Folder:
+        """Where compiled programs are kept: in `path`, or as long as the engine lives."""
+        return self._memory if path is None else PrivateFolder(path)
