@@ -58,6 +58,7 @@ def load(
     dtype: str = "auto",
     quantization: str | None = None,
     sharding: Sharding | Placement | None = None,
+    placing: Callable[[ModelConfig], Placement] | None = None,
     config_overrides: dict[str, Any] | None = None,
     revision: str | None = None,
     download_dir: str | None = None,
@@ -71,9 +72,11 @@ def load(
     quantization: "fp8" or "w8a16_int8" quantizes the layers' linear kernels, from the checkpoint's
     precision (see models.quantization); an Orbax folder saved quantized loads as it is.
     sharding: for every parameter, or a function from a parameter's path to its sharding; None is
-    the default device. config_overrides: keys that replace config.json's. revision, download_dir:
-    for Hub ids. seed: of dummy weights. progress: called with the numbers of
-    parameters done and in all (safetensors and GGUF, which are converted one at a time).
+    the default device. placing: makes such a function for a model's sizes, instead of sharding;
+    what it raises, it raises before anything large is read. config_overrides: keys that replace
+    config.json's. revision, download_dir: for Hub ids. seed: of dummy weights. progress: called
+    with the numbers of parameters done and in all (safetensors and GGUF, which are converted one at
+    a time).
 
     Raises ModelLoadError (missing, damaged or unfitting files), NotSupportedError (architecture,
     load_format, quantization, quantized weights), InvalidRequestError (dtype, an Orbax folder
@@ -92,6 +95,8 @@ def load(
         config = registry.config_from_hf(hf_config)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error}") from error
+    if placing is not None:
+        placement = placing(config)
     if kind == "orbax":
         quantization = stored_quantization(path, quantization) or quantization
     resolved = resolve_dtype(dtype, placement("embed.embedding"))

@@ -32,7 +32,7 @@ from jaxserve.output.counters import collect
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
 from jaxserve.packing.batch import Batch
-from jaxserve.parallel.mesh import first_device
+from jaxserve.parallel.mesh import bytes_on_each, first_device
 from jaxserve.process import Home, abandon
 from jaxserve.reception import Reception
 from jaxserve.request import Request
@@ -108,7 +108,7 @@ class EngineLoop(Reception):
         started = time.perf_counter()
         device = first_device(mesh)
         kind = machine_of(device.platform, device.device_kind)
-        weight_bytes = sum(x.nbytes for x in loaded.params.values())
+        weight_bytes = bytes_on_each(loaded.params.values())
         config = EngineConfig.resolve(args, loaded.config, kind, weight_bytes)
         loop = cls(config, Runner(config, loaded, mesh, shared), owner)
         loop.limits.log_cut(asked=config.max_total_tokens is not None)

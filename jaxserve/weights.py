@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxserve.errors import InvalidRequestError
 from jaxserve.machine import Crossovers
+from jaxserve.models.registry import declare
+from jaxserve.parallel.mesh import TENSOR
+from jaxserve.parallel.rules import WHOLE, partition, whole_shape
+from jaxserve.parallel.rules import turned as turned_partition
 
 if TYPE_CHECKING:
+    from jaxserve.models.config import ModelConfig
     from jaxserve.models.decoder import Decoder
     from jaxserve.models.registry import Declaration
 
@@ -37,11 +45,34 @@ Bind = Callable[[Arrays], "Decoder"]
 """Parameters (or tracers) as they are kept -> the module."""
 
 
-def kept(
-    declaration: Declaration, crossovers: Crossovers
-) -> tuple[dict[str, jax.ShapeDtypeStruct], Bind]:
-    """(by path, the parameters as the step takes them, a flat tuple with some transposed; what
-    makes the module of them): XLA folds the transposition into the product."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """The parameters as the step takes them, a flat tuple with some transposed, which XLA folds
+    into the products."""
+
+    specs: dict[str, jax.ShapeDtypeStruct]
+    """By path, of one device's part."""
+    partitions: dict[str, PartitionSpec]
+    """How the whole is cut."""
+    turned: dict[str, bool]
+    """Whether it is transposed."""
+    bind: Bind
+    """Makes the module of one device's parts."""
+
+    def abstract(self, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The whole parameters on `mesh`, in the order in which `bind` takes their parts."""
+        return tuple(
+            jax.ShapeDtypeStruct(
+                whole_shape(spec.shape, self.partitions[name], mesh.shape[TENSOR]),
+                spec.dtype,
+                sharding=NamedSharding(mesh, self.partitions[name]),
+            )
+            for name, spec in self.specs.items()
+        )
+
+
+def kept(declaration: Declaration, crossovers: Crossovers) -> Kept:
+    """The parameters of `declaration` as the step takes them."""
     turned = {
         name: name.endswith(".kernel") and kept_transposed(spec, crossovers)
         for name, spec in declaration.specs.items()
@@ -58,22 +89,94 @@ def kept(
         parts = zip(turned.items(), arrays, strict=True)
         return declaration.bind({name: turn_back(x) if back else x for (name, back), x in parts})
 
-    specs = {name: turn(spec) if turned[name] else spec for name, spec in declaration.specs.items()}
-    return specs, bind
+    tied = declaration.config.tie_word_embeddings
+    cuts = {
+        name: partition(name, tied) if declaration.parts > 1 else WHOLE
+        for name in declaration.specs
+    }
+    return Kept(
+        {name: turn(x) if turned[name] else x for name, x in declaration.specs.items()},
+        {
+            name: turned_partition(cuts[name], len(x.shape)) if turned[name] else cuts[name]
+            for name, x in declaration.specs.items()
+        },
+        turned,
+        bind,
+    )
+
+
+def cut_over(declaration: Declaration, mesh: Mesh) -> Declaration:
+    """A whole model as one device of `mesh` has it."""
+    parts = mesh.shape[TENSOR]
+    if parts == 1:
+        return declaration
+    of = declaration
+    return declare(of.config, of.dtype, of.quantization, parts=parts, axis=TENSOR)
+
+
+def placement(config: ModelConfig, mesh: Mesh) -> Callable[[str], NamedSharding]:
+    """Where each parameter goes when it is read, by its path: cut over the devices of `mesh`, but
+    for those of attention whose KV heads are fewer, which `arrange` cuts. InvalidRequestError: the
+    model cannot be cut over so many."""
+    parts = mesh.shape[TENSOR]
+    _check_divides(config, parts)
+
+    def sharding(path: str) -> NamedSharding:
+        whole = parts == 1 or (".attn.qkv." in path and config.num_kv_heads < parts)
+        cut = WHOLE if whole else partition(path, config.tie_word_embeddings)
+        return NamedSharding(mesh, cut)
+
+    return sharding
+
+
+def _check_divides(config: ModelConfig, parts: int) -> None:
+    sizes = {
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    uneven = [f"{name}={size}" for name, size in sizes.items() if size % parts]
+    kv_heads = config.num_kv_heads
+    if kv_heads % parts and parts % kv_heads:
+        uneven.append(f"num_key_value_heads={kv_heads} (nor is it divided by that)")
+    if uneven:
+        raise InvalidRequestError(
+            f"tp_size={parts} does not divide the model's {', '.join(uneven)}: each device gets an "
+            "equal part"
+        )
 
 
 def arrange(
-    declaration: Declaration, params: dict[str, jax.Array], crossovers: Crossovers
-) -> tuple[Arrays, Bind]:
-    """(arrays, bind): the parameters as `kept` has them.
+    declaration: Declaration, params: dict[str, jax.Array], crossovers: Crossovers, mesh: Mesh
+) -> tuple[Arrays, Kept]:
+    """(arrays, kept): whole parameters, which lie as `placement` says, as the step takes them.
 
-    Takes the arrays out of `params`, so that a transposed one's original is freed at once.
+    declaration: of one device's part. Takes the arrays out of `params`, so that the original of
+    what is made anew is freed at once.
     """
-    specs, bind = kept(declaration, crossovers)
+    found = kept(declaration, crossovers)
+    config, parts = declaration.config, declaration.parts
+    repeated = config.kv_heads(parts) // config.num_kv_heads
 
-    def place(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    def place(name: str, cut: PartitionSpec) -> jax.Array:
         array = params.pop(name)
-        turn = spec is not declaration.specs[name]
-        return jax.block_until_ready(jnp.moveaxis(array, 0, -1)) if turn else array
+        if repeated == 1 and not found.turned[name]:
+            return array
+        if repeated > 1 and ".attn.qkv." in name:
+            array = repeat_kv_heads(array, config, repeated)
+        if found.turned[name]:
+            array = jnp.moveaxis(array, 0, -1)
+        return jax.block_until_ready(jax.device_put(array, NamedSharding(mesh, cut)))
 
-    return tuple(place(*each) for each in specs.items()), bind
+    return tuple(place(*each) for each in found.partitions.items()), found
+
+
+def repeat_kv_heads(qkv: jax.Array, config: ModelConfig, times: int) -> jax.Array:
+    """Columns of q, k and v by KV head, [..., (N + 2K) * H] -> those by `times` K heads, each of
+    which has its share of the heads of q, and the same k and v as its siblings."""
+    lead, group = qkv.shape[:-1], config.num_heads // config.num_kv_heads
+    heads = qkv.reshape(*lead, config.num_kv_heads, group + 2, config.head_dim)
+    q, kv = heads[..., :group, :], heads[..., group:, :]
+    q = q.reshape(*lead, config.num_kv_heads * times, group // times, config.head_dim)
+    kv = jnp.repeat(kv, times, axis=-3)
+    return jnp.concatenate([q, kv], axis=-2).reshape(*lead, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -63,8 +64,9 @@ def start(args: ServerArgs) -> Started:
 
 def _start(args: ServerArgs) -> Started:
     import converters
-    from jaxserve.parallel.mesh import replicas, replicated
+    from jaxserve.parallel.mesh import replicas
     from jaxserve.replicas.start import start_on
+    from jaxserve.weights import placement
 
     if args.trust_remote_code:
         warnings.warn(
@@ -86,7 +88,7 @@ def _start(args: ServerArgs) -> Started:
         load_format=args.load_format,
         dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
         quantization=args.quantization,
-        sharding=replicated(replicas(mesh)[0]),
+        placing=functools.partial(placement, mesh=replicas(mesh)[0]),
         config_overrides=args.config_overrides,
         revision=args.revision,
         download_dir=args.download_dir,

@@ -6,12 +6,14 @@ from collections import deque
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.memory import available_host_memory
-from jaxserve.parallel.mesh import replicated
+from jaxserve.parallel.mesh import TENSOR
 
+BLOCK = PartitionSpec(None, None, None, None, TENSOR)
+"""How a block is cut over devices: as pages are."""
 BLOCK_BYTES = 32 << 20
 MOST_PAGES = 16
 """A block: what one copy moves. Smaller ones cost more calls, larger ones more memory when they are
@@ -45,8 +47,8 @@ class HostPool:
     ):
         """shape: of a block. num_bytes: of the whole pool. asked: the option and its value.
         InvalidRequestError: it is less than a block, or more than the machine has."""
-        self._device = replicated(mesh)
-        self._host = replicated(mesh, memory_kind="pinned_host")
+        self._device = NamedSharding(mesh, BLOCK)
+        self._host = NamedSharding(mesh, BLOCK, memory_kind="pinned_host")
         self._copying: deque[jax.Array] = deque()
         self.block_bytes = jax.ShapeDtypeStruct(shape, dtype).size * dtype.itemsize
         self.num_blocks = num_bytes // self.block_bytes

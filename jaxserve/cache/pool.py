@@ -112,10 +112,11 @@ def make_cache(
     page_size: int,
     max_rows: int,
     dtype: jnp.dtype,
-    sharding: Sharding | None = None,
+    shardings: tuple[Sharding | None, ...] = (None, None, None),
 ) -> Cache:
-    """Empty pages, and locks for `max_rows` rows. sharding: None is the default device."""
+    """Empty pages, and locks for `max_rows` rows. shardings: of the arrays of a Cache; None is the
+    default device."""
     shape = (model.num_layers * num_pages, page_size, model.num_kv_heads, model.head_dim)
-    locks = jnp.zeros(max_rows * model.num_kv_heads, jnp.int32, device=sharding)
-    k, v = (jnp.zeros(shape, dtype, device=sharding) for _ in range(2))
-    return Cache(k, v, locks)
+    *pages, locks = shardings
+    k, v = (jnp.zeros(shape, dtype, device=each) for each in pages)
+    return Cache(k, v, jnp.zeros(max_rows * model.num_kv_heads, jnp.int32, device=locks))

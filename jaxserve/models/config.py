@@ -76,6 +76,11 @@ class ModelConfig:
     dtype: str
     """What the checkpoint says its weights are: one of DTYPES."""
 
+    def kv_heads(self, parts: int) -> int:
+        """KV heads of a model that is cut over `parts` devices, those that are there several times
+        counted each time: every device has one at least."""
+        return max(self.num_kv_heads, parts)
+
     @property
     def window(self) -> int | None:
         """How many of the last positions any layer sees; None if there is one that sees all."""

@@ -31,17 +31,18 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, index: int, make: Make):
         """index: of the layer."""
+        heads, kv_heads = config.num_heads // make.parts, config.kv_heads(make.parts) // make.parts
         self.spec = AttentionSpec(
             layer=index,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5,
             window=config.windows[index],
             eps=config.rms_norm_eps,
         )
-        dim, width = config.hidden_size, config.num_heads * config.head_dim
-        kv_width = config.num_kv_heads * config.head_dim
+        dim, width = config.hidden_size, heads * config.head_dim
+        kv_width = kv_heads * config.head_dim
         self.qkv = Linear(dim, (width + 2 * kv_width,), make, bias=config.attention_bias)
         self.o = Linear(width, (dim,), make, bias=config.attention_out_bias)
 
@@ -131,10 +132,10 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, make: Make):
         self.config = config
-        self.embed = self.embedding(config.vocab_size, config.hidden_size, make)
+        tied = config.tie_word_embeddings
+        self.embed = self.embedding(config.vocab_size, config.hidden_size, make, cut=tied)
         self.layers = nnx.List([self.layer(config, i, make) for i in range(config.num_layers)])
         self.final_norm = self.norm(config.hidden_size, make, eps=config.rms_norm_eps)
-        tied = config.tie_word_embeddings
         self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, make)
 
     @staticmethod

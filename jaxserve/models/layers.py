@@ -22,17 +22,30 @@ from jaxserve.shown import quoted
 class Embedding(nnx.Module):
     """Rows of a [V, D] table; the same table is the output projection of a tied model."""
 
-    def __init__(self, vocab: int, dim: int, make: Make):
-        self.embedding = make.normal(vocab, dim)
+    def __init__(self, vocab: int, dim: int, make: Make, *, cut: bool = True):
+        """cut: where the model is cut over devices, each has some of the rows."""
+        self.vocab = vocab
+        self.axis = make.axis if cut else None
+        self.embedding = make.normal(vocab // make.parts if cut else vocab, dim)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [T] int32 -> [T, D]. Ids outside the table take the nearest row."""
-        return jnp.take(self.embedding[...], ids, axis=0, mode="clip")
+        table = self.embedding[...]
+        if self.axis is None:
+            return jnp.take(table, ids, axis=0, mode="clip")
+        first = jax.lax.axis_index(self.axis) * table.shape[0]
+        local = jnp.clip(ids, 0, self.vocab - 1) - first
+        here = (local >= 0) & (local < table.shape[0])
+        rows = jnp.take(table, local, axis=0, mode="clip")
+        return jax.lax.psum(jnp.where(here[:, None], rows, 0), self.axis)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, D] -> [B, V] float32."""
         table = self.embedding[...]
-        return jnp.einsum("bd,vd->bv", x, table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bd,vd->bv", x, table, preferred_element_type=jnp.float32)
+        if self.axis is None:
+            return logits
+        return jax.lax.all_gather(logits, self.axis, axis=1, tiled=True)
 
 
 class Linear(nnx.Module):
@@ -125,7 +138,7 @@ class MLP(nnx.Module):
         del index
         activation(config.hidden_act)  # an unknown name fails here, not in the first step
         self.act = config.hidden_act
-        dim, mlp_dim = config.hidden_size, config.intermediate_size
+        dim, mlp_dim = config.hidden_size, config.intermediate_size // make.parts
         self.gate_up = Linear(dim, (2, mlp_dim), make, bias=config.mlp_bias)
         self.down = Linear(mlp_dim, (dim,), make, bias=config.mlp_bias)
 

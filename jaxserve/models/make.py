@@ -23,6 +23,11 @@ class Make:
     quantization: str | None = None
     """A scheme of models.quantization for the layers' linear kernels; embeddings, LM head, norms
     and biases keep `dtype`."""
+    parts: int = 1
+    """Devices that the model is cut over: what is made is the part of one of them, and heads, the
+    MLP's dim and the vocabulary are divided by this."""
+    axis: str | None = None
+    """The mesh axis of these devices, inside `jax.shard_map`; None: there is one."""
 
     def normal(self, *shape: int) -> nnx.Param:
         """Normally distributed weights of standard deviation 0.02."""

@@ -85,6 +85,10 @@ class Declaration:
     """Of every parameter, the quantized kernels and their scales excepted."""
     quantization: str | None
     """A scheme of models.quantization."""
+    parts: int
+    """Devices that the model is cut over; the parameters are those of one of them."""
+    axis: str | None
+    """Their mesh axis."""
     graphdef: nnx.GraphDef[Decoder]
     """The module's structure."""
     specs: Mapping[str, jax.ShapeDtypeStruct]
@@ -114,17 +118,23 @@ class Declaration:
 
 
 def declare(
-    config: ModelConfig, dtype: jax.typing.DTypeLike, quantization: str | None = None
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike,
+    quantization: str | None = None,
+    *,
+    parts: int = 1,
+    axis: str | None = None,
 ) -> Declaration:
     """The parameters of a model and how to bind them; allocates nothing.
 
+    parts, axis: the model as one of so many devices along a mesh axis has it, see `Make`.
     dtype: of every parameter. quantization: a scheme of models.quantization; kernels of the layers'
     linear parts are then int8 or float8_e4m3fn, with a parameter `kernel_scale` beside each.
     Raises NotSupportedError for an unknown architecture or scheme.
     """
     cls = family(config.architecture)
     dtype = jnp.dtype(dtype)
-    make = Make(dtype, quantization=quantization)
+    make = Make(dtype, None, quantization, parts, axis)
     shapes = nnx.eval_shape(lambda: cls(config, make))
     graphdef, state = nnx.split(shapes)
     flat = nnx.to_flat_state(state)
@@ -132,4 +142,4 @@ def declare(
     specs = {
         ".".join(map(str, key)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat
     }
-    return Declaration(config, dtype, quantization, graphdef, specs, keys)
+    return Declaration(config, dtype, quantization, parts, axis, graphdef, specs, keys)

@@ -39,9 +39,6 @@ def _check_mesh(options: Options) -> None:
             raise InvalidRequestError(
                 f"mesh says which devices are used, and {name}={value!r} contradicts it"
             )
-    _, tensor = options.mesh_shape
-    if tensor > 1:  # until steps are cut over devices
-        raise NotSupportedError(f"tp_size={tensor} is not supported yet")
 
 
 def _check_deterministic(options: Options) -> None:

@@ -10,7 +10,8 @@ arguments and 80 us with 311, donated and NumPy ones among them (CPU, jax 0.10.2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +96,12 @@ def moved(tree: Any, row: Mesh) -> Any:
         return jax.device_put(array, NamedSharding(row, sharding.spec))
 
     return jax.block_until_ready(jax.tree.map(move, tree))
+
+
+def bytes_on_each(arrays: Iterable[jax.Array]) -> int:
+    """Bytes of `arrays` on each device that they lie on."""
+    shapes = ((x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in arrays)
+    return sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
 
 
 def abstract(tree: Any, sharding: Sharding) -> Any:

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
 ProgramKey = tuple[str, int]
 """(kind, bucket), for example ("decode", 16); of a step, the bucket is the tokens it computes."""
 
@@ -58,14 +61,18 @@ class Program:
     step.products."""
     mosaic: Callable[[int], bool] = never
     """Whether the program of a bucket has a Mosaic kernel: those are compiled first."""
+    result: PartitionSpec = dataclasses.field(default_factory=PartitionSpec)
+    """How what it returns beside the donated arguments is cut over several devices; the default is
+    not at all: all of them compute the same."""
 
 
 class Catalogue:
     """The programs of one engine, by kind."""
 
-    def __init__(self, programs: Iterable[Program]) -> None:
-        """ValueError: two programs of the same kind."""
+    def __init__(self, programs: Iterable[Program], mesh: Mesh) -> None:
+        """mesh: where they run. ValueError: two programs of the same kind."""
         self._programs: dict[str, Program] = {}
+        self._mesh = mesh
         for program in programs:
             if program.kind in self._programs:
                 raise ValueError(f"two programs are called {program.kind!r}")
@@ -80,7 +87,17 @@ class Catalogue:
         program = self._programs[kind]
         specs = [spec(bucket) if callable(spec) else spec for spec in program.arguments.values()]
         donated = tuple(map(list(program.arguments).index, program.donated))
-        return Lowerable(program.function(bucket), tuple(specs), donated)
+        function = program.function(bucket)
+        if self._mesh.size > 1:
+            cut = [jax.tree.map(lambda x: x.sharding.spec, spec) for spec in specs]
+            function = jax.shard_map(
+                function,
+                mesh=self._mesh,
+                in_specs=tuple(cut),
+                out_specs=(tuple(cut[i] for i in donated), program.result),
+                check_vma=False,
+            )
+        return Lowerable(function, tuple(specs), donated)
 
     def mosaic_first(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         """`keys` in the order in which they are best compiled: those with Mosaic kernels first.

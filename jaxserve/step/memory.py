@@ -8,15 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxserve.attention.paged import Cache
 from jaxserve.cache.host_pool import BLOCK_BYTES, COPYING_BYTES, HostPool, pages_per_block
 from jaxserve.cache.pool import count_pages, make_cache, page_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.parallel.mesh import abstract, first_device, replicated
+from jaxserve.parallel.mesh import TENSOR, abstract, bytes_on_each, first_device, replicated
 from jaxserve.step.state import DeviceState, initial_state
+
+PAGES = PartitionSpec(None, None, TENSOR)
+"""How the pages of K and of V are cut: each device has those of its KV heads."""
 
 
 class Memory:
@@ -35,13 +38,18 @@ class Memory:
         weight_bytes: int,
         devices: list[Any] | None = None,
     ):
-        """dtype: of the pages. weight_bytes: of the parameters, which are on the mesh already.
+        """dtype: of the pages. weight_bytes: of the parameters on each device, where they are
+        already.
         devices: all on which pools of the same size lie; None: those of `mesh`.
         InvalidRequestError: no page fits."""
         self.config = config
         self.cache_dtype = dtype
         self.weight_bytes = weight_bytes
         self._model = model
+        parts = mesh.shape[TENSOR]
+        heads = model.kv_heads(parts)
+        self._whole = dataclasses.replace(model, num_kv_heads=heads)
+        self._part = dataclasses.replace(model, num_kv_heads=heads // parts)
         self._mesh = mesh
         self._replicated = replicated(mesh)
         self._devices = devices or list(mesh.devices.flat)
@@ -60,7 +68,7 @@ class Memory:
         state = jax.eval_shape(self.make_state)
         others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         pages = self.config.num_pages or min(
-            count_pages(self.config, self._model, self.cache_dtype, each, self.weight_bytes, others)
+            count_pages(self.config, self._part, self.cache_dtype, each, self.weight_bytes, others)
             for each in self._devices
         )
         if self._model.window is None and pages < self.config.program.table_width:
@@ -74,13 +82,18 @@ class Memory:
         """Empty pages."""
         program = self.config.program
         return make_cache(
-            self._model,
+            self._whole,
             self.num_pages,
             program.page_size,
             program.max_rows,
             self.cache_dtype,
-            self._replicated,
+            self._cache_shardings,
         )
+
+    @property
+    def _cache_shardings(self) -> tuple[Sharding, Sharding, Sharding]:
+        pages = NamedSharding(self._mesh, PAGES)
+        return pages, pages, NamedSharding(self._mesh, PartitionSpec(TENSOR))
 
     def make_state(self) -> DeviceState:
         """Empty slots."""
@@ -90,7 +103,8 @@ class Memory:
     @functools.cached_property
     def cache_spec(self) -> Cache:
         """Shapes and shardings of `make_cache`."""
-        return abstract(jax.eval_shape(self.make_cache), self._replicated)
+        shapes = jax.eval_shape(self.make_cache)
+        return Cache(*map(abstract, shapes, self._cache_shardings))
 
     @functools.cached_property
     def state_spec(self) -> DeviceState:
@@ -104,12 +118,13 @@ class Memory:
 
     @property
     def block_shape(self) -> tuple[int, ...]:
-        """Of such a copy: [2, L, C, S, K, H]."""
+        """Of such a copy, on all devices: [2, L, C, S, K, H]."""
         return 2, self._model.num_layers, self.block_pages, *self.cache_spec.k.shape[1:]
 
     @property
     def _page_bytes(self) -> int:
-        return page_bytes(self._model, self.config.program.page_size, self.cache_dtype)
+        """On all devices."""
+        return page_bytes(self._whole, self.config.program.page_size, self.cache_dtype)
 
     def make_host_pool(self) -> HostPool | None:
         """Host memory for evicted pages, where the engine has it."""
@@ -120,14 +135,14 @@ class Memory:
         return HostPool(self._mesh, self.block_shape, self.cache_dtype, num_bytes, option.name)
 
     def usage(self, arrays: dict[str, Any], host: HostPool | None) -> dict[str, float]:
-        """GiB by use, and the device's own count where it keeps one. arrays: what the engine keeps
-        on the device, by name."""
+        """GiB by use on each device, and the first one's own count where it keeps one. arrays: what
+        the engine keeps there, by name."""
         gib = 2.0**30
         state = [arrays[name] for name in DeviceState._fields]
         usage = {
             "weight": self.weight_bytes / gib,
-            "kvcache": (arrays["cache"].k.nbytes + arrays["cache"].v.nbytes) / gib,
-            "state": sum(x.nbytes for x in jax.tree.leaves(state)) / gib,
+            "kvcache": bytes_on_each((arrays["cache"].k, arrays["cache"].v)) / gib,
+            "state": bytes_on_each(jax.tree.leaves(state)) / gib,
             "token_capacity": self.num_pages * self.config.program.page_size,
         }
         if host is not None:

@@ -14,7 +14,6 @@ took 13.1 ms instead of 5.8, of 96 rows 103 instead of 8.0.)
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -28,21 +27,16 @@ Seen = tuple[jax.Array, ...]
 """qkv [T, (N + 2K) * H] of each layer so far."""
 
 
-@dataclasses.dataclass(frozen=True)
-class GivenAttention(PagedOps):
+class GivenAttention:
     """The engine's products, with attention that was computed elsewhere: what stands next to it in
     a step is a kernel of ours, and here the beginning and the end of the program."""
 
-    attended: tuple[jax.Array, ...] = ()
-    """[T, N * H] of each layer."""
+    def __init__(self, ops: PagedOps, attended: tuple[jax.Array, ...]) -> None:
+        """attended: [T, N * H] of each layer."""
+        self.linear_in, self.linear_out, self.norm = ops.linear_in, ops.linear_out, ops.norm
+        self._attended = attended
 
-    @classmethod
-    def beside(cls, ops: PagedOps, attended: tuple[jax.Array, ...]) -> GivenAttention:
-        """With the choices of `ops`."""
-        fields = {field.name: getattr(ops, field.name) for field in dataclasses.fields(PagedOps)}
-        return cls(**fields, attended=attended)
-
-    def attend(  # pyright: ignore[reportIncompatibleMethodOverride] (the cache is opaque to models)
+    def attend(
         self,
         qkv: jax.Array,
         cos: jax.Array,
@@ -52,7 +46,8 @@ class GivenAttention(PagedOps):
         spec: AttentionSpec,
         **norms: Any,
     ) -> tuple[jax.Array, Seen]:
-        return self.attended[spec.layer], (*cache, qkv)
+        """See `Ops.attend`."""
+        return self._attended[spec.layer], (*cache, qkv)
 
 
 def layer_products(
@@ -66,7 +61,7 @@ def layer_products(
     attended: [T, N * H] of each layer of `model`. tokens [T] int32. Their values do not matter:
     nobody runs this program.
     """
-    ops = GivenAttention.beside(model.ops, attended)
+    ops = GivenAttention(model.ops, attended)
     hidden, seen = model.bind(params)(tokens, tokens, (), None, ops)
     return (), (seen, hidden)
 

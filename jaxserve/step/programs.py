@@ -9,21 +9,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxserve.attention.cut import CutOps
 from jaxserve.attention.paged import PagedOps
+from jaxserve.cache.host_pool import BLOCK
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration, declare
 from jaxserve.packing.layout import ExtendLayout
-from jaxserve.parallel.mesh import abstract, first_device, replicated
+from jaxserve.parallel.mesh import TENSOR, first_device, replicated
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import pages, products, prompt, step
 from jaxserve.step.catalogue import Catalogue, Program, ProgramKey
 from jaxserve.step.memory import Memory
 from jaxserve.step.payloads import PAYLOADS, USUAL, PromptRows, Variant
 from jaxserve.step.xla_options import chooses_by_timing
-from jaxserve.weights import Bind, kept
+from jaxserve.weights import Kept, kept
 from pallas_kernels import decode_implementation
 
 LAYER_PRODUCTS, HEAD_PRODUCT = "layer_products", "head_product"
@@ -36,9 +38,8 @@ class Facts:
 
     declaration: Declaration
     memory: Memory
-    params: tuple[jax.ShapeDtypeStruct, ...]
-    """Abstract parameters, in the order in which `bind` takes them."""
-    bind: Bind
+    kept: Kept
+    """The parameters as programs take them."""
     mesh: Mesh
 
     @property
@@ -58,19 +59,28 @@ class Facts:
         """An abstract argument of which every device has a whole copy."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
+    def cut(self, spec: PartitionSpec, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        """One of which every device has a part."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    @property
+    def params(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Abstract, in the order in which `kept.bind` takes them."""
+        return self.kept.abstract(self.mesh)
+
     def shallow(self, layers: int) -> Facts:
         """Of the same model with its first `layers` layers alone (as parameters, not arrays)."""
         model = dataclasses.replace(self.model, num_layers=min(layers, self.model.num_layers))
         of = self.declaration
-        declaration = declare(model, of.dtype, of.quantization)
-        specs, bind = kept(declaration, self.config.program.crossovers)
-        params = abstract(tuple(specs.values()), replicated(self.mesh))
-        return dataclasses.replace(self, declaration=declaration, params=params, bind=bind)
+        declaration = declare(model, of.dtype, of.quantization, parts=of.parts, axis=of.axis)
+        found = kept(declaration, self.config.program.crossovers)
+        return dataclasses.replace(self, declaration=declaration, kept=found)
 
     def step_model(self, variant: Variant) -> step.StepModel:
         """The model over a cache of the present size, in programs that report `variant`."""
         program = self.config.program
-        ops = PagedOps(
+        of_one = CutOps if self.mesh.size > 1 else PagedOps
+        ops = of_one(
             program.attention,
             program.other_kernels,
             self.memory.num_pages,
@@ -81,16 +91,18 @@ class Facts:
         sampler = Sampler(
             top, program.raw_logprobs, program.other_kernels, fixed_split=program.deterministic
         )
-        return step.StepModel(self.bind, ops, sampler, program.page_size, variant.payloads)
+        return step.StepModel(self.kept.bind, ops, sampler, program.page_size, variant.payloads)
 
     def decodes_with_mosaic(self, rows: int) -> bool:
         """Whether a decode step of `rows` rows has a Mosaic kernel. (Being wrong about it only
         costs time at the first start.)"""
         model, program = self.model, self.config.program
-        q = self.array(rows, model.num_heads, model.head_dim, dtype=self.dtype)
+        parts, cache = self.declaration.parts, self.memory.cache_spec.k
+        q = self.array(rows, model.num_heads // parts, model.head_dim, dtype=self.dtype)
+        pages = self.array(*cache.sharding.shard_shape(cache.shape), dtype=cache.dtype)
         table = self.array(rows, program.table_width)
         with jax.default_device(first_device(self.mesh)):
-            name = decode_implementation(q, self.memory.cache_spec.k, table, program.attention)
+            name = decode_implementation(q, pages, table, program.attention)
         return name.startswith("mosaic")
 
     def layout(self, tokens: int) -> ExtendLayout:
@@ -137,13 +149,14 @@ def engine_programs(facts: Facts) -> Catalogue:
     later = [each for variant in rare for each in step_programs(facts, variant)]
     later += prompt_programs(facts, wide=True)
     return Catalogue(
-        [
+        mesh=facts.mesh,
+        programs=[
             *step_programs(facts, usual),
             *prompt_programs(facts, wide=False),
             *page_programs(facts),
             *choosing_programs(facts),
             *(dataclasses.replace(each, buckets=()) for each in later),
-        ]
+        ],
     )
 
 
@@ -230,7 +243,7 @@ def choosing_programs(facts: Facts) -> list[Program]:
         return few().params
 
     def attended(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        each = facts.array(tokens, width, dtype=facts.dtype)
+        each = facts.cut(PartitionSpec(None, TENSOR), tokens, width, dtype=facts.dtype)
         return (each,) * few().model.num_layers
 
     return [
@@ -278,7 +291,7 @@ def page_programs(facts: Facts) -> list[Program]:
     if facts.config.host is None:
         return entries
     block = (memory.block_pages,)
-    content = facts.array(*memory.block_shape, dtype=memory.cache_dtype)
+    content = facts.cut(BLOCK, *memory.block_shape, dtype=memory.cache_dtype)
     return [
         *entries,
         Program(
@@ -286,6 +299,7 @@ def page_programs(facts: Facts) -> list[Program]:
             of_layers(pages.gather_pages),
             {"cache": cache, "pages": facts.array},
             buckets=block,
+            result=BLOCK,
         ),
         Program(
             "scatter_pages",

@@ -15,7 +15,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.packing import pack
 from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.packing.buckets import Ready
-from jaxserve.parallel.mesh import first_device, replicated
+from jaxserve.parallel.mesh import bytes_on_each, first_device, replicated
 from jaxserve.step import step
 from jaxserve.step.catalogue import ProgramKey
 from jaxserve.step.compile import Programs
@@ -29,7 +29,7 @@ from jaxserve.step.shared import Shared
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WideIds
 from jaxserve.step.xla_options import xla_options
-from jaxserve.weights import arrange
+from jaxserve.weights import arrange, cut_over
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -48,7 +48,9 @@ class Runner:
     ):
         """loaded: with parameters that lie on `mesh`. shared: with the replicas beside it."""
         self.model_config = loaded.config
-        params, self._bind = arrange(loaded.declaration, loaded.params, config.program.crossovers)
+        self._declaration = cut_over(loaded.declaration, mesh)
+        crossovers = config.program.crossovers
+        params, self._kept = arrange(self._declaration, loaded.params, crossovers, mesh)
         self._arrays: dict[str, Any] = {"params": params}
         """What the device keeps, by the names that programs have for it."""
         self.dtype = loaded.declaration.dtype
@@ -60,10 +62,9 @@ class Runner:
             self.model_config,
             cache_dtype(config.program.kv_cache_dtype, self.dtype),
             mesh,
-            sum(p.nbytes for p in params),
+            bytes_on_each(params),
             None if shared is None else shared.devices,
         )
-        self._declaration = loaded.declaration
         self._declare_programs()
         self._precompilation.first()
         if config.program.platform != "cpu":
@@ -88,11 +89,7 @@ class Runner:
 
     def _declare_programs(self) -> None:
         """For a pool of the present size."""
-        params = tuple(
-            jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
-            for p in self._arrays["params"]
-        )
-        facts = Facts(self._declaration, self.memory, params, self._bind, self._mesh)
+        facts = Facts(self._declaration, self.memory, self._kept, self._mesh)
         quantized = self._declaration.quantization is not None
         self._layout = functools.cache(facts.layout)
         self._catalogue = engine_programs(facts)
