@@ -209,6 +209,8 @@ class Programs:
         return program
 
     def _choose(self, key: ProgramKey) -> None:
+        if not self._turns.claim(key):
+            return
         started = time.perf_counter()
         with self._on_device():
             self._xla(self._lower(key, self._builder(key)), self._options(key[1]))
