@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxserve.folders import PrivateFolder
 from jaxserve.step.catalogue import ProgramKey
+from jaxserve.step.notice import Notice
 
 
 class MemoryFolder:
@@ -33,9 +34,10 @@ Folder = PrivateFolder | MemoryFolder
 
 
 class Turns:
-    """Who compiles what, of several that would compile the same."""
+    """Who compiles what, of several that would compile the same, and what users hear of it."""
 
     def __init__(self) -> None:
+        self.notice = Notice()
         self._locks: dict[ProgramKey, threading.Lock] = {}
         self._claims: dict[ProgramKey, object] = {}
 
