@@ -8,6 +8,7 @@ PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
 JOBS ?= 2
 BIN := .venv/bin
+EIGHT := XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8"
 
 .PHONY: demo test lint tests mesh-tests kernels-newest-jax check docs clients report clean
 
@@ -26,8 +27,7 @@ tests: .venv/test.stamp
 
 # Several devices in one process: eight made of a CPU, which JAX does as it starts.
 mesh-tests: .venv/test.stamp
-	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" \
-		$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile tests/mesh
+	$(EIGHT) $(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile tests/mesh
 
 kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
 ifeq ($(PYTHON_NEW),)
@@ -39,7 +39,8 @@ endif
 # What takes longer than a change should wait for: documentation, notebook, thousands of seeded runs.
 check: .venv/check.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --ignore tests/mesh
+	$(EIGHT) $(BIN)/python -m pytest -m long tests/mesh
 
 # Into site/; a broken link is an error.
 docs: .venv/docs.stamp

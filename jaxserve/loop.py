@@ -142,6 +142,16 @@ class EngineLoop(Reception):
             *program.logprob_columns(wide=True),
         )
 
+    @property
+    def most_cached_tokens(self) -> int:
+        """That the prefix cache and host memory can hold; 0 without."""
+        if self.config.radix_eviction is None:
+            return 0
+        pages = self._runner.num_pages
+        if self._host is not None:
+            pages += self._host.num_blocks * self._host.width
+        return pages * self.config.program.page_size
+
     # -- from any thread --------------------------------------------------------------------------
 
     def flush_cache(self) -> bool:

@@ -55,6 +55,10 @@ def start_on(args: ServerArgs, loaded: LoadedModel, mesh: Mesh) -> Core:
         for replica in replicas:
             replica.give_up()
         raise
-    cached = first.limits.max_total_tokens if first.config.radix_eviction else 0
-    router = Router(args.load_balance_method, first.config.program.page_size, cached, len(replicas))
+    router = Router(
+        args.load_balance_method,
+        first.config.program.page_size,
+        first.most_cached_tokens,
+        len(replicas),
+    )
     return Replicas(router, replicas, time.perf_counter() - started)

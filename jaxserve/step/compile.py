@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jaxserve.compat import Settings, on_backend_compile, without_compilation_cache
 from jaxserve.parallel.mesh import first_device
 from jaxserve.step.catalogue import Lowerable, ProgramKey
-from jaxserve.step.notice import Notice
 from jaxserve.step.shared import Turns
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.workers import Workers
@@ -60,7 +59,7 @@ class Programs:
         self._stored = stored
         self._turns = turns or Turns()
         self._settings = Settings.here()
-        self._notice = Notice()
+        self._notice = self._turns.notice
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}
         self._expected = threading.local()
@@ -157,7 +156,8 @@ class Programs:
 
             with self._on_device():
                 # before the large ones are traced, which would keep each of them waiting
-                lowered = [(key, self._lower(key, self._builder(key))) for key in choices]
+                mine = [key for key in choices if self._turns.claim(key)]
+                lowered = [(key, self._lower(key, self._builder(key))) for key in mine]
             work = [Workers(self._choose, lowered, 1), Workers(make, missing, threads)]
             Workers.finish(*work)
 

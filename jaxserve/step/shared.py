@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxserve.folders import PrivateFolder
 from jaxserve.step.catalogue import ProgramKey
+from jaxserve.step.notice import Notice
 
 
 class MemoryFolder:
@@ -33,14 +34,22 @@ Folder = PrivateFolder | MemoryFolder
 
 
 class Turns:
-    """One lock for each program: whoever comes second finds what the first has compiled."""
+    """Who compiles what, of several that would compile the same, and what users hear of it."""
 
     def __init__(self) -> None:
+        self.notice = Notice()
         self._locks: dict[ProgramKey, threading.Lock] = {}
+        self._claims: dict[ProgramKey, object] = {}
 
     def of(self, key: ProgramKey) -> threading.Lock:
-        """To hold while the program is looked for and compiled."""
+        """To hold while the program is looked for and compiled: whoever comes second finds it."""
         return self._locks.setdefault(key, threading.Lock())
+
+    def claim(self, key: ProgramKey) -> bool:
+        """Whether the caller is the first to ask, of a program that is compiled for what XLA learns
+        by it and remembers for all devices of a kind."""
+        mine = object()
+        return self._claims.setdefault(key, mine) is mine
 
 
 class Shared:

@@ -1,0 +1,195 @@
+"""A model cut over devices gives what it gives on one, whatever the family and the request."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import converters
+import jaxserve
+from jaxserve.errors import InvalidRequestError
+from jaxserve.parallel.mesh import bytes_on_each
+from tests import inside
+from tests.mesh.cases import CASES, OPTIONS, PROMPTS, SEEDED, logprobs
+from tests.prompts import GREEDY, ids, text
+
+# eight heads of two KV heads: on more than two devices some have the same ones
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+FAMILIES = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"num_key_value_heads": 4},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+}
+MESHES = [(1, 2), (1, 4), (1, 8), (2, 2)]
+"""(dp_size, tp_size)."""
+NAMES = list(CASES)
+MANY = {
+    "input_ids": [text(seed, 150) for seed in range(12)],
+    "sampling_params": {**SEEDED, "max_new_tokens": 60},
+}
+
+
+def features(mesh, family):
+    """Two of CASES, so that each meets each mesh and each family."""
+    pair = (MESHES.index(mesh) + list(FAMILIES).index(family)) % (len(NAMES) // 2)
+    return NAMES[2 * pair : 2 * pair + 2]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_models):
+    return lambda family: tiny_models(family, **HEADS | FAMILIES[family])
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """What one device makes of each case, by family."""
+    found = {}
+
+    def of(family):
+        if family not in found:
+            with jaxserve.Engine(folder(family), **OPTIONS) as engine:
+                found[family] = {name: engine.generate(**case) for name, case in CASES.items()}
+        return found[family]
+
+    return of
+
+
+def assert_same(results, expected):
+    assert ids(results) == ids(expected)
+    for mine, other in zip(results, expected, strict=True):
+        if "output_token_logprobs" in other["meta_info"]:
+            np.testing.assert_allclose(logprobs(mine), logprobs(other), atol=1e-4)
+
+
+def test_all_pairs_are_covered():
+    met = [(mesh, family, name) for mesh in MESHES for family in FAMILIES
+           for name in features(mesh, family)]  # fmt: skip
+    assert {(mesh, name) for mesh, _, name in met} == {(m, n) for m in MESHES for n in NAMES}
+    assert {(family, name) for _, family, name in met} == {(f, n) for f in FAMILIES for n in NAMES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mesh", MESHES, ids="dp{0[0]}tp{0[1]}".format)
+def test_the_tokens_of_one_device(folder, expected, mesh, family):
+    dp, tp = mesh
+    with jaxserve.Engine(folder(family), dp_size=dp, tp_size=tp, **OPTIONS) as engine:
+        for name in features(mesh, family):
+            assert_same(engine.generate(**CASES[name]), expected(family)[name])
+        info = engine.get_server_info()
+        assert info["late_compiles"] == 0 and (info["dp_size"], info["tp_size"]) == mesh
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """Engines on two devices and on one with `options`, and all that they are asked."""
+
+    def run(family, calls, **options):
+        found = []
+        for tp in (2, 1):
+            with jaxserve.Engine(folder(family), tp_size=tp, **{**OPTIONS, **options}) as engine:
+                found.append([ids(engine.generate(**call)) for call in calls])
+                info = engine.get_server_info()
+                assert info["late_compiles"] == 0
+        return found, info
+
+    return run
+
+
+def test_retracted_requests_and_host_memory(pair):
+    options = {"max_total_tokens": 640, "max_running_requests": 8}
+    options |= {"enable_hierarchical_cache": True, "hicache_ratio": 4.0}
+    (cut, whole), info = pair("llama", [MANY, MANY], **options)
+    assert cut == whole
+    assert info["retractions"] > 0 and info["pages_moved_out"] > 0 and info["pages_moved_in"] > 0
+
+
+def test_deterministic_inference(folder):
+    """Bitwise the same alone and in a batch."""
+    options = {**OPTIONS, "tp_size": 2, "enable_deterministic_inference": True}
+    with jaxserve.Engine(folder("qwen3"), **options) as engine:
+        case = {"sampling_params": SEEDED, "return_logprob": True}
+        batch = engine.generate(input_ids=PROMPTS, **case)
+        assert engine.flush_cache().success
+        alone = [engine.generate(input_ids=prompt, **case) for prompt in PROMPTS]
+    assert ids(batch) == ids(alone)
+    assert [logprobs(x) for x in batch] == [logprobs(x) for x in alone]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quantization": "w8a16_int8"}, {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}],
+    ids=lambda options: options["quantization"],
+)
+def test_quantized_weights_and_pages(pair, options):
+    (cut, whole), _ = pair("qwen2", [CASES["greedy"], CASES["prefixes"]], **options)
+    assert cut == whole
+
+
+def test_everything_is_compiled_beforehand(folder, expected):
+    options = {**OPTIONS, "tp_size": 2, "precompile": True, "chunked_prefill_size": 64}
+    with jaxserve.Engine(folder("llama"), **options) as engine:
+        for name in ("seeded", "logprobs"):
+            assert_same(engine.generate(**CASES[name]), expected("llama")[name])
+        assert engine.get_server_info()["late_compiles"] == 0
+
+
+def test_a_mesh_of_ones_own(folder, expected):
+    devices = np.array(jax.devices()[3:7]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "tensor"))
+    with jaxserve.Engine(folder("qwen3"), mesh=mesh, **OPTIONS) as engine:
+        assert_same(engine.generate(**CASES["greedy"]), expected("qwen3")["greedy"])
+        assert engine.get_server_info()["late_compiles"] == 0
+
+
+def test_each_device_has_its_part(folder):
+    with jaxserve.Engine(folder("qwen2"), **OPTIONS) as engine:
+        whole = inside.runner(engine)
+        weights = bytes_on_each(whole._arrays["params"])
+        pages = whole.cache.k.nbytes / whole.num_pages
+    with jaxserve.Engine(folder("qwen2"), tp_size=2, **OPTIONS) as engine:
+        runner = inside.runner(engine)
+        params = runner._arrays["params"]
+        on_devices = {device: 0 for device in runner._mesh.devices.flat}
+        for shard in (shard for array in params for shard in array.addressable_shards):
+            on_devices[shard.device] += shard.data.nbytes
+        # norms alone are on both
+        assert set(on_devices.values()) == {bytes_on_each(params)}
+        assert weights / 2 < bytes_on_each(params) < weights * 0.51
+        assert bytes_on_each([runner.cache.k]) / runner.num_pages == pages / 2
+        usage = engine.get_server_info()["internal_states"][0]["memory_usage"]
+        assert usage["weight"] == bytes_on_each(params) / 2**30
+
+
+@pytest.mark.parametrize("form", ["gguf", "orbax"])
+def test_every_format(folder, expected, form, tmp_path):
+    loaded = converters.load(folder("llama"), dtype="float32")
+    if form == "gguf":
+        pytest.importorskip("gguf")
+        from tests.gguf_files import write_gguf
+
+        path = write_gguf(tmp_path, loaded)
+    else:
+        path = tmp_path / "orbax"
+        converters.save(loaded, path, "orbax")
+    with jaxserve.Engine(str(path), tp_size=4, **OPTIONS) as engine:
+        assert_same(engine.generate(**CASES["greedy"]), expected("llama")["greedy"])
+
+
+@pytest.mark.parametrize(
+    ("tp", "told"),
+    [
+        (3, "tp_size=3 does not divide the model's num_attention_heads=8"),
+        (5, "num_key_value_heads=2"),
+        (9, "dp_size=1 x tp_size=9"),
+    ],
+)
+def test_what_does_not_divide(folder, tp, told):
+    with pytest.raises(InvalidRequestError, match=told):
+        jaxserve.Engine(folder("llama"), tp_size=tp, **OPTIONS)
+
+
+def test_what_was_refused_leaves_nothing(folder):
+    with jaxserve.Engine(folder("llama"), tp_size=2, **OPTIONS) as engine:
+        assert len(engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY)["output_ids"]) > 0
