@@ -82,6 +82,13 @@ class Folder:
         there = set(os.listdir(self.path))
         return [number for number in numbers if self.part(number).name not in there]
 
+    def begin(self, number: int) -> int:
+        """Notes that a part is begun; how often this run has begun it."""
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        with open(self._unfinished / f"begun-{number:06d}", "ab") as file:
+            file.write(b"+")
+            return file.tell()
+
     @contextlib.contextmanager
     def writing(self, target: Path) -> Iterator[IO[bytes]]:
         """A file that is `target`, on the disk, once the block has ended without an error. Several

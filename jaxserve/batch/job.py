@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from jaxserve.batch import inputs, jsonl, kinds, parquet
-from jaxserve.batch.answers import Answer, answers
+from jaxserve.batch.answers import Answer, answers, described
 from jaxserve.batch.columns import Asking
 from jaxserve.batch.folder import Folder
 from jaxserve.batch.inputs import Input
@@ -35,6 +36,15 @@ RESULTS: Mapping[str, str] = {
 GONE = 70
 """The exit status of a process whose engine died."""
 COUNTS = ("prompt_tokens", "completion_tokens", "cached_tokens")
+
+
+def portable(error: Exception) -> Exception:
+    """The error if it can be sent to another process, otherwise one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class that was not made for it raises
+        return RuntimeError(described(error))
+    return error
 
 
 @dataclasses.dataclass(frozen=True)

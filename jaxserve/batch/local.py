@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from jaxserve.batch.answers import ENGINE_IS_GONE
-from jaxserve.batch.job import GONE, Job
+from jaxserve.batch.job import GONE, Job, portable
 from jaxserve.batch.tally import Tally
 from jaxserve.errors import EngineDeadError
 
@@ -103,7 +103,7 @@ class _Worker:
         try:
             while self.pipe.poll():
                 number, result = self.pipe.recv()
-                if isinstance(result, BaseException):
+                if isinstance(result, Exception):
                     raise result
                 self.doing.discard(number)
                 yield result
@@ -125,22 +125,22 @@ def _work(job: Job, gpus: str, pipe: Connection) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # JAX is not loaded yet
     lock = threading.Lock()
 
-    def say(number: int, result: Tally | BaseException) -> None:
+    def say(number: int, result: Tally | Exception) -> None:
         with lock:
             pipe.send((number, result))
 
     def tell(number: int, future: Future[Tally]) -> None:
-        error = future.exception()
+        error: Any = future.exception()
         if isinstance(error, ENGINE_IS_GONE):
             os._exit(GONE)
-        say(number, future.result() if error is None else error)
+        say(number, future.result() if error is None else portable(error))
 
     try:
         from jaxserve.engine import Engine
 
         engine = Engine(server_args=job.server_args)
     except Exception as error:
-        say(-1, error)
+        say(-1, portable(error))
         return
     threads = ThreadPoolExecutor(job.parts_in_flight)
     try:

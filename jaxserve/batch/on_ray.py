@@ -7,19 +7,22 @@ the same file, so that each row is in the output once, whatever Ray repeats.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.batch.answers import ENGINE_IS_GONE
-from jaxserve.batch.job import GONE, Job
+from jaxserve.batch.job import GONE, Job, portable
 from jaxserve.batch.tally import Tally
-from jaxserve.errors import InvalidRequestError, NotSupportedError
+from jaxserve.errors import EngineDeadError, InvalidRequestError, NotSupportedError
 
-MOST_RETRIES = 5
-"""Times that a part is begun again after its actor died."""
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+
+MOST_TIMES = 6
+"""That a run begins a part. Ray repeats what an actor did that died, as often as it dies."""
 
 
 def installed() -> bool:
@@ -40,15 +43,33 @@ class EngineActor:
         from jaxserve.engine import Engine
 
         self._job = job
-        self._engine = Engine(server_args=job.server_args)
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Does one part, {"part": [number]}; returns its tally, a column for each field."""
+        self._engine: Engine | Exception
         try:
-            tally = self._job.do(self._engine, int(batch["part"][0]))
+            self._engine = Engine(server_args=job.server_args)
+        except Exception as error:  # Ray would show where it was raised, and not what
+            self._engine = error
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        """Does one part, {"part": [number]}; returns its tally, or why there is none, pickled."""
+        try:
+            result = self._do(int(batch["part"][0]))
         except ENGINE_IS_GONE:
             os._exit(GONE)  # an actor that died is started again, with another engine
-        return {name: [value] for name, value in dataclasses.asdict(tally).items()}
+        except Exception as error:
+            result = portable(error)
+        return {"result": [pickle.dumps(result)]}
+
+    def _do(self, number: int) -> Tally | Exception:
+        if isinstance(self._engine, Exception):
+            return portable(self._engine)
+        times = self._job.folder.begin(number)
+        if times > MOST_TIMES:
+            return EngineDeadError(
+                f"part {number} ({self._job.parts[number].rows} rows from row "
+                f"{self._job.parts[number].index}) was begun {MOST_TIMES} times, and each time the "
+                "actor that did it died"
+            )
+        return self._job.do(self._engine, number)
 
 
 def cluster(job: Job, numbers: Sequence[int], engines: int | None, cpus: float) -> Iterator[Tally]:
@@ -72,7 +93,8 @@ def cluster(job: Job, numbers: Sequence[int], engines: int | None, cpus: float) 
                 f"{node.get('GPU', 0):g} GPUs, {node.get('CPU', 0):g} CPUs" for node in nodes
             )
         )
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    shown, context.enable_progress_bars = context.enable_progress_bars, False
     parts = ray.data.from_items(
         [{"part": number} for number in numbers], override_num_blocks=len(numbers)
     )
@@ -81,15 +103,19 @@ def cluster(job: Job, numbers: Sequence[int], engines: int | None, cpus: float) 
         fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
-            size=min(engines or fitting, len(numbers)), enable_true_multi_threading=True
+            size=min(engines or fitting, len(numbers)),
+            max_concurrent_calls_per_actor=job.parts_in_flight,
+            enable_true_multi_threading=True,
         ),
         num_gpus=gpus or None,
         num_cpus=cpus,
-        max_concurrency=job.parts_in_flight,
-        max_task_retries=MOST_RETRIES,
     )
+    context.enable_progress_bars = shown  # the dataset keeps a copy
     for row in tallies.iter_rows():
-        yield Tally(**row)
+        result = pickle.loads(row["result"])
+        if isinstance(result, Exception):
+            raise result
+        yield result
 
 
 def _room(node: Mapping[str, float], gpus: int, cpus: float) -> int:

@@ -96,7 +96,8 @@ def write(
     import pyarrow  # pyright: ignore[reportMissingImports]
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
-    held = {**carried, **results}
+    first = next(iter(results))
+    held = {first: results[first], **carried, **results}
     table = pyarrow.Table.from_pylist(
         [{name: _cell(row.get(name), kind) for name, kind in held.items()} for row in rows],
         schema=_schema(held, source),
