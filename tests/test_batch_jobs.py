@@ -17,7 +17,7 @@ import pytest
 
 import jaxserve
 import jaxserve.batch
-from jaxserve.batch import jsonl, on_ray
+from jaxserve.batch import jsonl, local, on_ray, parquet
 from jaxserve.batch.__main__ import main
 from jaxserve.batch.folder import OWN
 from jaxserve.batch.tally import Report, Tally
@@ -310,10 +310,31 @@ def test_without_ray_the_extra_is_named_and_auto_is_local(echo, tmp_path, monkey
     assert run(ROWS, tmp_path / "out", runner="auto").runner == "local"
 
 
+def test_without_pyarrow_the_extra_is_named(echo, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "installed", lambda: False)
+    (tmp_path / "in.parquet").write_bytes(b"PAR1")
+    for more in ({"rows": ROWS, "output_format": "parquet"}, {"rows": tmp_path / "in.parquet"}):
+        with pytest.raises(jaxserve.NotSupportedError, match=r"pip install jaxserve\[parquet\]"):
+            run(more.pop("rows"), tmp_path / "out", **more)
+
+
+def test_each_process_has_gpus_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local.devices(2, 1, tmp_path) == ["", ""]  # no GPU here
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert local.devices(2, 2, tmp_path) == ["0,1", "2,3"]
+    assert local.devices(3, 1, tmp_path) == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a,1")
+    assert local.devices(3, 1, tmp_path) == ["3", "GPU-8a", "1"]
+    message = "dp_size=2 engines of tp_size=2 need 4 GPUs, and there are 3: 3,GPU-8a,1"
+    with pytest.raises(jaxserve.InvalidRequestError, match=message):
+        local.devices(2, 2, tmp_path)
+
+
 def test_neither_ray_nor_jax_is_imported_before_it_is_wanted():
     program = (
         "import sys, jaxserve, jaxserve.batch, jaxserve.batch.on_ray, jaxserve.batch.local;"
-        "jaxserve.Engine if False else None;"
         "assert not {'ray', 'jax', 'pyarrow', 'pandas'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from jaxserve.batch.answers import ENGINE_IS_GONE
 from jaxserve.batch.job import GONE, Job, portable
 from jaxserve.batch.tally import Tally
-from jaxserve.errors import EngineDeadError
+from jaxserve.errors import EngineDeadError, InvalidRequestError
 
 MOST_RESTARTS = 3
 """Of the engines of one job together."""
@@ -40,10 +41,18 @@ def here(job: Job, numbers: Sequence[int]) -> Iterator[Tally]:
             raise
 
 
-def devices(engines: int, each: int) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each engine: `each` of those that this process may use."""
+def devices(engines: int, each: int, dev: Path = Path("/dev")) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each engine: `each` of those that this process may use. Where there
+    are none, engines run on the CPU. InvalidRequestError: there are some, and too few."""
+    there = len([path for path in dev.glob("nvidia*") if path.name[6:].isdigit()])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(n) for n in range(engines * each)]
+    names = visible.split(",") if visible else [str(number) for number in range(there)]
+    wanted = engines * each
+    if there and len(names) < wanted:
+        raise InvalidRequestError(
+            f"dp_size={engines} engines of tp_size={each} need {wanted} GPUs, and there are "
+            f"{len(names)}: {','.join(names)}"
+        )
     return [",".join(names[n * each : (n + 1) * each]) for n in range(engines)]
 
 
@@ -52,7 +61,9 @@ def processes(job: Job, numbers: Sequence[int], engines: int) -> Iterator[Tally]
     others; it is started again, MOST_RESTARTS times in a job. Raises EngineDeadError beyond that,
     and what an engine's start raises."""
     queue, restarts = deque(numbers), 0
-    workers = [_Worker(job, gpus) for gpus in devices(engines, job.server_args.tp_size)]
+    on_cpu = job.server_args.device == "cpu"
+    places = [""] * engines if on_cpu else devices(engines, job.server_args.tp_size)
+    workers = [_Worker(job, gpus) for gpus in places]
     try:
         while queue or any(worker.doing for worker in workers):
             for worker in workers:

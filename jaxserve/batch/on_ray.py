@@ -77,10 +77,21 @@ def cluster(job: Job, numbers: Sequence[int], engines: int | None, cpus: float) 
     machine's own. engines: None is as many as fit: by the GPUs, and where there are none one a
     machine. cpus: of each. Raises InvalidRequestError where none fits."""
     import ray  # pyright: ignore[reportMissingImports]
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False)
+    try:
+        yield from _map(job, numbers, engines, cpus)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _map(job: Job, numbers: Sequence[int], engines: int | None, cpus: float) -> Iterator[Tally]:
+    import ray  # pyright: ignore[reportMissingImports]
     import ray.data  # pyright: ignore[reportMissingImports]
 
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     with_gpus = job.server_args.device != "cpu" and any(node.get("GPU") for node in nodes)
     gpus = job.server_args.tp_size if with_gpus else 0

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     import pyarrow  # pyright: ignore[reportMissingImports]
 
 
+def installed() -> bool:
+    """Whether there is a pyarrow to import."""
+    return importlib.util.find_spec("pyarrow") is not None
+
+
 def check_installed() -> None:
     """Raises NotSupportedError without pyarrow."""
-    if importlib.util.find_spec("pyarrow") is None:
+    if not installed():
         raise NotSupportedError(
             "Parquet needs the pyarrow package: pip install jaxserve[parquet] (or jaxserve[ray])"
         )

@@ -100,7 +100,7 @@ def run_job(
     with folder.locked():
         known = manifest.read(folder, described, options.part_rows)
         if known is None:
-            found = fresh or _scanned(source.paths(folder), asking, results, options)
+            found = fresh or _scanned(source.write(folder), asking, results, options)
             manifest.write(folder, described, found)
         else:
             found = _same(folder, source, known)

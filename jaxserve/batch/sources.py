@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from jaxserve import checks
@@ -21,13 +22,18 @@ from jaxserve.errors import InvalidRequestError
 class Source(Protocol):
     """Where the rows of a job come from."""
 
-    def paths(self, folder: Folder) -> list[str]:
-        """The files of its rows, written into the job's folder if they are not there."""
+    def write(self, folder: Folder) -> list[str]:
+        """The files of its rows, for a job that begins: those that are its own are written into the
+        folder."""
         ...
 
     def difference(self, folder: Folder, known: Input) -> str | None:
         """How the rows differ from those of the job that the folder belongs to; None if they do
         not."""
+        ...
+
+    def paths(self, folder: Folder) -> list[str]:
+        """The files of its rows, for a job that goes on."""
         ...
 
 
@@ -38,11 +44,14 @@ class Files:
     given: list[str]
     """Absolute paths."""
 
-    def paths(self, folder: Folder) -> list[str]:
+    def write(self, folder: Folder) -> list[str]:
         return self.given
 
     def difference(self, folder: Folder, known: Input) -> str | None:
         return known.difference(self.given)
+
+    def paths(self, folder: Folder) -> list[str]:
+        return self.given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +61,20 @@ class Listed:
     content: bytes
     """As JSONL."""
 
-    def paths(self, folder: Folder) -> list[str]:
-        target = folder.own / "input.jsonl"
-        if not target.exists():
-            with folder.writing(target) as file:
-                file.write(self.content)
-        return [str(target)]
+    def write(self, folder: Folder) -> list[str]:
+        [target] = self.paths(folder)
+        with folder.writing(Path(target)) as file:
+            file.write(self.content)
+        return [target]
 
     def difference(self, folder: Folder, known: Input) -> str | None:
         digests = [file.sha256 for file in known.files]
         if digests == [hashlib.sha256(self.content).hexdigest()]:
             return None
         return f"the {len(self.content.splitlines())} rows of the list are others"
+
+    def paths(self, folder: Folder) -> list[str]:
+        return [str(folder.own / "input.jsonl")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +84,24 @@ class Dataset:
     rows: Any
     """The ray.data.Dataset."""
 
-    def paths(self, folder: Folder) -> list[str]:
-        target = folder.own / "input"
-        if not target.exists():
-            unfinished = folder.own / "unfinished" / "input"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            self.rows.write_parquet(str(unfinished))
-            os.replace(unfinished, target)
-        return inputs.find(target)
+    def write(self, folder: Folder) -> list[str]:
+        unfinished, target = folder.own / "unfinished" / "input", folder.own / "input"
+        for earlier in (unfinished, target):
+            shutil.rmtree(earlier, ignore_errors=True)
+        self.rows.write_parquet(str(unfinished))
+        os.replace(unfinished, target)
+        return self.paths(folder)
 
     def difference(self, folder: Folder, known: Input) -> str | None:
+        if not (folder.own / "input").exists():
+            return "its rows were not those of a Ray Dataset"
         names = list(self.rows.schema().names)
         if sorted(names) == sorted(known.columns):
             return None
         return f"the dataset has the columns {checks.quoted(names)}"
+
+    def paths(self, folder: Folder) -> list[str]:
+        return inputs.find(folder.own / "input")
 
 
 def source_of(given: Any) -> Source:

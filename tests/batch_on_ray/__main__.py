@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),  # of Ray's workers too
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # as plain processes have; 15 by default
 }
 
 
