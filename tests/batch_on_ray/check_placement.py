@@ -65,6 +65,11 @@ def main(scratch: str) -> int:
     jaxserve.batch.run(rows, out, dp_size=2, **run)
     check(placed(out), actors=2, each=1)
 
+    # More engines than there is room for: those that find none wait, the others work.
+    out = f"{scratch}/many"
+    jaxserve.batch.run(rows, out, dp_size=6, **run)
+    check(placed(out), actors=4, each=1)
+
     # Engines that are two GPUs each.
     out = f"{scratch}/pairs"
     kept: list[Job] = []
