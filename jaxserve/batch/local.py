@@ -19,8 +19,8 @@ from jaxserve.errors import EngineDeadError, InvalidRequestError
 
 MOST_RESTARTS = 3
 """Of the engines of one job together."""
-SECONDS_TO_END = 30.0
-"""For a process that has been told to."""
+SECONDS_TO_END = 2.0
+"""For a process whose pipe is closed: then it is killed. It may be loading a model."""
 
 
 def here(job: Job, numbers: Sequence[int]) -> Iterator[Tally]:
@@ -83,6 +83,8 @@ def processes(job: Job, numbers: Sequence[int], engines: int) -> Iterator[Tally]
                     workers[place] = _Worker(job, worker.gpus)
     finally:
         for worker in workers:
+            worker.pipe.close()
+        for worker in workers:
             worker.end()
 
 
@@ -122,9 +124,9 @@ class _Worker:
             self.died = True
 
     def end(self) -> int | None:
-        """Ends the process; its exit status."""
+        """Ends the process; its exit status. What it still does is not wanted."""
         self.pipe.close()
-        self._process.join(0 if self.died else SECONDS_TO_END)
+        self._process.join(SECONDS_TO_END)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
