@@ -10,7 +10,7 @@ JOBS ?= 2
 BIN := .venv/bin
 EIGHT := XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8"
 
-.PHONY: demo test lint tests mesh-tests kernels-newest-jax check docs clients report clean
+.PHONY: demo test lint tests mesh-tests kernels-newest-jax check docs clients batch-on-ray report clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
@@ -49,6 +49,10 @@ docs: .venv/docs.stamp
 # Programs written for SGLang, each in an environment of its own (docs/from_sglang.md).
 clients: .venv/demo.stamp
 	$(BIN)/python -m tests.clients
+
+# Batch jobs on Ray, in an environment that has it (docs/guide/batch_jobs.md).
+batch-on-ray: .venv/demo.stamp
+	$(BIN)/python -m tests.batch_on_ray
 
 report: .venv/bench.stamp
 	$(BIN)/python -m benchmarks.report

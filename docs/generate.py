@@ -18,6 +18,8 @@ from typing import Any
 from jaxserve import errors
 from jaxserve.api.arguments import GenerateOptions
 from jaxserve.api.unsupported import UnsupportedMethods
+from jaxserve.batch.columns import Columns
+from jaxserve.batch.run import JobOptions
 from jaxserve.options import docs_rows
 from jaxserve.sampling_params import TOP_K_ALL, SamplingParams
 
@@ -110,6 +112,27 @@ def error_classes() -> str:
     return table(("exception", "is a", "when"), rows)
 
 
+def batch() -> str:
+    """The options of a batch job: arguments of `jaxserve.batch.run`, and flags."""
+    columns = field_docs(Columns)
+    names = {"sampling": "sampling_columns"}
+    rows = [
+        (f"`{names.get(field.name, f'{field.name}_column')}`", _default(field), columns[field.name])
+        for field in dataclasses.fields(Columns)
+    ]
+    said = field_docs(JobOptions)
+    rows += [
+        (f"`{field.name}`", _default(field), said[field.name])
+        for field in dataclasses.fields(JobOptions)
+        if field.name != "columns"
+    ]
+    return table(("option", "default", "meaning"), rows)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    return "all" if field.name == "sampling" else f"`{field.default!r}`"
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a class, on one line; fields without one are left out."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -143,4 +166,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "unsupported-arguments": unsupported_arguments,
     "unsupported-methods": unsupported_methods,
     "errors": error_classes,
+    "batch": batch,
 }

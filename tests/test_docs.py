@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import builtins
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 import jaxserve
+import jaxserve.batch
 from docs import generate
 from jaxserve import errors, sglang_alias
 from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.unsupported import UnsupportedMethods
+from jaxserve.batch.job import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -69,6 +72,15 @@ def test_every_sampling_parameter_and_argument_is_described():
     for name in re.findall(r"`(\w+)`", refused):
         with pytest.raises(jaxserve.NotSupportedError, match=name):
             Arguments.collect({}, **{name: "given"})
+
+
+def test_every_option_of_a_batch_job_is_described():
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    arguments = inspect.signature(jaxserve.batch.run).parameters.values()
+    options = {argument.name for argument in arguments if argument.kind is keyword}
+    columns, listed = page("guide/batch_jobs.md").split("## Options of a job")
+    assert options - {"server_args"} == set(first_column(listed))
+    assert set(RESULTS) <= set(re.findall(r"`(\w+)`", columns.split("## The output")[1]))
 
 
 def test_every_method_that_is_refused_is_listed():
@@ -158,7 +170,10 @@ def test_every_key_of_a_result_is_described(tiny_models):
 
 DESCRIBED = [
     path
-    for place in ("api", "cache", "config", "models", "options", "sampler", "scheduler", "text")
+    for place in (
+        *("api", "batch", "cache", "config", "models", "options", "sampler"),
+        *("scheduler", "text"),
+    )
     for path in (ROOT / "jaxserve" / place).glob("*.py")
 ] + [*(ROOT / "converters").glob("*.py")]
 ELSEWHERE_DESCRIBED = {"Arguments"}

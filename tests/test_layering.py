@@ -23,6 +23,7 @@ NO_JAX = [
     "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py", "jaxserve/cache/window.py",
     "jaxserve/cache/keys.py", "jaxserve/cache/host.py", "jaxserve/packing",
     "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
+    "jaxserve/batch",
 ]  # fmt: skip
 
 

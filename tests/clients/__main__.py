@@ -12,13 +12,12 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-import venv
 from pathlib import Path
 
 from examples.demo_model import fetch
+from tests.clients.environments import ROOT, environment
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 CACHE = ROOT / ".cache" / "clients"
 PINS = tomllib.loads((HERE / "pins.toml").read_text(encoding="utf-8"))
 SECONDS = 3600
@@ -33,23 +32,6 @@ ENVIRONMENT = {
 }
 
 
-def environment(name: str) -> Path:
-    """The client's Python, with this checkout installed. Raises CalledProcessError, after pip has
-    said why."""
-    folder = CACHE / name
-    python = folder / "bin" / "python"
-    stamp = folder / "pins"
-    pins = "\n".join([*PINS[name]["packages"], str(ROOT)])
-    if stamp.exists() and stamp.read_text() == pins:
-        return python
-    print(f"{name}: installing {', '.join(PINS[name]['packages'])}", flush=True)
-    venv.create(folder, with_pip=True, clear=True)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, *PINS[name]["packages"], "--editable", str(ROOT)], check=True)
-    stamp.write_text(pins)
-    return python
-
-
 def model() -> Path:
     """The demo model as safetensors, which a client's own backend can read too."""
     folder = CACHE / "model"
@@ -62,7 +44,7 @@ def model() -> Path:
 def check(name: str) -> bool:
     """Whether the client's numbers are right; its check prints them."""
     try:
-        python = environment(name)
+        python = environment(CACHE / name, PINS[name]["packages"])
     except subprocess.CalledProcessError as error:
         print(f"{name}: NOT INSTALLED, pip ended with status {error.returncode}")
         return False
