@@ -18,6 +18,7 @@ from jaxserve.batch.job import RESULTS, Job
 from jaxserve.batch.sources import Files, Source, source_of
 from jaxserve.batch.tally import Report, Tally
 from jaxserve.errors import InvalidRequestError
+from jaxserve.options import OPTIONS
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server_args import ServerArgs
 
@@ -87,6 +88,13 @@ def run_job(
         raise InvalidRequestError(
             f"max_queued_requests={args.max_queued_requests} would refuse rows of a batch job"
         )
+    for name in ("mesh", "base_gpu_id", "gpu_id_step"):
+        if getattr(args, name) != OPTIONS[name].default:
+            raise InvalidRequestError(
+                f"{name}={checks.shown(getattr(args, name))} is not for a batch job, which gives "
+                "its engines their GPUs: CUDA_VISIBLE_DEVICES says which, dp_size and tp_size how "
+                "many"
+            )
     asking = _asking(args, options)
     with_ids = options.output_ids or args.skip_tokenizer_init
     results = {n: options.output_prefix + n for n in RESULTS if n != "output_ids" or with_ids}
