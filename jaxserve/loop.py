@@ -159,6 +159,16 @@ class EngineLoop(Reception):
         running."""
         return self.ask_flush().result()
 
+    def ask_flush(self) -> Future[bool]:
+        """`flush_cache` that does not wait."""
+
+        def run() -> bool:
+            if self._scheduler.idle:
+                self._scheduler.forget_prefixes()
+            return self._scheduler.idle
+
+        return self.ask(run)
+
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, see docs/api.md."""
         return self.ask_stats().result()

@@ -94,16 +94,6 @@ class Reception(Uncopyable):
         """Whether nothing is queued or running."""
         return self.ask(lambda: self._scheduler.idle)
 
-    def ask_flush(self) -> Future[bool]:
-        """`flush_cache` that does not wait."""
-
-        def run() -> bool:
-            if self._scheduler.idle:
-                self._scheduler.forget_prefixes()
-            return self._scheduler.idle
-
-        return self.ask(run)
-
     @property
     def tokens_done(self) -> int:
         """Of the requests that run, tokens whose keys and values are scheduled: read at any moment

@@ -19,6 +19,7 @@ from jaxserve.packing.layout import TOKEN_FIELDS, ExtendLayout, TokenField
 from jaxserve.packing.pack import pack_extend
 from jaxserve.packing.sequence import Sequence
 from jaxserve.packing.slots import Slots
+from jaxserve.parallel.mesh import mesh_of
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
 from jaxserve.step import step
@@ -41,10 +42,11 @@ def test_tokens_are_rotated_to_where_they_are_or_where_the_layout_says(tiny_mode
     loaded = converters.load(tiny_models("llama"), dtype="float32")
     args = ServerArgs("x", context_length=64, max_running_requests=ROWS)
     config = EngineConfig.resolve(args, loaded.config, CPU, 0).program
-    params, bind = arrange(loaded.declaration, dict(loaded.params), CPU.crossovers)
+    mesh = mesh_of(jax.devices()[0])
+    params, kept = arrange(loaded.declaration, dict(loaded.params), CPU.crossovers, mesh)
     ops = PagedOps("xla", "xla", PAGES, CPU.crossovers)
     sampler = Sampler(config.max_top_logprobs, False, "xla")
-    model = step.StepModel(bind, ops, sampler, config.page_size, USUAL.payloads)
+    model = step.StepModel(kept.bind, ops, sampler, config.page_size, USUAL.payloads)
     fields = (TokenField("positions", spread),) if given else ()
     layout = ExtendLayout(64, 8, config.table_width, (*TOKEN_FIELDS, *fields))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from converters.dummy import dummy_params
 from converters.placement import placement_for
 from jaxserve.models import registry
 from jaxserve.models.dense import DenseOps
-from jaxserve.weights import arrange, kept
+from jaxserve.parallel.mesh import mesh_of
+from jaxserve.weights import arrange
 from tests.checkpoints import make_config
 from tests.machines import CPU
 
@@ -39,14 +41,17 @@ def test_kernels_kept_transposed_compute_the_same(quantization, limit, turned):
         return model(ids, ids, None, None, DenseOps())[0]
 
     left = dict(params)
-    arrays, bind = arrange(declaration, left, crossovers)
-    specs, _ = kept(declaration, crossovers)
+    mesh = mesh_of(jax.devices()[0])
+    arrays, found = arrange(declaration, left, crossovers, mesh)
     assert not left
-    for (path, spec), array in zip(specs.items(), arrays, strict=True):
+    assert [(x.shape, x.dtype) for x in found.abstract(mesh)] == [
+        (x.shape, x.dtype) for x in arrays
+    ]
+    for (path, spec), array in zip(found.specs.items(), arrays, strict=True):
         assert (array.shape, array.dtype) == (spec.shape, spec.dtype)
         name = path.removeprefix("layers.1.").removesuffix(".kernel")
         if path.startswith("layers.1.") and path.endswith(".kernel"):
             axes = (*range(1, array.ndim), 0) if name in turned else range(array.ndim)
             np.testing.assert_array_equal(array, np.transpose(params[path], axes))
     want = hidden(declaration.bind(params))
-    np.testing.assert_allclose(hidden(bind(arrays)), want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(hidden(found.bind(arrays)), want, rtol=0, atol=1e-5)

@@ -80,7 +80,7 @@ def pairs():
             yield pytest.param(mesh, family, marks=marks, id=f"dp{mesh[0]}tp{mesh[1]}-{family}")
 
 
-@pytest.mark.parametrize(("mesh", "family"), pairs())
+@pytest.mark.parametrize(("mesh", "family"), list(pairs()))
 def test_the_tokens_of_one_device(folder, expected, mesh, family):
     dp, tp = mesh
     with jaxserve.Engine(folder(family), dp_size=dp, tp_size=tp, **OPTIONS) as engine:
