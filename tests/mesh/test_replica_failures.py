@@ -83,6 +83,20 @@ def test_its_requests_go_on_elsewhere(engine, expected, steps):
     assert set(ranks(engine.generate(**CALL))) == {0}
 
 
+@pytest.mark.long
+def test_on_another_row_of_parts(folder, expected):
+    """Each replica is cut over two devices."""
+    options = {**OPTIONS, "dp_size": 2, "tp_size": 2, "log_level": "critical"}
+    with jaxserve.Engine(folder, **options) as engine:
+        loop = break_down(engine, 1, 9)
+        results = engine.generate(**WHOLE)
+        loop._thread.join(30)
+        info = engine.get_server_info()
+    assert ids(results) == ids(expected["whole"])
+    assert failed(info) == [False, True] and info["late_compiles"] == 0
+    assert [len(part["devices"]) for part in info["replicas"]] == [2, 2]
+
+
 def test_a_stream_goes_on_from_the_tokens_it_has(engine, expected):
     begun = threading.Event()
     loop = break_down(engine, 0, 20, begun)
