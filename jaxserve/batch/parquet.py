@@ -86,7 +86,10 @@ def columns(path: str, names: list[str]) -> list[dict[str, Any]]:
     """Some columns of a file."""
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
-    return parquet.read_table(path, columns=names, partitioning=None).to_pylist()
+    with parquet.ParquetFile(
+        path
+    ) as file:  # (read_table would read columns off the folders' names)
+        return file.read(columns=names).to_pylist()
 
 
 def write(
