@@ -88,7 +88,7 @@ def columns(path: str, names: list[str]) -> list[dict[str, Any]]:
 
     with parquet.ParquetFile(
         path
-    ) as file:  # (read_table would read columns off the folders' names)
+    ) as file:  # read_table looks at folders
         return file.read(columns=names).to_pylist()
 
 
