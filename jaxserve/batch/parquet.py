@@ -86,9 +86,7 @@ def columns(path: str, names: list[str]) -> list[dict[str, Any]]:
     """Some columns of a file."""
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
-    with parquet.ParquetFile(
-        path
-    ) as file:  # read_table looks at folders
+    with parquet.ParquetFile(path) as file:  # read_table looks at folders
         return file.read(columns=names).to_pylist()
 
 
