@@ -17,7 +17,7 @@ NO_OP, UNSUPPORTED = (
     {name: option.default for name, option in FOREIGN.items() if option.ignored == ignored}
     for ignored in (True, False)
 )
-ONLY_ONE = ("tp_size", "pp_size", "ep_size", "nnodes")
+ONLY_ONE = ("pp_size", "ep_size", "nnodes")
 EXTRAS = {
     "mesh": None,
     "precompile": None,

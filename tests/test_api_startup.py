@@ -14,9 +14,11 @@ from jaxserve.api.info import server_info
 from jaxserve.api.startup import start, tokenizer_eos
 from jaxserve.errors import InvalidRequestError, ModelLoadError
 from jaxserve.loop import EngineLoop
+from jaxserve.models.registry import config_from_hf
 from jaxserve.parallel.mesh import given_mesh, mesh_of, numbered_mesh, replicas, replicated
 from jaxserve.server_args import ServerArgs
 from tests.api_fakes import byte_level_tokenizer
+from tests.checkpoints import make_config
 
 TOKENIZER = byte_level_tokenizer()
 CONFIG = types.SimpleNamespace(
@@ -65,7 +67,7 @@ def test_options_reach_the_loader(calls):
     )
     started = start(args)
     positional, options = calls["load"]
-    sharding = options.pop("sharding")
+    placement = options.pop("placing")(config_from_hf(make_config("llama")))
     assert positional == ("model",) and options == {
         "load_format": "dummy",
         "dtype": "float16",
@@ -76,7 +78,7 @@ def test_options_reach_the_loader(calls):
         "seed": 5,
     }
     mesh = mesh_of(jax.devices("cpu")[0])
-    assert sharding == replicated(mesh)
+    assert placement("lm_head.embedding") == replicated(mesh)
     assert calls["tokenizer"] == (
         ("tok",),
         {
@@ -100,7 +102,8 @@ def test_defaults_take_the_first_device_and_leave_the_dtype_to_the_loader(calls)
     started = start(ServerArgs("model", skip_tokenizer_init=True, compilation_cache_dir=""))
     assert started.tokenizer is None and started.eos_ids == {3, 4} and "tokenizer" not in calls
     assert calls["load"][1]["dtype"] == "auto"
-    assert calls["load"][1]["sharding"] == replicated(mesh_of(jax.devices()[0]))
+    placement = calls["load"][1]["placing"](config_from_hf(make_config("llama")))
+    assert placement("lm_head.embedding") == replicated(mesh_of(jax.devices()[0]))
     assert tokenizer_eos(None) == frozenset()
 
 

@@ -366,7 +366,7 @@ def refuses_to_load(watched):
         (UnknownOptionError, {"tensor_parallel_size": 1}, ["'tensor_parallel_size'", "tp_size"]),
         (UnknownOptionError, {"modelpath": "x"}, ["'modelpath'", "did you mean 'model_path'"]),
         (UnknownOptionError, {"gpu_memory": 0.5}, ["'gpu_memory'"]),
-        (NotSupportedError, {"tp_size": 2}, ["tp_size", "2"]),
+        (InvalidRequestError, {"tp_size": 2}, ["tp_size=2", "JAX has 1 cpu devices"]),
         (NotSupportedError, {"quantization": "awq"}, ["quantization", "awq"]),
         (InvalidRequestError, {"quantization": "int5"}, ["quantization", "int5"]),
         (InvalidRequestError, {"kv_cache_dtype": "bf16", "dtype": "float32", "device": "cpu"},

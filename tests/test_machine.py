@@ -31,7 +31,7 @@ def test_the_numbers_of_an_h100(kind, caplog):
     assert found.dispatch == Dispatch(1.2e-3, 3.0e12, 4)
     assert found.pacing == Pacing(1.3, 16384, None, 24, True)
     assert found.pacing.wave(32) == 512
-    assert found.crossovers == Crossovers(128, 2048, 20 << 20, 16)
+    assert found.crossovers == Crossovers(64, 2048, 20 << 20, 16)
     assert found.memory is not None
     assert (found.memory.fraction, found.memory.fragmented) == (0.88, 0.02)
     defaults = found.defaults

@@ -113,6 +113,8 @@ def test_a_self_test_that_hangs_is_left():
 
 
 def test_a_self_test_that_fails(caplog):
+    caplog.set_level("WARNING", logger="jaxserve")
+
     def fail() -> Peers:
         raise RuntimeError("no room for boxes")
 

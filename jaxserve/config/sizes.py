@@ -26,7 +26,7 @@ def context_length(options: Options, model: ModelConfig) -> int:
         warnings.warn(
             f"context_length={context} is more than the model's {model.context_length} tokens; "
             "what it writes beyond those may make no sense",
-            stacklevel=7,  # of Engine's caller
+            stacklevel=8,  # of Engine's caller
         )
     return context
 
