@@ -63,7 +63,7 @@ class Facts:
         """One of which every device has a part."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
-    @property
+    @functools.cached_property
     def params(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Abstract, in the order in which `kept.bind` takes them."""
         return self.kept.abstract(self.mesh)
