@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 from benchmarks import all_reduce, all_reduce_stress
 from pallas_kernels import Device, compat
 from pallas_kernels.all_reduce.workspace import COMM_WORDS
+from tests.cpu_devices import on_cpu_devices
 from tests.kernels.support import quiet, shape_list
 
 pytestmark = quiet
@@ -23,25 +21,11 @@ ROOT = Path(__file__).parent.parent
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 
 
-def on_two_devices(*command: str) -> str:
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        capture_output=True,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_on_two_cpu_devices(tmp_path):
     """Times of the XLA form and a few exact sums."""
     out = tmp_path / "result.json"
     options = ["--stages", "times", "stress", "--stress", "30", "--seed", "3", "--out", str(out)]
-    printed = on_two_devices("-m", "benchmarks.all_reduce", *options)
+    printed = on_cpu_devices(2, "-m", "benchmarks.all_reduce", *options)
     found: list[dict[str, Any]] = json.loads(out.read_text())["found"]
     assert [x.get("kind") for x in found] == ["none", "psum", None, None]
     assert found[1]["us_layer"] > 0 and "1x256" in printed and "psum (NCCL)" in printed
@@ -50,7 +34,8 @@ def test_on_two_cpu_devices(tmp_path):
 
 
 def test_sums_that_are_not_are_counted():
-    counted = on_two_devices(
+    counted = on_cpu_devices(
+        2,
         "-c",
         "import json\n"
         "from benchmarks import all_reduce, all_reduce_stress\n"

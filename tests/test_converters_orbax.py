@@ -15,6 +15,7 @@ import converters
 from converters import cli
 from jaxserve.errors import InvalidRequestError, ModelLoadError
 from tests.checkpoints import CHAT_TEMPLATE, FAMILIES, make_checkpoint, make_weights
+from tests.cpu_devices import on_cpu_devices
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,14 +134,9 @@ print(params["embed.embedding"].shape, "done")
 
 
 def test_restored_onto_a_sharding(saved):
-    flags = "--xla_force_host_platform_device_count=8"
     paths = [str(saved), str(saved.parent / "hf")]
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED_PROGRAM, *paths],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "done" in run.stdout
+    printed = on_cpu_devices(8, "-W", "error", "-c", SHARDED_PROGRAM, *paths)
+    assert "done" in printed
 
 
 class TestDamage:

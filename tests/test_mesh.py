@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from jaxserve.parallel.mesh import abstract, first_device, mesh_of, replicated
+from tests.cpu_devices import on_cpu_devices
 
 ROOT = Path(__file__).parent.parent
 PLACED = """
@@ -80,13 +78,8 @@ print(json.dumps({"third": third, "first": first, "stored": kept}, default=str))
 @pytest.fixture(scope="module")
 def placed(tiny_models):
     """What an engine on the fourth of eight devices does, and one on the first."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", PLACED, tiny_models("llama")], cwd=ROOT, capture_output=True,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    printed = on_cpu_devices(8, "-c", PLACED, tiny_models("llama"))
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_an_engine_keeps_everything_on_its_device(placed):

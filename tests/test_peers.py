@@ -5,10 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +21,7 @@ from jaxserve.parallel import access, peers
 from jaxserve.parallel.mesh import mesh_of
 from jaxserve.parallel.peers import Peers, connect, judged, within
 from pallas_kernels.all_reduce.probe import Probe
+from tests.cpu_devices import on_cpu_devices
 from tests.kernels.support import ON_GPU, needs_gpu
 
 ROOT = Path(__file__).parent.parent
@@ -207,17 +205,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def on_eight() -> dict[str, Any]:
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT],
-        cwd=ROOT,
-        capture_output=True,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(on_cpu_devices(8, "-c", ON_EIGHT).splitlines()[-1])
 
 
 def test_cpu_devices_use_psum(on_eight):

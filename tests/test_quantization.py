@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 import types
 from pathlib import Path
@@ -35,6 +32,7 @@ from tests.checkpoints import (
     make_weights,
     write_weights,
 )
+from tests.cpu_devices import on_cpu_devices
 from tests.machines import GPU
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -425,12 +423,7 @@ def test_onto_a_sharding(tmp_path):
     converters.save(converters.load(path), tmp_path / "orbax")
     converters.save(converters.load(path, quantization="fp8"), tmp_path / "quantized")
     paths = [path, str(tmp_path / "orbax"), str(tmp_path / "quantized")]
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED_PROGRAM, *paths], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "done" in run.stdout
+    assert "done" in on_cpu_devices(8, "-c", SHARDED_PROGRAM, *paths)
 
 
 OPTIONS = {

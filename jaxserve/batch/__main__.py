@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 
-from jaxserve.batch.columns import Columns
-from jaxserve.batch.run import FORMATS, RUNNERS, JobOptions, run_job
+from jaxserve.batch import run
+from jaxserve.batch.run import FORMATS, RUNNERS
 from jaxserve.errors import JaxserveError
 from jaxserve.options.option import json_object
 from jaxserve.sampling_params import FIELD_NAMES
@@ -66,31 +67,14 @@ def main(arguments: list[str]) -> int:
     Ctrl-C. Rows that failed are no error: the output says why."""
     given = make_parser().parse_args(arguments)
     try:
-        columns = Columns(
-            prompt=given.prompt_column,
-            messages=given.messages_column,
-            input_ids=given.input_ids_column,
-            sampling_params=given.sampling_params_column,
-            sampling=tuple(given.sampling_columns),
-        )
-        params = given.sampling_params
-        options = JobOptions(
-            columns=columns,
-            sampling_params=params and json_object("sampling_params", params),
-            output_format=given.output_format,
-            output_ids=given.output_ids,
-            output_prefix=given.output_prefix,
-            part_rows=given.part_rows,
-            parts_in_flight=given.parts_in_flight,
-            runner=given.runner,
-            dp_size=given.dp_size,
-            cpus_per_engine=given.cpus_per_engine,
-            cost_per_hour=given.cost_per_hour,
-            progress=given.progress,
-        )
+        if given.sampling_params:
+            given.sampling_params = json_object("sampling_params", given.sampling_params)
+        # a flag has the name of the argument of `run` that it is; the others are the engine's
+        names = inspect.signature(run).parameters.keys() - {"input", "output", "model_path"}
+        job = {name: value for name, value in vars(given).items() if name in names}
         given.dp_size = 1  # of each engine
         args = ServerArgs.from_cli_args(given)
-        print(run_job(given.input, given.output, args, options))
+        print(run(given.input, given.output, server_args=args, **job))
     except KeyboardInterrupt:
         return INTERRUPTED
     except JaxserveError as error:

@@ -190,10 +190,10 @@ class Programs:
                 self._untimed.discard(key)
                 return True
             with self._on_device():
-                lowerable = self._builder(key)
-                program = self._xla(self._lower(key, lowerable), self._options(key[1]))
+                lowerable, options = self._builder(key), self._options(key[1])
+                program = self._xla(self._lower(key, lowerable), options)
                 if self._used < began:
-                    self._store(key, lowerable, program, timed=True)
+                    self._store(key, lowerable, program, options)
                     self._keep(key, program, "timed", started, late=False)
                     self._untimed.discard(key)
         return True
@@ -259,7 +259,7 @@ class Programs:
         lowerable = self._builder(key)
         for timed in (True,) if timed_only else (True, False):
             options = self._options(key[1], timed=timed)
-            found = stored.load(self._file(stored, key, lowerable, timed), options)
+            found = stored.load(self._file(stored, key, lowerable, options), options)
             if found is not None:
                 program, self._memory[key] = found
                 self._note(key, timed)
@@ -267,16 +267,16 @@ class Programs:
         return None
 
     def _make(self, key: ProgramKey, timed: bool) -> Any:
-        lowerable = self._builder(key)
-        program = self._xla(self._lower(key, lowerable), self._options(key[1], timed=timed))
-        self._store(key, lowerable, program, timed)
+        lowerable, options = self._builder(key), self._options(key[1], timed=timed)
+        program = self._xla(self._lower(key, lowerable), options)
+        self._store(key, lowerable, program, options)
         self._note(key, timed)
         return program
 
-    def _store(self, key: ProgramKey, lowerable: Lowerable, program: Any, timed: bool) -> None:
+    def _store(self, key: ProgramKey, lowerable: Lowerable, program: Any, options: Options) -> None:
         self._memory[key] = _memory_beside_arguments(program)
         if self._stored is not None:
-            file = self._file(self._stored, key, lowerable, timed)
+            file = self._file(self._stored, key, lowerable, options)
             self._stored.store(file, program, self._memory[key])
 
     def _note(self, key: ProgramKey, timed: bool) -> None:
@@ -300,9 +300,8 @@ class Programs:
             self._expected.active = False
 
     def _file(
-        self, stored: StoredPrograms, key: ProgramKey, lowerable: Lowerable, timed: bool
+        self, stored: StoredPrograms, key: ProgramKey, lowerable: Lowerable, options: Options
     ) -> str:
-        options = self._options(key[1], timed=timed)
         return stored.name(_name(key), lowerable.arguments, lowerable.donated, options)
 
     def _on_compile(self, seconds: float) -> None:

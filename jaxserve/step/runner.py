@@ -12,6 +12,7 @@ from jaxserve.cache.host import Copies, scatter_targets
 from jaxserve.cache.host_pool import COPYING_BYTES
 from jaxserve.cache.pool import cache_dtype
 from jaxserve.config import EngineConfig
+from jaxserve.folders import PrivateFolder
 from jaxserve.packing import pack
 from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.packing.buckets import Ready
@@ -121,10 +122,13 @@ class Runner:
     @functools.cached_property
     def _stored(self) -> StoredPrograms | None:
         path, shared = self.config.program_folder, self._shared
-        if path is None and shared is None:
+        if shared is not None:
+            folder = shared.folder(path)
+        elif path is not None:
+            folder = PrivateFolder(path)
+        else:
             return None
         facts = (self.config.program, self.model_config)
-        folder = (shared or Shared([])).folder(path)
         stored = StoredPrograms(folder, self._mesh, facts)
         stored.prune()
         return stored

@@ -20,7 +20,7 @@ import jax
 
 from pallas_kernels.all_reduce.launch import launch
 from pallas_kernels.all_reduce.plan import Plan, Sizes, check_room, cut
-from pallas_kernels.all_reduce.protocol import Norm, Protocol, held
+from pallas_kernels.all_reduce.protocol import Norm, Protocol, held, quad
 
 MOST_WORDS = 4
 """Of a thread: with the residual's and the peers' they fit 128 registers."""
@@ -92,10 +92,9 @@ def text(plan: Plan, wide: bool | None, eps: float) -> str:
     for word in plan.each:
         with protocol.having(word, f"PUSHED{word.index}"):
             protocol.fix(word)
-            values = "{" + ", ".join(f"{held(word)}_{i}" for i in range(4)) + "}"
             for k in protocol.ranks:
                 place = f"[to{k}+{word.index * plan.unit}]"
-                add(f"@other{k} st.relaxed.sys.global.v4.b32 {place}, {values};")
+                add(f"@other{k} st.relaxed.sys.global.v4.b32 {place}, {quad(held(word))};")
     protocol.clear()
     for word in plan.each:
         with protocol.having(word, f"SUMMED{word.index}"):

@@ -97,17 +97,23 @@ def test_on_another_row_of_parts(folder, expected):
     assert [len(part["devices"]) for part in info["replicas"]] == [2, 2]
 
 
-def test_a_stream_goes_on_from_the_tokens_it_has(engine, expected):
-    begun = threading.Event()
-    loop = break_down(engine, 0, 20, begun)
+def streamed(engine, params, begun):
+    """The chunks of six streams; `begun` is set when each has one."""
     streams = [
-        engine.generate(input_ids=prompt, sampling_params=STREAMED, stream=True)
+        engine.generate(input_ids=prompt, sampling_params=params, stream=True)
         for prompt in PROMPTS[:6]
     ]
     chunks = [[next(stream)] for stream in streams]
     begun.set()
     for stream, seen in zip(streams, chunks, strict=True):
         seen += stream
+    return chunks
+
+
+def test_a_stream_goes_on_from_the_tokens_it_has(engine, expected):
+    begun = threading.Event()
+    loop = break_down(engine, 0, 20, begun)
+    chunks = streamed(engine, STREAMED, begun)
     loop._thread.join(30)
     assert failed(engine.get_server_info()) == [True, False]
     for number, seen in enumerate(chunks):

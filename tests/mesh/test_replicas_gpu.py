@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import jaxserve
-from tests.mesh.test_replica_failures import break_down, failed
+from tests.mesh.test_replica_failures import break_down, failed, streamed
 from tests.prompts import ids, text
 
 pytestmark = pytest.mark.gpu
@@ -76,14 +76,7 @@ def test_requests_move_to_the_other_gpu(folder, programs, expected):
     with jaxserve.Engine(folder, **{**options, "log_level": "critical"}) as engine:
         begun = threading.Event()
         loop = break_down(engine, 0, 10, begun)
-        streams = [
-            engine.generate(input_ids=prompt, sampling_params=PARAMS, stream=True)
-            for prompt in PROMPTS[:6]
-        ]
-        chunks = [[next(stream)] for stream in streams]
-        begun.set()
-        for stream, seen in zip(streams, chunks, strict=True):
-            seen += stream
+        chunks = streamed(engine, PARAMS, begun)
         loop._thread.join(60)
         info = engine.get_server_info()
     assert failed(info) == [True, False] and info["late_compiles"] == 0
