@@ -8,6 +8,10 @@ PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
 JOBS ?= 2
 BIN := .venv/bin
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+KERNELS := tests/test_kernels_*.py -k "mosaic or lower or order or refus"
+# Most of what tests compile runs once: LLVM's passes take longer than they save. `make check` has them.
+QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 EIGHT := XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8"
 
 .PHONY: demo test lint tests mesh-tests kernels-newest-jax check docs clients batch-on-ray report clean
@@ -23,24 +27,26 @@ lint: .venv/test.stamp
 	$(BIN)/pyright
 
 tests: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile --ignore tests/mesh
+	$(QUICK) $(BIN)/python -m pytest -m "not long" $(SPREAD) --ignore tests/mesh
 
 # Several devices in one process: eight made of a CPU, which JAX does as it starts.
 mesh-tests: .venv/test.stamp
-	$(EIGHT) $(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile tests/mesh
+	$(EIGHT) $(QUICK) $(BIN)/python -m pytest -m "not long" $(SPREAD) tests/mesh
 
 kernels-newest-jax: $(if $(PYTHON_NEW),.venv-newest/stamp)
 ifeq ($(PYTHON_NEW),)
 	@echo "SKIPPED: the kernel suite on the newest JAX needs Python 3.12 (set PYTHON_NEW)"
 else
-	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile tests/test_kernels_*.py -k "mosaic or lower or order or refus"
+	$(QUICK) .venv-newest/bin/python -m pytest -m "not long" $(SPREAD) $(KERNELS)
 endif
 
-# What takes longer than a change should wait for: documentation, notebook, thousands of seeded runs.
-check: .venv/check.stamp
+# What takes longer than a change should wait for: documentation, notebook, thousands of seeded runs,
+# and the cases of `make test` that say much the same as others.
+check: .venv/check.stamp $(if $(PYTHON_NEW),.venv-newest/stamp)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
-	$(BIN)/python -m pytest -m long --ignore tests/mesh
-	$(EIGHT) $(BIN)/python -m pytest -m long tests/mesh
+	$(BIN)/python -m pytest -m long $(SPREAD) --ignore tests/mesh
+	$(EIGHT) $(BIN)/python -m pytest -m long $(SPREAD) tests/mesh
+	$(if $(PYTHON_NEW),.venv-newest/bin/python -m pytest -m long $(SPREAD) $(KERNELS))
 
 # Into site/; a broken link is an error.
 docs: .venv/docs.stamp

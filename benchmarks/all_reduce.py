@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import all_reduce_stress, machine
+from benchmarks import all_reduce_stress, children, machine
 from pallas_kernels import add_norm, all_reduce, all_reduce_add_norm
 from pallas_kernels.all_reduce import workspace
 from pallas_kernels.all_reduce.probe import Chain
@@ -196,26 +195,13 @@ def in_process(stage: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         command += [f"--{name}", str(getattr(args, name))]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     environment = {"NCCL_NVLS_ENABLE": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
-    limit = SECONDS[stage]
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, **environment, "XLA_FLAGS": flags},
-            capture_output=True,
-            text=True,
-            timeout=limit,
-        )
-        output, code, errors = done.stdout, done.returncode, done.stderr
-    except subprocess.TimeoutExpired as late:
-        output, code = (late.stdout or b"").decode(), f"ended after {limit} s"
-        errors = (late.stderr or b"").decode()
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    for line in lines:
+    child = children.run(command, SECONDS[stage], {**os.environ, **environment, "XLA_FLAGS": flags})
+    for line in child.lines:
         print(line, flush=True)
-    if code != 0:
-        print(errors[-2000:], flush=True)
-        lines.append({"stage": stage, "failed": str(code)})
-    return lines
+    if child.failed:
+        print(child.errors[-2000:], flush=True)
+        return [*child.lines, {"stage": stage, "failed": child.failed}]
+    return child.lines
 
 
 def table(found: list[dict[str, Any]]) -> str:

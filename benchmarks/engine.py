@@ -25,13 +25,11 @@ def dummy_engine(
     """(engine of shape `model` with Engine `options`, seconds its constructor took). Its context is
     long enough for `cases`, and all its programs are compiled. Afterwards the device's memory is
     free again."""
-    options = {"wait_until_compiled": True, **options}
+    options = {"wait_until_compiled": True, "skip_tokenizer_init": True, **options}
     with tempfile.TemporaryDirectory() as root:
         folder = workloads.write_model(model, Path(root), cases)
         started = time.perf_counter()
-        engine = jaxserve.Engine(
-            model_path=str(folder), load_format="dummy", skip_tokenizer_init=True, **options
-        )
+        engine = jaxserve.Engine(model_path=str(folder), load_format="dummy", **options)
         try:
             yield engine, time.perf_counter() - started
         finally:

@@ -24,6 +24,8 @@ KINDS = (
     "load",
     "load_test",
     "interference",
+    "hidden_states",
+    "images",
     "profile",
     "peer",
 )

@@ -55,7 +55,7 @@ def request(number: int, new: int, mailbox: Mailbox, draw: random.Random) -> Req
 def result_of(batch: Batch, tokens: np.ndarray) -> SimpleNamespace:
     """As a device returns it: tokens [n, B] of n steps."""
     return SimpleNamespace(
-        batch=batch, tokens=tokens, payloads={}, prompt_payloads={}, accepted=None
+        batch=batch, drawn=lambda: (tokens, {}), prompt_payloads={}, accepted=None
     )
 
 
@@ -82,14 +82,14 @@ def measure(rows: int, queued: int, steps: int, at_once: int = 1) -> dict[str, A
         while not isinstance(batch, DecodeBatch):  # the prompts, first
             if batch is not None:
                 first = np.full((1, batch.row_bucket), 20, np.int32)
-                commit(result_of(batch, first), scheduler)
+                commit(result_of(batch, first), scheduler, [])
             started = time.perf_counter()
             batch = scheduler.schedule()
             scheduled = time.perf_counter()
         assert batch.steps == at_once
         pack.pack_decode(batch, rows)
         prepared = time.perf_counter()
-        commit(result_of(batch, drawn), scheduler)
+        commit(result_of(batch, drawn), scheduler, [])
         times["schedule"].append(scheduled - started)
         times["prepare"].append(prepared - scheduled)
         times["commit"].append(time.perf_counter() - prepared)

@@ -17,14 +17,15 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import machine, workloads
 from benchmarks.engine import Counts, differences, dummy_engine
 from jaxserve.server_args import ServerArgs
 
+T = TypeVar("T")
 STREAM_PROMPT, SETTLED = 128, 16
 """Tokens of a stream's prompt; tokens each has before anything is measured."""
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -55,10 +56,15 @@ async def first_token(engine: Any, ids: list[int]) -> tuple[float, float]:
 
 
 async def beside_streams(
-    engine: Any, model: str, prompts: Sequence[list[int]], count: int, longest: int
+    engine: Any,
+    model: str,
+    prompts: Sequence[T],
+    count: int,
+    longest: int,
+    arrive: Callable[[Any, T], Awaitable[tuple[float, float]]] = first_token,
 ) -> tuple[list[tuple[float, float]], list[list[float]]]:
     """(submission and first token of each prompt, one after the other; when each stream's tokens
-    came), while `count` streams of up to `longest` tokens run."""
+    came), while `count` streams of up to `longest` tokens run. arrive: submits a prompt."""
     times: list[list[float]] = [[] for _ in range(count)]
 
     async def follow(number: int) -> None:
@@ -80,9 +86,9 @@ async def beside_streams(
 
     tasks = [asyncio.create_task(follow(number)) for number in range(count)]
     spans = []
-    for ids in prompts:
+    for prompt in prompts:
         await more(SETTLED)
-        spans.append(await first_token(engine, ids))
+        spans.append(await arrive(engine, prompt))
     await more(1)  # so that the last gap ends
     engine.abort_request("stream-")
     await asyncio.gather(*tasks)

@@ -17,40 +17,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import converters
 from benchmarks.machine import describe
+from benchmarks.memory import PeakMemory
 from converters.load import read_config
 
 MIB = 1 << 20
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
-class PeakMemory:
-    """Samples RssAnon every 5 ms while it is entered; `bytes` is the growth to the peak."""
-
-    def __enter__(self) -> PeakMemory:
-        self._before = self._peak = anonymous_bytes()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self._peak = max(self._peak, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes = self._peak - self._before
 
 
 def measure(path: str, dtype: str, tiny: str) -> dict[str, Any]:

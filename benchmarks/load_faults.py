@@ -143,7 +143,8 @@ class Faults:
                 self._raise("launch", recomputes=True)
             result = dispatch(prepared)
             if self._armed == "result":
-                return result._replace(tokens=_FailingTokens(self))
+                (part,) = result.parts
+                return result._replace(parts=(part._replace(tokens=_FailingTokens(self)),))
             self._stepped()
             return result
 
@@ -186,10 +187,15 @@ class _FailingPrograms:
         self._programs = programs
         self._faults = faults
 
-    def __call__(self, key: Any, *args: Any) -> Any:
-        outputs = self._programs(key, *args)
-        self._faults.step_fails("donated")
-        return outputs
+    def program(self, key: Any) -> Any:
+        real = self._programs.program(key)
+
+        def run(*args: Any) -> Any:
+            outputs = real(*args)
+            self._faults.step_fails("donated")
+            return outputs
+
+        return run
 
     def __len__(self) -> int:
         return len(self._programs)

@@ -86,11 +86,14 @@ def main() -> None:
             startup, device = result["startup_seconds"], result["device"]
         starts[side].append(startup)
         print(f"turn {number + 1}: {('base', 'here')[side]}, start {startup} s", flush=True)
-    result = {"device": device, "arguments": arguments, "startup_seconds": starts}
-    result |= {case: compare(*both) for case, both in times.items()}
+        if not side:
+            continue
+        # After every pair: a machine that is taken away leaves what there was.
+        result = {"device": device, "arguments": arguments, "startup_seconds": starts}
+        result |= {case: compare(*both) for case, both in times.items()}
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

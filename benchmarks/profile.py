@@ -3,9 +3,14 @@
     python -m benchmarks.profile --model llama-3.1-8b --rows 1 --context 512 --out profile.json
 
 Traces one `generate` of `--rows` requests after a warm-up with other token ids, and prints for each
-program: launches, busy and elapsed time a decode step, and the kernels in order of their time; and
-what the host spent on a step when nothing was traced. Needs a CUDA device to show kernels; on a
-CPU only the host's phases are in the trace.
+program: launches, busy and elapsed time a decode step, and the kernels in order of their time, of
+the first GPU; and what the host spent on a step when nothing was traced. Needs a CUDA device to
+show kernels; on a CPU only the host's phases are in the trace.
+
+While JAX traces, each kernel is launched by itself. To see what launching graphs costs the host
+(`--host 40`: the 40 events of all threads that took longest), keep them:
+
+    XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true python -m benchmarks.profile ...
 """
 
 from __future__ import annotations
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="new tokens of each request")
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95")
     parser.add_argument("--top", type=int, default=24, help="kernels shown of each program")
+    parser.add_argument("--host", type=int, default=0, help="events of the host's threads shown")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON of Engine options")
     options = parser.parse_args()
@@ -119,8 +125,9 @@ def main() -> None:
             with jax.profiler.trace(folder, profiler_options=profile):
                 traced = generate(engine, requests(3), sampling)
             end = engine.get_server_info()
-        programs = by_program(trace.kernels(folder))
-        phases = trace.host_phases(folder, HOST_PHASES)
+        programs = by_program(trace.kernels(folder, "/device:GPU:0"))
+        events = trace.host_events(folder)
+        phases = trace.phases(events, HOST_PHASES)
     result: dict[str, Any] = {
         **machine.describe(),
         "benchmark": "profile",
@@ -158,6 +165,9 @@ def main() -> None:
     print("host, untraced:", result["host_us_per_step"])
     for name, facts in result["host_us"].items():
         print(f"host, traced, {name:10s} {facts['count']:5d} x median {facts['median']:9.1f} us")
+    for thread, name, times in events[: options.host]:
+        each = f"{len(times):6d} x {sorted(times)[len(times) // 2] / 1e3:9.1f} us"
+        print(f"host {sum(times) / 1e6:9.2f} ms {each}  {thread[:24]:24s} {name[:90]}")
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

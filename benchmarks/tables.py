@@ -59,7 +59,7 @@ def markdown(devices: Sequence[Device]) -> str:
             parts += [f"![share of the floor](plots/{device.short}_floor.svg)"]
         parts += start_up(device) + host_overhead(device) + kernels(device) + quality(device)
         parts += beside_transformers(device) + loading(device) + under_load(device)
-        parts += interference(device)
+        parts += interference(device) + hidden_states(device) + images(device)
     return "\n\n".join(parts) + "\n"
 
 
@@ -299,6 +299,47 @@ def interference(device: Device) -> list[str]:
             "chunks | gap before, ms | p50 | p99 | largest | its first token, s | alone | ratio"
         )
         parts += ["### A long prompt beside streams", said, table(header, rows)]
+    return parts
+
+
+def hidden_states(device: Device) -> list[str]:
+    parts = []
+    for r in device.of("hidden_states"):
+        rows = [
+            [
+                name,
+                number(statistics.median(way["seconds"]), 2),
+                number(way["throughput_ratio"], 3),
+                number(way["more_ms_per_decode_step"], 3),
+                number(statistics.median(way["asked"]) / 1e6, 1),
+                number(statistics.median(way["copied"]) / 1e6, 1),
+            ]
+            for name, way in r["ways"].items()
+        ]
+        said = f"{r['model']}: {r['requests']} requests, none of which, or each, asks for them."
+        header = "asked for | s | throughput | more a decode step, ms | MB asked for | MB copied"
+        parts += ["### Hidden states", said, table(header, rows)]
+    return parts
+
+
+def images(device: Device) -> list[str]:
+    parts = []
+    for r in device.of("images"):
+        found, beside = r["throughput"], r["beside_streams"]
+        row = [
+            number(found["images_per_s"], 1),
+            f"{r['share_of_floor']:.0%}",
+            number(found["first_token_ms"], 1),
+            number(found["encode_ms"], 2),
+            f"{r['encode_share_of_floor']:.0%}",
+            *(number(ms, 1) for ms in (beside["undisturbed_gap_ms"], beside["gap_ms"]["max"])),
+            number(r["text"]["throughput_ratio"], 3),
+        ]
+        said = f"{r['model']}: {r['requests']} requests of an image of {r['size']} x {r['size']} "
+        said += f"pixels ({r['image_tokens']} tokens), {r['new_tokens']} new tokens; text: share "
+        said += f"of a text model's throughput; gaps of {beside['streams']} streams."
+        header = "images/s | of floor | first token, ms | tower, ms | of floor | gap, ms | largest"
+        parts += ["### Images", said, table(f"{header} | text", [row])]
     return parts
 
 

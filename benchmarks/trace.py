@@ -29,11 +29,11 @@ def planes(folder: str) -> Iterator[Any]:
         yield from jax.profiler.ProfileData.from_file(path).planes
 
 
-def kernels(folder: str) -> list[Kernel]:
-    """Everything that ran on a GPU, in order of its start."""
+def kernels(folder: str, device: str = "/device:GPU") -> list[Kernel]:
+    """Everything that ran on GPUs whose planes are named `device`..., in order of its start."""
     found = []
     for plane in planes(folder):
-        if not plane.name.startswith("/device:GPU"):
+        if not plane.name.startswith(device):
             continue
         for line in plane.lines:
             if line.name.startswith("Stream"):
@@ -46,15 +46,26 @@ def kernels(folder: str) -> list[Kernel]:
     return sorted(found, key=lambda kernel: kernel.start)
 
 
-def host_phases(folder: str, names: tuple[str, ...]) -> dict[str, list[float]]:
-    """Nanoseconds of each occurrence of the named phases."""
-    found: dict[str, list[float]] = {}
+def host_events(folder: str) -> list[tuple[str, str, list[float]]]:
+    """(thread, event, nanoseconds of each occurrence) of what JAX's C++ code and XLA name, the
+    longest in all first."""
+    found: dict[tuple[str, str], list[float]] = {}
     for plane in planes(folder):
-        if not plane.name.startswith("/device:GPU"):
+        if plane.name.startswith("/host"):
             for line in plane.lines:
                 for event in line.events:
-                    if event.name in names:
-                        found.setdefault(event.name, []).append(event.duration_ns)
+                    found.setdefault((line.name, event.name), []).append(event.duration_ns)
+    return sorted(((*key, times) for key, times in found.items()), key=lambda each: -sum(each[2]))
+
+
+def phases(
+    events: list[tuple[str, str, list[float]]], names: tuple[str, ...]
+) -> dict[str, list[float]]:
+    """Nanoseconds of each occurrence of the named phases, on whichever thread."""
+    found: dict[str, list[float]] = {}
+    for _, name, times in events:
+        if name in names:
+            found.setdefault(name, []).extend(times)
     return found
 
 

@@ -73,7 +73,7 @@ def _convert(args: argparse.Namespace) -> int:
             progress=progress,
         )
     save(loaded, args.out, args.format)
-    size = sum(array.nbytes for array in loaded.params.values())
+    size = sum(array.nbytes for array in loaded.everything().values())
     seconds = time.perf_counter() - started
     print(f"{path} ({kind}) -> {args.out} ({args.format}): {size / 1e9:.3f} GB in {seconds:.1f} s")
     return 0

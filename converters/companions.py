@@ -1,4 +1,5 @@
-"""The small files that go with a model's weights unchanged: the tokenizer's, for the most part."""
+"""The small files that go with a model's weights unchanged: the tokenizer's, and what pictures are
+prepared by."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 """Names in a Hugging Face folder, besides config.json."""
 MAX_BYTES = 256 << 20

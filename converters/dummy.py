@@ -10,19 +10,22 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from converters.placement import Placement
+from converters.whole import Whole
 from jaxserve.models.quantization import quantize
 from jaxserve.models.registry import Declaration
 
 _STD = 0.02
 
 
-def dummy_params(declaration: Declaration, placement: Placement, seed: int) -> dict[str, jax.Array]:
+def dummy_params(
+    wanted: Declaration | Whole, placement: Placement, seed: int
+) -> dict[str, jax.Array]:
     """Normal(0, 0.02) weights, norm scales 1. Made on the device, one program per shape.
 
     Quantized kernels are drawn as without quantization, and quantized by the same program.
     """
     key = jax.random.key(seed)
-    specs, scales = declaration.specs, declaration.scales
+    specs, scales = wanted.specs, wanted.scales
     programs: dict[Any, Callable[[jax.Array], Any]] = {}
     params = {}
     drawn = [path for path in specs if path not in scales.values()]
@@ -34,7 +37,7 @@ def dummy_params(declaration: Declaration, placement: Placement, seed: int) -> d
         quantized = None
         if path in scales:
             quantized, sharding = spec.dtype, (sharding, placement(scales[path]))
-        kind = (spec.shape, declaration.dtype, quantized, sharding)
+        kind = (spec.shape, wanted.dtype, quantized, sharding)
         if kind not in programs:
             programs[kind] = _program(*kind)
         made = programs[kind](jax.random.fold_in(key, index))

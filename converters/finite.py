@@ -53,13 +53,5 @@ def on_device(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def check(flags: dict[str, jax.Array], dtype: np.dtype) -> None:
-    """Waits for the flags of `on_device` by tensor; raises ModelLoadError with the first that has
-    other than finite numbers."""
-    for name, finite in jax.device_get(flags).items():
-        if not finite:
-            raise error(name, dtype)
-
-
 def error(name: str, dtype: np.dtype) -> ModelLoadError:
     return ModelLoadError(f"tensor {name} holds infinity or NaN (as {np.dtype(dtype)})")

@@ -7,16 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from converters.gguf_families import FAMILIES, PARTIAL, READ_HERE, norm_eps, own_fields
 from converters.gguf_reader import BF16, F16, F32, GGUFFile, type_name
 from converters.gguf_rope import rope_parameters
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
-_FAMILIES = {
-    # general.architecture: Hugging Face class, model_type
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
 _CHANGES_MATHEMATICS = (
     "expert_count",
     "attention.scale",
@@ -63,7 +58,7 @@ def read_config(path: str) -> dict[str, Any]:
     hidden, heads = file.integer(f"{arch}.embedding_length"), head_count(file, arch)
     kv_heads = kv_head_count(file, arch)
     head_dim = _head_dim(file, arch, hidden, heads)
-    class_name, model_type = _FAMILIES[arch]
+    class_name, model_type = FAMILIES[arch]
     config = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -75,9 +70,9 @@ def read_config(path: str) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        **norm_eps(file, arch),
         "max_position_embeddings": file.integer(f"{arch}.context_length"),
-        "rope_parameters": rope_parameters(file, arch, head_dim),
+        "rope_parameters": rope_parameters(file, arch, head_dim, partial=arch in PARTIAL),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -89,16 +84,16 @@ def read_config(path: str) -> dict[str, Any]:
             "tensor_types": _tensor_types(file),
         },
     }
-    return config | _windows(file, arch, config["num_hidden_layers"])
+    return config | own_fields(file, arch, config)
 
 
 def architecture(file: GGUFFile) -> str:
     """general.architecture. Raises NotSupportedError, listing the supported ones."""
     arch = file.string("general.architecture")
-    if arch not in _FAMILIES:
+    if arch not in FAMILIES:
         raise NotSupportedError(
             f"{file.path}: GGUF architecture {arch!r} is not supported; supported: "
-            f"{', '.join(_FAMILIES)} (SmolLM and Mistral files say llama)"
+            f"{', '.join(FAMILIES)} (SmolLM and Mistral files say llama, OLMo 3 files olmo2)"
         )
     return arch
 
@@ -143,7 +138,9 @@ def _block_count(file: GGUFFile, arch: str) -> int:
 
 
 def _head_dim(file: GGUFFile, arch: str, hidden: int, heads: int) -> int:
-    default = file.integer(f"{arch}.rope.dimension_count", hidden // heads)
+    default = hidden // heads
+    if arch not in PARTIAL:
+        default = file.integer(f"{arch}.rope.dimension_count", default)
     key_dim = file.integer(f"{arch}.attention.key_length", default)
     value_dim = file.integer(f"{arch}.attention.value_length", key_dim)
     if key_dim != value_dim:
@@ -204,26 +201,10 @@ def special_id(file: GGUFFile, name: str) -> int | None:
     return value
 
 
-def _windows(file: GGUFFile, arch: str, layers: int) -> dict[str, Any]:
-    """Sliding windows. A llama file with one is a Mistral: it has one in every layer."""
-    window = file.integer(f"{arch}.attention.sliding_window", 0)
-    pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern")
-    if not window:
-        return {}
-    if arch == "llama" and pattern is None:
-        family = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-        return family | {"sliding_window": window}
-    if arch != "llama" and isinstance(pattern, np.ndarray) and pattern.shape == (layers,):
-        kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
-        return {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
-    raise NotSupportedError(
-        f"{file.path}: {arch}.attention.sliding_window={window} with sliding_window_pattern="
-        f"{pattern!r} is not supported: it does not tell which layers have the window"
-    )
-
-
 def _refuse_unsupported(file: GGUFFile, arch: str) -> None:
     for key in _CHANGES_MATHEMATICS:
+        if key in READ_HERE.get(arch, ()):
+            continue
         value = file.number(f"{arch}.{key}", 0.0)
         if value:
             raise NotSupportedError(f"{file.path}: {arch}.{key}={value:g} is not supported")

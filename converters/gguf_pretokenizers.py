@@ -20,6 +20,11 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 # Letters that have a case, of the Unicode version of that time.
 _CASED = (
@@ -81,6 +86,10 @@ _FAMILIES = {
     "llama-v3": _LLAMA3_SPLITTING,
     "llama-bpe": _LLAMA3_SPLITTING,
     "smaug-bpe": Splitting((_LLAMA3,)),
+    "dbrx": Splitting((_LLAMA3,)),
+    "glm4": Splitting((_LLAMA3,)),
+    "gpt-4o": Splitting((_O200K,)),
+    "command-r": Splitting(digits=True, nfc=True),
     "qwen2": _QWEN2_SPLITTING,
     "deepseek-r1-qwen": _QWEN2_SPLITTING,
     "megrez": _QWEN2_SPLITTING,

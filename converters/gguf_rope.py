@@ -2,7 +2,8 @@
 
 llama.cpp's converter writes linear and YaRN scaling as metadata. Of the Llama 3.1 scaling it
 keeps none of the four parameters: it bakes them into the tensor rope_freqs.weight [H/2], the
-number by which each frequency is divided. `llama3_parameters` recovers them.
+number by which each frequency is divided. `llama3_parameters` recovers them. LongRoPE's factors are
+two tensors, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from converters.gguf_reader import GGUFFile
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
 FACTORS = "rope_freqs.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _DEFAULT_THETA = 10_000.0
 _TOLERANCE = 1e-4
 """Relative; the factors are float32 and pass through a subtraction of near numbers."""
@@ -23,18 +25,20 @@ _RELEASED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _RELEASED_CONTEXT = 8192
 
 
-def rope_parameters(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
-    """`rope_parameters` of config.json. head_dim: H.
+def rope_parameters(
+    file: GGUFFile, arch: str, head_dim: int, *, partial: bool = False
+) -> dict[str, Any]:
+    """`rope_parameters` of config.json. head_dim: H. partial: less of a head may be rotated.
 
     Raises NotSupportedError for a scaling that we do not have, ModelLoadError where keys are
     missing or the frequency factors fit no Llama 3.1 scaling.
     """
     prefix = f"{arch}.rope"
     rotated = file.integer(f"{prefix}.dimension_count", head_dim)
-    if rotated != head_dim:
+    if rotated != head_dim and not (partial and 0 < rotated < head_dim):
         raise NotSupportedError(
             f"{file.path}: {prefix}.dimension_count={rotated} of {head_dim}: a partial rotation is "
-            "not supported"
+            f"not supported for {arch}"
         )
     theta = file.number(f"{prefix}.freq_base", _DEFAULT_THETA)
     if not 1.0 <= theta < math.inf:
@@ -43,10 +47,14 @@ def rope_parameters(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
     factor = file.number(f"{prefix}.scaling.factor", file.number(f"{prefix}.scale_linear", 0.0))
     kind = file.string(f"{prefix}.scaling.type", "linear" if factor else "none")
     base: dict[str, Any] = {"rope_theta": theta}
+    if partial:
+        base["partial_rotary_factor"] = rotated / head_dim
+    if LONG in file.tensors and SHORT in file.tensors and kind in ("none", "longrope"):
+        return base | _longrope(file, f"{prefix}.scaling")
     if FACTORS in file.tensors:
         if kind not in ("none", "llama3") and factor not in (0.0, 1.0):
             raise NotSupportedError(f"{file.path}: {FACTORS} together with {kind!r} RoPE scaling")
-        return base | llama3_parameters(file.read_floats(FACTORS), theta, head_dim, file.path)
+        return base | llama3_parameters(file.read_floats(FACTORS), theta, rotated, file.path)
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return base | {"rope_type": "default"}
     if kind == "linear":
@@ -55,8 +63,20 @@ def rope_parameters(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
         return base | _yarn(file, f"{prefix}.scaling", factor)
     raise NotSupportedError(
         f"{file.path}: {prefix}.scaling.type={kind!r} is not supported; supported: none, linear, "
-        f"yarn, and Llama 3.1's through the tensor {FACTORS}"
+        f"yarn, Llama 3.1's through the tensor {FACTORS}, and LongRoPE's through {LONG} and {SHORT}"
     )
+
+
+def _longrope(file: GGUFFile, prefix: str) -> dict[str, Any]:
+    """The converter computes the attention factor, from the stated context and the original one."""
+    given = {
+        "original_max_position_embeddings": file.integer(f"{prefix}.original_context_length"),
+        "attention_factor": file.number(f"{prefix}.attn_factor", None),
+        "short_factor": file.read_floats(SHORT).tolist(),
+        "long_factor": file.read_floats(LONG).tolist(),
+    }
+    present = {key: value for key, value in given.items() if value is not None}
+    return {"rope_type": "longrope", **present}
 
 
 def _yarn(file: GGUFFile, prefix: str, factor: float) -> dict[str, Any]:
@@ -69,7 +89,9 @@ def _yarn(file: GGUFFile, prefix: str, factor: float) -> dict[str, Any]:
         raise ModelLoadError(f"{file.path}: YaRN needs {prefix}.factor >= 1, got {factor}")
     given = {
         "original_max_position_embeddings": file.integer(f"{prefix}.original_context_length", None),
-        "attention_factor": file.number(f"{prefix}.yarn_attn_factor", None),
+        "attention_factor": file.number(
+            f"{prefix}.yarn_attn_factor", file.number(f"{prefix}.attn_factor", None)
+        ),
         "beta_fast": file.number(f"{prefix}.yarn_beta_fast", None),
         "beta_slow": file.number(f"{prefix}.yarn_beta_slow", None),
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -14,10 +15,11 @@ import numpy as np
 
 from converters import gguf_config
 from converters.files import open_named
+from converters.gguf_families import ONE_PLUS, PERMUTED
 from converters.gguf_reader import BF16, F16, F32, GGUFFile, type_name
-from converters.gguf_rope import FACTORS
+from converters.gguf_rope import FACTORS, LONG, SHORT
 from converters.messages import plain
-from converters.stored_array import Check, StoredArray, copy_block
+from converters.stored_array import Check, StoredArray, checked
 from jaxserve.errors import ModelLoadError, NotSupportedError
 
 _PLAIN: dict[int, np.dtype[Any]] = {
@@ -25,12 +27,12 @@ _PLAIN: dict[int, np.dtype[Any]] = {
     F16: np.dtype("<f2"),
     BF16: np.dtype(ml_dtypes.bfloat16),
 }
-_GLOBAL = {
+GLOBAL = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_LAYER = {
+LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -38,18 +40,32 @@ _LAYER = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA = {"ffn_norm": "pre_feedforward_layernorm"}
+_OWN: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "gemma2": _GEMMA,
+        "gemma3": _GEMMA,
+        "glm4": {
+            "post_attention_norm": "post_self_attn_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+        },
+        "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    }
+)
+"""What is otherwise in the layers of some architectures."""
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<kind>weight|bias)")
 _ROTATED = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(?:weight|bias)")
-_PERMUTED = ("llama",)
-"""Architectures whose q and k rows llama.cpp's converter reorders; its qwen2, qwen3 keep HF's."""
 _ROWS = 64
-"""Rows transposed at a time: both sides of the copy stay in the cache."""
-_CHUNK = 1 << 22
+"""Rows copied at a time: both sides of a transposition stay in the cache."""
+_CHUNK = 1 << 20
 """Elements dequantized at a time: bounds the gguf package's own temporary copies."""
 
 
@@ -81,13 +97,18 @@ class GGUFTensors:
         self._file = GGUFFile.read(self._open)
         arch = gguf_config.architecture(self._file)
         self._heads = {}
-        if arch in _PERMUTED:
+        if arch in PERMUTED:
             self._heads = {
                 "q": gguf_config.head_count(self._file, arch),
                 "k": gguf_config.kv_head_count(self._file, arch),
             }
+        self._one_plus = arch in ONE_PLUS
         # The factors are part of the config (gguf_rope), not of the parameters.
-        self._names = {_hf_name(name): name for name in self._file.tensors if name != FACTORS}
+        self._names = {
+            _hf_name(name, arch): name
+            for name in self._file.tensors
+            if name not in (FACTORS, LONG, SHORT)
+        }
         self._check_types()
         for name in self._file.tensors:
             self._file.check_extent(name, self._size(name))
@@ -98,56 +119,38 @@ class GGUFTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._names[name]].shape
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor: float32 when quantized, else in its own type (float32, float16, bfloat16).
-        Raises ModelLoadError after `close`, and where the file was written to meanwhile."""
+    def tensor(self, name: str) -> StoredArray | DecodedTensor:
+        """float32 when quantized, else in its own type (float32, float16, bfloat16). Reading raises
+        ModelLoadError after `close`, and where the file was written to meanwhile."""
         name = self._names[name]
-        info = self._file.tensors[name]
-        if info.type_id in _PLAIN:
-            dtype = _PLAIN[info.type_id]
-            values = StoredArray(self._open, info.offset, info.shape, dtype).read()
-        else:
-            values = self._dequantize(name)
+        shape, kind, offset = self._file.tensors[name]
+        heads = self._permuted_heads(name, shape)
+        if kind in _PLAIN and self._one_plus and name.endswith("norm.weight"):
+            stored = StoredArray(self._open, offset, shape, _PLAIN[kind])
+            return DecodedTensor(shape, stored, lambda x: x.astype(np.float32) - 1, None)
+        if kind in _PLAIN:
+            plain_array = StoredArray(self._open, offset, shape, _PLAIN[kind])
+            return plain_array if heads is None else DecodedTensor(shape, plain_array, None, heads)
+        rows = math.prod(shape[:-1])
+        raw = (rows, self._size(name) // rows)
+        stored = StoredArray(self._open, offset, raw, np.dtype(np.uint8))
+        code = self._gguf.GGMLQuantizationType(kind)
+        return DecodedTensor(shape, stored, lambda x: self._gguf.dequantize(x, code), heads)
+
+    def _permuted_heads(self, name: str, shape: tuple[int, ...]) -> int | None:
         rotated = _ROTATED.fullmatch(name)
-        if rotated and self._heads:
-            heads = self._heads[rotated["which"]]
-            if info.shape[0] % (2 * heads):
-                raise ModelLoadError(
-                    f"{self._file.path}: tensor {plain(name)} of shape {info.shape} does not hold "
-                    f"pairs of rows for {heads} heads"
-                )
-            values = unpermute(values, heads)
-        return values
-
-    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
-        """The same into `out`, which has the tensor's shape. check: sees each block of rows."""
-        values = self.read(name)
-        for row in range(0, len(values), _ROWS):
-            copy_block(values[row : row + _ROWS], out[row : row + _ROWS], check)
-
-    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """The same, `rows` of it at a time. (All of it is dequantized first.)"""
-        values = self.read(name)
-        for start in range(0, len(values), rows):
-            yield values[start : start + rows]
+        if not rotated or not self._heads:
+            return None
+        heads = self._heads[rotated["which"]]
+        if shape[0] % (2 * heads):
+            raise ModelLoadError(
+                f"{self._file.path}: tensor {plain(name)} of shape {shape} does not hold "
+                f"pairs of rows for {heads} heads"
+            )
+        return heads
 
     def close(self) -> None:
         self._open.close()
-
-    def _dequantize(self, name: str) -> np.ndarray:
-        shape, kind, offset = self._file.tensors[name]
-        code = self._gguf.GGMLQuantizationType(kind)
-        columns, rows = shape[-1], math.prod(shape[:-1])
-        row_bytes = self._size(name) // rows
-        values = np.empty((rows, columns), np.float32)
-        step = max(1, _CHUNK // columns)
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            chunk = (count, row_bytes)
-            at = offset + row * row_bytes
-            raw = StoredArray(self._open, at, chunk, np.dtype(np.uint8)).read()
-            values[row : row + count] = self._gguf.dequantize(raw, code)
-        return values.reshape(shape)
 
     def _size(self, name: str) -> int:
         """Bytes. Raises ModelLoadError when the rows are no whole number of blocks."""
@@ -178,6 +181,63 @@ class GGUFTensors:
                 ) from error
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodedTensor:
+    """A tensor that does not lie in the file as it is used: made a few rows at a time."""
+
+    shape: tuple[int, ...]
+    """[rows, ...]."""
+    stored: StoredArray
+    """Of the same shape; if quantized [rows of the last axis, bytes of one]."""
+    dequantize: Callable[[np.ndarray], np.ndarray] | None
+    """Rows of `stored` -> float32; None if they are numbers, and those that are meant."""
+    heads: int | None
+    """Whose rows llama.cpp's converter reordered; None: they are in order."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stored.dtype if self.dequantize is None else np.dtype(np.float32)
+
+    def read_into(self, out: np.ndarray, first: int = 0, check: Check | None = None) -> None:
+        for at, values in self._steps(first, first + len(out)):
+            for row in range(0, len(values), _ROWS):
+                block = checked(values[row : row + _ROWS], out.dtype, check)
+                to = at - first + row
+                out[to : to + len(block)] = block
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        for _, values in self._steps(0, self.shape[0]):
+            for row in range(0, len(values), _ROWS):
+                yield values[row : row + _ROWS]
+
+    def _steps(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows in order behind the number of the first; whole heads together, where they start."""
+        head = 1 if self.heads is None else self.shape[0] // self.heads
+        step = -(-max(1, _CHUNK // math.prod(self.shape[1:])) // head) * head
+        at = first
+        while at < last:
+            start = at // head * head
+            until = min(start + step, self.shape[0])
+            values = self._decoded(start, until)
+            if self.heads is not None:
+                values = unpermute(values, (until - start) // head)
+            yield at, values[at - start : last - start]
+            at = until
+
+    def _decoded(self, first: int, last: int) -> np.ndarray:
+        shape = (last - first, *self.shape[1:])
+        if self.dequantize is None:
+            out = np.empty(shape, self.dtype)
+            self.stored.read_into(out, first)
+            return out
+        if len(self.shape) == 1:
+            return self.dequantize(self.stored.read()).reshape(-1)[first:last]
+        rows = math.prod(self.shape[1:-1])
+        raw = np.empty(((last - first) * rows, self.stored.shape[1]), np.uint8)
+        self.stored.read_into(raw, first * rows)
+        return self.dequantize(raw).reshape(shape)
+
+
 def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
     """Undoes the row order that llama.cpp wants for its rotation of neighbouring pairs.
 
@@ -189,9 +249,9 @@ def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, arch: str) -> str:
     match = _NAME.fullmatch(name)
-    table = _GLOBAL if match and match["layer"] is None else _LAYER
+    table = GLOBAL if match and match["layer"] is None else {**LAYER, **_OWN.get(arch, {})}
     if match is None or match["stem"] not in table:
         return name
     layer = "" if match["layer"] is None else f"model.layers.{match['layer']}."

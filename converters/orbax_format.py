@@ -24,19 +24,20 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
-from converters import files, finite, json_files, quantize, sizes
-from converters.convert import aligned_empty, place_rows
+from converters import files, finite, json_files, quantize
 from converters.json_files import JsonObject
 from converters.messages import plain, some_of
 from converters.placement import Placement, on_cpu
+from converters.shards import aligned_empty, place, placed, same_rows, shards_of
 from converters.stored_array import StoredArray
+from converters.whole import TOWER, Whole
 from jaxserve.errors import InvalidRequestError, ModelLoadError
-from jaxserve.models.registry import Declaration
+from jaxserve.models import quantization
 from jaxserve.shown import quoted
 
 MARKER = "jaxserve.json"
-_PARAMS = "params"
-_VERSION = 2
+PARAMS = "params"
+VERSION = 2
 """2: heads of q, k and v are grouped by KV head, gate and up are two rows of one parameter."""
 _MAX_HEADER = 1 << 20
 """Bytes of a .zarray file, which has a few hundred."""
@@ -87,33 +88,34 @@ def save(
         if array.dtype.itemsize > 1 and not finite.all_finite(array):
             raise finite.error(path, array.dtype)
     with ocp.PyTreeCheckpointer(use_ocdbt=False, use_compression=False) as checkpointer:
-        checkpointer.save((folder / _PARAMS).absolute(), host)
-    marker = {"format": "orbax", "version": _VERSION, "dtype": dtype, "quantization": quantization}
+        checkpointer.save((folder / PARAMS).absolute(), host)
+    marker = {"format": "orbax", "version": VERSION, "dtype": dtype, "quantization": quantization}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def parameter_names(folder: Path) -> list[str]:
     """Dotted paths of the parameters that `folder` holds."""
-    return [path.parent.name for path in (folder / _PARAMS).glob("*/.zarray")]
+    return [path.parent.name for path in (folder / PARAMS).glob("*/.zarray")]
 
 
-def restore(folder: Path, declaration: Declaration, placement: Placement) -> dict[str, jax.Array]:
-    """Reads the parameters of `declaration` onto their shardings, cast to its dtype. Kernels that
+def restore(folder: Path, wanted: Whole, placement: Placement) -> dict[str, jax.Array]:
+    """Reads the parameters of `wanted` onto their shardings, cast to its dtype. Kernels that
     are declared quantized are read as stored, or quantized where the folder's are not.
 
     Raises ModelLoadError when the folder is damaged or was written for another config; all
     missing, unexpected and wrongly shaped parameters are in one message.
     """
-    stored = stored_quantization(folder, declaration.quantization)
-    to_quantize = {} if stored else declaration.scales
+    stored = stored_quantization(folder, wanted.quantization)
+    to_quantize = {} if stored else wanted.scales
     headers = {
         name: _read_header(folder, name)
-        for name in files.entries(folder / _PARAMS)
-        if files.has(folder / _PARAMS / name, ".zarray")
+        for name in files.entries(folder / PARAMS)
+        if files.has(folder / PARAMS / name, ".zarray")
+        and not (wanted.tower is None and name.startswith(TOWER))
     }
-    _check_shapes(folder, headers, declaration, absent=set(to_quantize.values()))
+    _check_shapes(folder, headers, wanted, absent=set(to_quantize.values()))
     params = {}
-    for path, spec in declaration.specs.items():
+    for path, spec in wanted.specs.items():
         if path in to_quantize.values():
             continue
         shape, dtype = headers[path]
@@ -125,8 +127,8 @@ def restore(folder: Path, declaration: Declaration, placement: Placement) -> dic
                     array, spec, path, placement(path), placement(scale)
                 )
             else:
-                params[path] = place_rows(array, spec, placement(path))
-    return {path: params[path] for path in declaration.specs}
+                params[path] = place(array, spec, placement(path))
+    return {path: params[path] for path in wanted.specs}
 
 
 def _quantized(
@@ -139,26 +141,31 @@ def _quantized(
     """kernel and scale of a stored, not quantized kernel [in, *out]."""
     dtype = np.dtype(spec.dtype)
     if on_cpu(sharding):
-        kernel = aligned_empty(spec.shape, dtype)
-        scale = aligned_empty(spec.shape[1:], np.dtype(np.float32))
-        rows = spec.shape[0]
-        weights, flat = (x.reshape(rows, -1) for x in (stored.read(), kernel))
-        quantize.on_host(weights, flat, scale.reshape(-1))
+        scale = quantize.step(stored.blocks(), spec.shape[1:], dtype)
+        quantize.check_finite(path, scale)
+        pieces = shards_of(spec.shape, sharding)
+        arrays = [aligned_empty(piece.shape, dtype) for piece in pieces]
+        targets = [same_rows(*pair) for pair in zip(pieces, arrays, strict=True)]
+        first = 0
+        for block in stored.blocks():
+            rows = quantization.round_to(block.astype(np.float32), scale, dtype, np)
+            for target in targets:
+                target.take(first, rows)
+            first += len(block)
+        kernel = placed(spec.shape, sharding, pieces, arrays)
     else:
-        weights = place_rows(stored, jax.ShapeDtypeStruct(stored.shape, stored.dtype), sharding)
-        kernel, scale = jax.block_until_ready(
-            quantize.on_device(weights, dtype=dtype, transpose=False)
-        )
-    quantize.check_finite(path, scale)
+        weights = place(stored, jax.ShapeDtypeStruct(stored.shape, stored.dtype), sharding)
+        kernel, scale = jax.block_until_ready(quantize.on_device(weights, dtype=dtype))
+        quantize.check_finite(path, scale)
     return jax.device_put(kernel, sharding), jax.device_put(scale, scale_sharding)
 
 
 def _read_marker(folder: Path) -> JsonObject:
     marker = json_files.read(folder, MARKER)
     version = marker.integer("version")
-    if version != _VERSION:
+    if version != VERSION:
         raise ModelLoadError(
-            f"{folder} has format version {version}, this jaxserve reads {_VERSION}, in which "
+            f"{folder} has format version {version}, this jaxserve reads {VERSION}, in which "
             "parameters lie otherwise: convert the checkpoint that it was made of again"
         )
     return marker
@@ -166,9 +173,9 @@ def _read_marker(folder: Path) -> JsonObject:
 
 def _read_header(folder: Path, path: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """(shape, dtype) of a zarr 2 array stored as one raw chunk."""
-    file = folder / _PARAMS / path / ".zarray"
+    file = folder / PARAMS / path / ".zarray"
     header = json_files.parse(
-        files.read_inside(folder, _PARAMS, path, ".zarray", limit=_MAX_HEADER), str(file)
+        files.read_inside(folder, PARAMS, path, ".zarray", limit=_MAX_HEADER), str(file)
     )
     shape = tuple(header.list_of("shape", int, "integers"))
     chunks = tuple(header.list_of("chunks", int, "integers"))
@@ -186,7 +193,7 @@ def _read_header(folder: Path, path: str) -> tuple[tuple[int, ...], np.dtype[Any
 def _open_chunk(
     folder: Path, path: str, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> files.OpenFile:
-    file = files.open_inside(folder, _PARAMS, path, ".".join("0" * len(shape)) or "0")
+    file = files.open_inside(folder, PARAMS, path, ".".join("0" * len(shape)) or "0")
     expected = math.prod(shape) * dtype.itemsize
     if file.size != expected:
         file.close()
@@ -197,22 +204,22 @@ def _open_chunk(
 def _check_shapes(
     folder: Path,
     found: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
-    declaration: Declaration,
+    wanted: Whole,
     absent: set[str],
 ) -> None:
     """absent: declared parameters that are made, not read."""
-    specs = {path: spec for path, spec in declaration.specs.items() if path not in absent}
+    specs = {path: spec for path, spec in wanted.specs.items() if path not in absent}
     problems = [f"missing {path}" for path in specs if path not in found]
     problems += [f"unexpected {plain(path)}" for path in found if path not in specs]
     for path, spec in specs.items():
         shape, dtype = found.get(path, (spec.shape, spec.dtype))
         if shape != spec.shape:
             problems.append(f"{path} is {list(shape)}, should be {list(spec.shape)}")
-        quantized = dtype.itemsize == 1 or (path in declaration.scales and not absent)
+        quantized = dtype.itemsize == 1 or (path in wanted.scales and not absent)
         if quantized and dtype != spec.dtype:
             problems.append(f"{path} has dtype {dtype}, should be {spec.dtype}")
     if problems:
         raise ModelLoadError(
-            f"{folder}: the parameters do not fit config.json ({sizes.stated(declaration.config)}):"
+            f"{folder}: the parameters do not fit config.json ({wanted.stated()}):"
             "\n  " + some_of(problems, "\n  ")
         )

@@ -6,6 +6,7 @@ Both take the checkpoint's numbers, compute in float32 and give the same bits (o
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -31,13 +32,19 @@ def on_host(weights: np.ndarray, kernel: np.ndarray, scale: np.ndarray) -> None:
         scale[columns] = steps
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "transpose"))
-def on_device(
-    weights: jax.Array, *, dtype: np.dtype[Any], transpose: bool
-) -> tuple[jax.Array, jax.Array]:
-    """weights [in, *out], or [out, in] where `transpose` -> kernel [in, *out] in `dtype`, and scale
-    [*out] float32. One program per shape."""
-    return quantization.quantize(weights.T if transpose else weights, dtype)
+def step(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """The scale [*out], of `shape`, of weights [in, *out] that come in blocks of rows."""
+    largest = np.zeros(shape, np.float32)
+    for block in blocks:
+        np.maximum(largest, np.abs(block.astype(np.float32)).max(axis=0), out=largest)
+    return quantization.step_of(largest, dtype, np)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def on_device(weights: jax.Array, *, dtype: np.dtype[Any]) -> tuple[jax.Array, jax.Array]:
+    """weights [in, *out] -> kernel of that shape in `dtype`, and scale [*out] float32. One program
+    per shape."""
+    return quantization.quantize(weights, dtype)
 
 
 def check_finite(name: str, scale: jax.Array | np.ndarray) -> None:

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 
 from converters import companions, files, orbax_format
-from converters.convert import parts_of, to_hf
+from converters.convert import to_hf
 from converters.load import LoadedModel
-from converters.tables import table_for
 from converters.tokenizer import load_tokenizer
+from converters.vision_names import hub_name
 from jaxserve.errors import InvalidRequestError, NotSupportedError
 from jaxserve.shown import quoted
 
@@ -74,7 +74,7 @@ def _write(loaded: LoadedModel, folder: Path, save_format: str) -> None:
     _write_json(folder / "config.json", _config(loaded.hf_config, dtype))
     _write_companions(loaded, folder)
     if save_format == "orbax":
-        orbax_format.save(folder, loaded.params, dtype, loaded.declaration.quantization)
+        orbax_format.save(folder, loaded.everything(), dtype, loaded.declaration.quantization)
     else:
         _write_safetensors(folder / "model.safetensors", loaded)
 
@@ -101,17 +101,15 @@ def _write_companions(loaded: LoadedModel, folder: Path) -> None:
 
 def _write_safetensors(path: Path, loaded: LoadedModel) -> None:
     """Streams one tensor at a time: header from the shapes alone, then the data in its order."""
-    config, specs = loaded.config, loaded.declaration.specs
-    table = table_for(config)
+    whole, architecture = loaded.whole, loaded.config.architecture
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for param, spec in specs.items():
-        dtype = np.dtype(spec.dtype)
-        for part in parts_of(param, spec.shape, config, table):
+    dtype, offset = np.dtype(whole.dtype), 0
+    for param in whole.specs:
+        for part in whole.parts_of(param):
             end = offset + math.prod(part.shape) * dtype.itemsize
-            header[part.name] = {
+            header[hub_name(part.name, architecture)] = {
                 "dtype": _CODES[dtype],
-                "shape": list(part.shape),
+                "shape": list(part.stored),
                 "data_offsets": [offset, end],
             }
             offset = end
@@ -125,11 +123,11 @@ def _write_safetensors(path: Path, loaded: LoadedModel) -> None:
 
 
 def _hf_tensors(loaded: LoadedModel) -> Iterator[np.ndarray]:
-    table = table_for(loaded.config)
-    for param in loaded.declaration.specs:
-        host = np.asarray(loaded.params[param])
-        for _, array in to_hf(param, host, loaded.config, table):
-            yield array
+    whole = loaded.whole
+    for param, array in loaded.everything().items():
+        plus = whole.table.rule(param)[0].plus
+        for tensor in to_hf(whole.parts_of(param), np.asarray(array), plus):
+            yield tensor.astype(whole.dtype, copy=False)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

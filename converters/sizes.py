@@ -3,6 +3,7 @@ before anything of these sizes is made."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from jax.sharding import Sharding
 from jaxserve.errors import ModelLoadError
 from jaxserve.memory import device_memory
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import TowerDeclaration
+from jaxserve.models.vision.tower import TowerConfig
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 """Of Hugging Face's names and of ours."""
@@ -31,29 +34,38 @@ def check_layers(config: ModelConfig, names: Iterable[str]) -> None:
         )
 
 
-def check_room(config: ModelConfig, itemsize: int, sharding: Sharding) -> None:
+def check_room(
+    config: ModelConfig, tower: TowerDeclaration | None, itemsize: int, sharding: Sharding
+) -> None:
     """Where no tensors confirm a config (dummy weights): whether parameters of `itemsize` bytes
-    each have room on the devices of `sharding`.
+    each, and a tower's on each device, have room on the devices of `sharding`.
 
     Raises ModelLoadError that names the keys and their values.
     """
-    wanted = count_parameters(config) * itemsize
-    room = sum(device_memory(device) for device in sharding.device_set)
+    devices = sharding.device_set
+    more = () if tower is None else (math.prod(spec.shape) for spec in tower.specs.values())
+    wanted = (count_parameters(config) + len(devices) * sum(more)) * itemsize
+    room = sum(device_memory(device) for device in devices)
     if wanted > room:
+        sizes = stated(config, None if tower is None else tower.config)
         raise ModelLoadError(
-            f"{stated(config)} make {wanted / 1e9:.1f} GB of parameters; {room / 1e9:.1f} GB are "
-            "free"
+            f"{sizes} make {wanted / 1e9:.1f} GB of parameters; {room / 1e9:.1f} GB are free"
         )
 
 
-def stated(config: ModelConfig) -> str:
-    """The sizes as config.json names them."""
-    return (
+def stated(config: ModelConfig, tower: TowerConfig | None = None) -> str:
+    """The sizes: the decoder's as config.json names them, and those that follow of its tower."""
+    decoder = (
         f"num_hidden_layers={config.num_layers}, vocab_size={config.vocab_size}, "
         f"hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}, "
         f"num_attention_heads={config.num_heads}, num_key_value_heads={config.num_kv_heads}, "
         f"head_dim={config.head_dim}"
     )
+    if tower is None:
+        return decoder
+    fields = [(field.name, getattr(tower, field.name)) for field in dataclasses.fields(tower)]
+    numbers = [f"{name}={value}" for name, value in fields if type(value) is int]
+    return f"{decoder}; tower: {', '.join(numbers)}"
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,8 @@ import numpy as np
 from converters import files, json_files
 from converters.json_files import JsonObject
 from converters.messages import plain, some_of
-from converters.stored_array import Check, StoredArray
+from converters.shards import Tensor
+from converters.stored_array import StoredArray
 from jaxserve.errors import ModelLoadError
 from jaxserve.shown import quoted
 
@@ -29,23 +29,14 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class TensorSource(Protocol):
-    """Tensors under their Hugging Face names, read one at a time. Reading raises ModelLoadError."""
+    """Tensors under their Hugging Face names. Reading raises ModelLoadError."""
 
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, in an array of its own."""
-        ...
-
-    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
-        """The same into `out`, which has the tensor's shape, and any strides and float dtype.
-        check: sees each block of rows as `out` gets it."""
-        ...
-
-    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """The same, `rows` of it at a time."""
+    def tensor(self, name: str) -> Tensor:
+        """Raises ModelLoadError for anything but floats."""
         ...
 
     def close(self) -> None: ...
@@ -109,21 +100,7 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name][1].shape
 
-    def read(self, name: str) -> np.ndarray:
-        return self._stored(name).read()
-
-    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
-        self._stored(name).read_into(out, check=check)
-
-    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        stored = self._stored(name)
-        for start in range(0, stored.shape[0], rows):
-            stop = min(start + rows, stored.shape[0])
-            block = np.empty((stop - start, *stored.shape[1:]), stored.dtype)
-            stored.read_into(block, (slice(start, stop),))
-            yield block
-
-    def _stored(self, name: str) -> StoredArray:
+    def tensor(self, name: str) -> StoredArray:
         """Raises ModelLoadError for anything but floats of 16 to 64 bits (quantized ones)."""
         code, stored = self._tensors[name]
         if code not in _DTYPES:
@@ -168,14 +145,8 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._where[name].shape(name)
 
-    def read(self, name: str) -> np.ndarray:
-        return self._where[name].read(name)
-
-    def read_into(self, name: str, out: np.ndarray, check: Check | None = None) -> None:
-        self._where[name].read_into(name, out, check)
-
-    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        return self._where[name].blocks(name, rows)
+    def tensor(self, name: str) -> StoredArray:
+        return self._where[name].tensor(name)
 
     def close(self) -> None:
         for file in self._files:

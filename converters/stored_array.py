@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,14 @@ Check = Callable[[np.ndarray], None]
 """Looks at a contiguous block of rows, and raises what is wrong with it."""
 
 
-def copy_block(block: np.ndarray, target: np.ndarray, check: Check | None) -> None:
-    """`block`, contiguous, into `target` of any float dtype and strides, checked in that dtype."""
-    if block.dtype != target.dtype:
+def checked(block: np.ndarray, dtype: np.dtype[Any], check: Check | None) -> np.ndarray:
+    """A contiguous block of any float dtype in `dtype`, checked as such."""
+    if block.dtype != dtype:
         with np.errstate(over="ignore", invalid="ignore"):
-            block = block.astype(target.dtype)
+            block = block.astype(dtype)
     if check is not None:
         check(block)
-    target[...] = block
+    return block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,47 +55,43 @@ class StoredArray:
         self.read_into(out)
         return out
 
-    def read_into(
-        self, out: np.ndarray, index: tuple[slice, ...] = (), check: Check | None = None
-    ) -> None:
-        """Fills `out` with `self[index]`. out: of that shape, any float dtype and strides. index: a
-        slice without step for each axis, or for the first ones. check: called with each block of
-        rows as `out` gets it, while it is in the cache (only where whole rows are read).
+    def read_into(self, out: np.ndarray, first: int = 0, check: Check | None = None) -> None:
+        """Fills `out`, of any float dtype and strides, with the rows from `first` on. check: called
+        with each block of rows as `out` gets it, while it is in the cache.
 
         Bytes go straight to `out` where it is contiguous and of the same dtype, else through a
-        small buffer. Only what the index asks for is read where it cuts rows or columns.
+        small buffer.
         """
-        sizes = self.shape or (1,)
-        bounds = [part.indices(size)[:2] for part, size in zip(index, sizes, strict=False)]
-        bounds += [(0, size) for size in sizes[len(bounds) :]]
-        (first, last), rest = bounds[0], bounds[1:]
         out = out.reshape(1) if not self.shape else out
-        width = math.prod(sizes[1:])
-        whole = all(bound == (0, size) for bound, size in zip(rest, sizes[1:], strict=True))
-        if whole:
-            self._read_rows(out, first * width, check)
-        elif len(rest) == 1:
-            for row in range(first, last):
-                self._read_rows(out[row - first], row * width + rest[0][0])
-        else:
-            out[...] = self.read()[index]
-        self.file.check_unchanged()
-
-    def _read_rows(self, out: np.ndarray, start: int, check: Check | None = None) -> None:
-        """start: in elements."""
-        at = self.offset + start * self.dtype.itemsize
         direct = out.dtype == self.dtype and out.flags.c_contiguous
         if direct and check is None:
-            self.file.read_into(out, at)
-            return
-        row_bytes = math.prod(out.shape[1:]) * self.dtype.itemsize
-        step = max(_ROWS, _BYTES // max(row_bytes, 1))
-        buffer = None if direct else np.empty((min(step, len(out)), *out.shape[1:]), self.dtype)
-        for row in range(0, len(out), step):
-            target = out[row : row + step]
-            block = target if buffer is None else buffer[: len(target)]
-            self.file.read_into(block, at + row * row_bytes)
-            if buffer is not None:
-                copy_block(block, target, check)
-            elif check is not None:
-                check(block)
+            self.file.read_into(out, self.offset + first * self._row_bytes)
+        else:
+            for row, block in self._blocks(first, first + len(out), out if direct else None):
+                block = checked(block, out.dtype, check)
+                if not direct:
+                    out[row - first : row - first + len(block)] = block
+        self.file.check_unchanged()
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All rows, a few at a time, each block in the memory of the one before."""
+        for _, block in self._blocks(0, self.shape[0], None):
+            yield block
+        self.file.check_unchanged()
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def _blocks(
+        self, first: int, last: int, out: np.ndarray | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows a few at a time behind the number of the first, in `out` or a buffer."""
+        step = max(_ROWS, _BYTES // max(self._row_bytes, 1))
+        shape = (min(step, last - first), *self.shape[1:])
+        buffer = np.empty(shape, self.dtype) if out is None else out
+        for row in range(first, last, step):
+            begin, count = 0 if out is None else row - first, min(step, last - row)
+            block = buffer[begin : begin + count]
+            self.file.read_into(block, self.offset + row * self._row_bytes)
+            yield row, block

@@ -6,6 +6,12 @@
         -d '{"prompt": "The capital of France is", "sampling_params": {"max_new_tokens": 8}}'
     curl -N localhost:8000/generate_stream -H 'Content-Type: application/json' \
         -d '{"prompt": "The capital of France is", "sampling_params": {"max_new_tokens": 8}}'
+    curl localhost:8000/chat -H 'Content-Type: application/json' \
+        -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+
+The page at / chats with the model, and shows it an image if it takes any: content is then a list
+of parts as OpenAI's API has them. Images come inside the request, as data URLs: clients may not
+have this machine open files and URLs for them.
 
 A client that goes away ends its request: the engine frees its pages at once. A mistake in a
 request is answered with status 400 and the engine's message.
@@ -24,15 +30,48 @@ import uvicorn
 from demo_model import fetch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
 import jaxserve
 from jaxserve.errors import JaxserveError
 
+IMAGES = {"allowed_local_media_path": "", "media_url_max_file_size_mb": 0}
+"""Options of the engine: no files and no URLs."""
+PAGE = """<!doctype html>
+<title>Chat</title>
+<form>
+  <p><input type="file" accept="image/*"></p>
+  <p><textarea rows="4" cols="60" placeholder="Ask" required></textarea> <button>Send</button></p>
+</form>
+<pre style="white-space: pre-wrap"></pre>
+<script>
+const [file, text, answer] = ["input", "textarea", "pre"].map(x => document.querySelector(x))
+const url = blob => new Promise(done => {
+  const reader = new FileReader()
+  reader.onload = () => done(reader.result)
+  reader.readAsDataURL(blob)
+})
+document.querySelector("form").onsubmit = async event => {
+  event.preventDefault()
+  answer.textContent = "..."
+  let content = text.value
+  if (file.files.length) content = [
+    {type: "image_url", image_url: {url: await url(file.files[0])}},
+    {type: "text", text: text.value},
+  ]
+  const messages = [{role: "user", content}]
+  const headers = {"Content-Type": "application/json"}
+  const body = JSON.stringify({messages, sampling_params: {max_new_tokens: 256}})
+  const result = await (await fetch("chat", {method: "POST", headers, body})).json()
+  answer.textContent = result.error ?? result.text
+}
+</script>
+"""
+
 
 class Body(BaseModel):
-    """What both endpoints take."""
+    """What /generate and /generate_stream take."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,8 +79,18 @@ class Body(BaseModel):
     sampling_params: dict[str, Any] = {}
 
 
+class Chat(BaseModel):
+    """What /chat takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: list[dict[str, Any]]
+    sampling_params: dict[str, Any] = {}
+
+
 def make_app(model_path: str, **options: Any) -> FastAPI:
     """The server's application. `options` go to the engine, which lives as long as the app."""
+    options = {**IMAGES, **options}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,10 +105,7 @@ def make_app(model_path: str, **options: Any) -> FastAPI:
     async def generate(body: Body, request: Request) -> Response:
         """The result dict of one prompt, or a list of them."""
         engine = request.app.state.engine
-        work = engine.async_generate(body.prompt, body.sampling_params)
-        result = await _unless_disconnected(request, work)
-        # Nobody is left to read an answer, whatever it says.
-        return Response(status_code=499) if result is None else JSONResponse(result)
+        return await _answer(request, engine.async_generate(body.prompt, body.sampling_params))
 
     @app.post("/generate_stream")
     async def generate_stream(body: Body, request: Request) -> Response:
@@ -67,6 +113,16 @@ def make_app(model_path: str, **options: Any) -> FastAPI:
         engine = request.app.state.engine
         stream = await engine.async_generate(body.prompt, body.sampling_params, stream=True)
         return StreamingResponse(_events(stream), media_type="text/event-stream")
+
+    @app.post("/chat")
+    async def chat(body: Chat, request: Request) -> Response:
+        """The result dict of one conversation."""
+        engine = request.app.state.engine
+        return await _answer(request, engine.async_chat(body.messages, body.sampling_params))
+
+    @app.get("/")
+    def page() -> Response:
+        return HTMLResponse(PAGE)
 
     @app.get("/get_server_info")
     def server_info(request: Request) -> Response:
@@ -85,8 +141,8 @@ def make_app(model_path: str, **options: Any) -> FastAPI:
     return app
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """What `work` returns; None, with `work` cancelled, when the client goes away before."""
+async def _answer(request: Request, work: Coroutine[Any, Any, Any]) -> Response:
+    """What `work` returns; `work` is cancelled when the client goes away before."""
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -95,7 +151,8 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Any])
     task, gone = asyncio.create_task(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        # Nobody is left to read any other answer, whatever it says.
+        return JSONResponse(task.result()) if task.done() else Response(status_code=499)
     finally:
         task.cancel()  # cancelling a call aborts its requests
         gone.cancel()

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
         RequestFailedError,
         UnknownOptionError,
     )
+    from jaxserve.processors.processor import CustomLogitProcessor
     from jaxserve.sampling_params import SamplingParams
     from jaxserve.server_args import ServerArgs
 
 __all__ = [
     "CopyError",
+    "CustomLogitProcessor",
     "Engine",
     "EngineDeadError",
     "EngineShutdownError",
@@ -52,7 +54,12 @@ __all__ = [
     "utils",
 ]
 
-_HOMES = {"Engine": "engine", "SamplingParams": "sampling_params", "ServerArgs": "server_args"}
+_HOMES = {
+    "CustomLogitProcessor": "processors.processor",
+    "Engine": "engine",
+    "SamplingParams": "sampling_params",
+    "ServerArgs": "server_args",
+}
 
 
 def __getattr__(name: str) -> Any:

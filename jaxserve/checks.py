@@ -153,6 +153,14 @@ def text(name: str, value: Any, most: int = LONGEST_STRING) -> str:
     return encodable(name, value)
 
 
+def name(name: str, value: Any) -> str:
+    """A string with something in it."""
+    value = text(name, value)
+    if not value:
+        raise InvalidRequestError(f"{name} must not be empty, got ''")
+    return value
+
+
 def encodable(name: str, value: str) -> str:
     """`value` if UTF-8 can encode it: no half of a surrogate pair is in it."""
     if not value.isascii():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from jaxserve.apart import Apart
     from jaxserve.api.profile import ProfileSpec
     from jaxserve.config import Limits
     from jaxserve.request import Request
@@ -42,6 +43,11 @@ class Core(Protocol):
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, see docs/api.md. EngineDeadError, EngineShutdownError."""
+        ...
+
+    @property
+    def apart(self) -> Apart:
+        """Of requests that are drawn apart. EngineDeadError, EngineShutdownError: it is gone."""
         ...
 
     def start_profile(self, spec: ProfileSpec) -> None:

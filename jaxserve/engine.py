@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from jaxserve import checks
 from jaxserve.api import info
+from jaxserve.api.algorithms import Algorithms
 from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.call import AsyncStream, Call, LiveIds, Stream
 from jaxserve.api.info import FlushResult, TokenizerManager
 from jaxserve.api.inputs import RequestBuilder
 from jaxserve.api.profile import ProfileSpec
+from jaxserve.api.reading import PromptReader
 from jaxserve.api.request_log import RequestLog
 from jaxserve.api.startup import start
 from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.bar import Bar
+from jaxserve.chains.registry import Names
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
 from jaxserve.output.result import Output, ResultOptions
 from jaxserve.process import Home, Uncopyable
 from jaxserve.server_args import ServerArgs
 from jaxserve.text.chat import ChatPrompts
-from jaxserve.text.codec import Codec
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-class Engine(Uncopyable, UnsupportedMethods):
+class Engine(Uncopyable, Algorithms, UnsupportedMethods):
     """A language model that generates text in this process.
 
         with Engine(model_path="path/to/model") as engine:
@@ -79,12 +81,28 @@ class Engine(Uncopyable, UnsupportedMethods):
         self.tokenizer_manager = TokenizerManager(
             args, started.tokenizer, self._loop.abort, self._loop.limits, started.model_config
         )
-        self._codec: Codec | None = None
+        # What requests are encoded with is nobody else's: users may change their tokenizer.
+        self._codec = started.codec
         chats: ChatPrompts | None = None
         if started.tokenizer is not None:
-            # What requests are encoded with is nobody else's: users may change their tokenizer.
-            self._codec, chats = Codec(started.tokenizer), ChatPrompts.of(started.tokenizer)
-        self._builder = RequestBuilder(args, self._loop.limits, started.eos_ids, self._codec, chats)
+            reader = started.reader
+            marker = None if reader is None else reader.family.marker_text
+            chats = ChatPrompts.of(started.tokenizer, marker)
+        self._chains = Names("transform", "engine.register")
+        self._hooks = Names("hook", "engine.register_hook")
+        limits = self._loop.limits
+        self._prompts = PromptReader(
+            limits, self._codec, chats, started.reader, args.allow_auto_truncate
+        )
+        self._builder = RequestBuilder(
+            args,
+            limits,
+            started.eos_ids,
+            self._codec,
+            self._prompts,
+            self._chains,
+            self._hooks,
+        )
         self._live_ids = LiveIds()
         self._request_log: RequestLog | None = None
         if args.log_requests:
@@ -97,7 +115,7 @@ class Engine(Uncopyable, UnsupportedMethods):
         prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        image_data: None = None,
+        image_data: Any = None,
         audio_data: None = None,
         video_data: None = None,
         **options: Unpack[GenerateOptions],
@@ -126,7 +144,7 @@ class Engine(Uncopyable, UnsupportedMethods):
         prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        image_data: None = None,
+        image_data: Any = None,
         audio_data: None = None,
         video_data: None = None,
         **options: Unpack[GenerateOptions],
@@ -138,7 +156,7 @@ class Engine(Uncopyable, UnsupportedMethods):
         given = Arguments.collect(
             media, prompt=prompt, sampling_params=sampling_params, input_ids=input_ids, **options
         )
-        call, single = self._begin(given)
+        call, single = await self._builder.off_the_loop(self._begin, given)
         if given.stream:
             return AsyncStream(call)
         with _progress(call, given.progress) as finished:
@@ -157,11 +175,11 @@ class Engine(Uncopyable, UnsupportedMethods):
         """Answers a conversation (a list of {"role", "content"} dicts), or each of a list of them.
 
         The tokenizer's chat template makes the prompt; `tools` and `chat_template_kwargs` go to
-        it. Everything else is as in `generate`.
+        it. Images are parts of a message's content. Everything else is as in `generate`.
         """
         self._home.check()
-        ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
-        return self.generate(sampling_params=sampling_params, input_ids=ids, **options)
+        prompt, images = self._prompts.render_chat(messages, tools, chat_template_kwargs)
+        return self.generate(prompt, sampling_params, image_data=images, **options)
 
     async def async_chat(
         self,
@@ -174,13 +192,16 @@ class Engine(Uncopyable, UnsupportedMethods):
     ) -> Any:
         """`chat` for coroutines, see `async_generate`."""
         self._home.check()
-        ids = self._builder.render_chat(messages, tools, chat_template_kwargs)
-        return await self.async_generate(sampling_params=sampling_params, input_ids=ids, **options)
+        prompt, images = self._prompts.render_chat(messages, tools, chat_template_kwargs)
+        return await self.async_generate(prompt, sampling_params, image_data=images, **options)
 
     def _begin(self, given: Arguments) -> tuple[Call, bool]:
         """Checks and submits a call; whether its result is a single dict."""
         self._home.check()  # before any lock, which a forked process may never get
         inputs = self._builder.build(given)
+        guides = [guide for request in inputs.requests for guide in request.guides]
+        if guides:
+            self._loop.apart.prepare(guides)
         args = self.server_args
         options = ResultOptions(
             codec=self._codec,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable
 
-from jaxserve.errors import EngineDeadError, EngineShutdownError
+from jaxserve.errors import EngineDeadError, EngineShutdownError, RequestFailedError
 from jaxserve.process import Home
 from jaxserve.signals import Signal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,6 +21,14 @@ class Task:
 
     run: Callable[[], None]
     cancel: Callable[[BaseException], None]
+
+    def perform(self) -> None:
+        """`run`. One that fails costs its caller, not the engine and not the tasks behind it."""
+        try:
+            self.run()
+        except Exception as error:
+            logger.exception("a task of a caller failed")
+            self.cancel(RequestFailedError.caused_by(error))
 
 
 class Inbox:
@@ -43,7 +54,9 @@ class Inbox:
             if self._closed is not None:
                 raise stop_error(self._closed)
             self._tasks.append(task)
-            self._signal.set()
+        # Not under the lock: a signal handler may come in where a function is called, and wait for
+        # the engine thread, which wants the lock.
+        self._signal.set()
 
     def take(self, block: bool) -> list[Task] | None:
         """All tasks so far; waits for one if `block`. None when closed."""

@@ -1,9 +1,8 @@
 """The engine thread: admit -> schedule -> prepare -> dispatch -> commit, over and over.
 
 Callers put tasks into an inbox from any thread and wait on their mailboxes. One thread owns the
-scheduler and the device. It keeps one step in flight while it schedules the next (unless overlap
-is off), so results are read one step late; the extra token of a request that stopped in between is
-dropped.
+scheduler and the device. It keeps one step in flight while it schedules the next (unless overlap is
+off), so results are read one step late; what a stopped request still drew is dropped.
 """
 
 from __future__ import annotations
@@ -16,29 +15,33 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.apart import Apart
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
 from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, RequestFailedError
-from jaxserve.inbox import Task
 from jaxserve.leftovers import Nobody, Owner, collect_left
 from jaxserve.machine import machine_of
 from jaxserve.output.commit import commit, fail
 from jaxserve.output.counters import collect
+from jaxserve.output.ends import Ends
 from jaxserve.output.progress import ProgressLog
 from jaxserve.output.stats import Stats
 from jaxserve.packing.batch import Batch
 from jaxserve.parallel.mesh import bytes_on_each, first_device
+from jaxserve.parallel.peers import PeersError
 from jaxserve.process import Home, abandon
 from jaxserve.reception import Reception
 from jaxserve.request import Request
 from jaxserve.scheduler.queue_limit import QueueLimit
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.scheduler.scheduling import Scheduling
+from jaxserve.step.guided import Between
 from jaxserve.step.profiler import Profiler
 from jaxserve.step.result import StepResult
 from jaxserve.step.runner import Runner, phase
@@ -48,12 +51,15 @@ if TYPE_CHECKING:
 
     from converters import LoadedModel
     from jaxserve.api.profile import ProfileSpec
+    from jaxserve.config.media import Pictures
     from jaxserve.server_args import ServerArgs
     from jaxserve.step.shared import Shared
 
 logger = logging.getLogger(__name__)
 MOST_FAILURES = 2
 """Failed steps, with no sampled token in between, after which the engine gives up."""
+SUSPICIOUS_SECONDS = 1.5
+"""Of waiting for a step: half of what a device takes to give another one up."""
 
 
 class EngineLoop(Reception):
@@ -66,6 +72,7 @@ class EngineLoop(Reception):
         self.config = config
         self.startup_seconds = 0.0
         self._runner = runner
+        self.chains = runner.chains
         self._stats = Stats()
         self._window = Window.fitting(
             runner.model_config.window,
@@ -88,11 +95,15 @@ class EngineLoop(Reception):
         self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)
         self._profiler = Profiler()
         self._in_flight: deque[StepResult] = deque()
+        self._ends = Ends(runner.pick_ends)
         self._depth = 1 if config.overlap else 0
         self._failures = 0
+        self._caught_up = 0.0
+        runner.chains.guides.between = Between(self._catch_up, partial(fail, scheduler=scheduler))
         self._home = Home()
         self._settings = Settings.here()
-        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        run = self._settings.applied()(self._serve)
+        self._thread = threading.Thread(target=run, name="jaxserve-engine", daemon=True)
 
     @classmethod
     def start(
@@ -100,21 +111,19 @@ class EngineLoop(Reception):
         args: ServerArgs,
         loaded: LoadedModel,
         mesh: Mesh,
+        pictures: Pictures | None = None,
         shared: Shared | None = None,
         owner: Owner | None = None,
     ) -> EngineLoop:
         """Build an engine around a model whose parameters lie on `mesh`, compile what is to be
-        compiled beforehand, and start its thread. shared: with the replicas beside it, if any."""
+        compiled beforehand, and start its thread. pictures: in prompts. shared: of replicas."""
         started = time.perf_counter()
-        device = first_device(mesh)
+        device, weights = first_device(mesh), bytes_on_each(loaded.params.values())
         kind = machine_of(device.platform, device.device_kind)
-        weight_bytes = bytes_on_each(loaded.params.values())
-        config = EngineConfig.resolve(args, loaded.config, kind, weight_bytes)
+        config = EngineConfig.resolve(args, loaded.config, kind, weights, pictures)
         loop = cls(config, Runner(config, loaded, mesh, shared), owner)
         loop.limits.log_cut(asked=config.max_total_tokens is not None)
-        loop._thread.start()
-        loop.startup_seconds = time.perf_counter() - started
-        return loop
+        return loop._begin(started)
 
     @classmethod
     def beside(
@@ -123,24 +132,19 @@ class EngineLoop(Reception):
         """Another replica of `first`'s model on `mesh`: the same sizes, so the same programs."""
         config = dataclasses.replace(first.config, num_pages=first._runner.num_pages)
         started = time.perf_counter()
-        loop = cls(config, Runner(config, loaded, mesh, shared), owner)
-        loop._thread.start()
-        loop.startup_seconds = time.perf_counter() - started
-        return loop
+        return cls(config, Runner(config, loaded, mesh, shared), owner)._begin(started)
+
+    def _begin(self, started: float) -> EngineLoop:
+        self._thread.start()
+        self.startup_seconds = time.perf_counter() - started
+        return self
 
     @property
     def limits(self) -> Limits:
         """What one request may ask for."""
-        program, runner = self.config.program, self._runner
+        runner = self._runner
         most = runner.num_pages if self._window is None else runner.config.program.table_width
-        return Limits(
-            runner.model_config.vocab_size,
-            self.config.context_length,
-            most * program.page_size,
-            program.bias_capacity,
-            *program.logprob_columns(wide=False),
-            *program.logprob_columns(wide=True),
-        )
+        return Limits.of(self.config, runner.model_config, most)
 
     @property
     def most_cached_tokens(self) -> int:
@@ -177,6 +181,11 @@ class EngineLoop(Reception):
         """`stats` that does not wait."""
         return self.ask(self._collect_stats)
 
+    @property
+    def apart(self) -> Apart:
+        """See `Core.apart`."""
+        return Apart([self])
+
     def start_profile(self, spec: ProfileSpec) -> None:
         """Trace from the next step on. ProfileError: a profile runs already."""
         self.call(lambda: self._profiler.start(spec, self._stats.steps))
@@ -200,10 +209,6 @@ class EngineLoop(Reception):
             self._thread.join()
 
     # -- the engine thread ------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        with self._settings.applied():
-            self._serve()
 
     def _serve(self) -> None:
         self._runner.programs.watch_this_thread()
@@ -238,17 +243,9 @@ class EngineLoop(Reception):
             if tasks is None:
                 return False
             for task in tasks:
-                self._do(task)
+                task.perform()
             if self._in_flight or not self._scheduler.idle:
                 return True
-
-    def _do(self, task: Task) -> None:
-        """A task that fails costs its caller, not the engine and not the tasks behind it."""
-        try:
-            task.run()
-        except Exception as error:
-            logger.exception("a task of a caller failed")
-            task.cancel(RequestFailedError.caused_by(error))
 
     def _schedule(self) -> Batch | None:
         try:
@@ -273,38 +270,52 @@ class EngineLoop(Reception):
             return
         with self._phase("dispatch"):
             if self._host is not None:
-                self._runner.copy(self._host.take())
+                self._runner.pages.copy(self._host.take())
             self._in_flight.append(self._runner.dispatch(prepared))
         self._stats.dispatched(batch)
         self._progress.dispatched(batch)
 
     def _commit(self) -> None:
         result = self._in_flight.popleft()
+        since = time.perf_counter()
         with phase("wait"):
             result.wait()
+        if time.perf_counter() - since > SUSPICIOUS_SECONDS:
+            self._runner.check_peers()
+        self._ends.hand_out()
         with self._phase("commit"):
-            kept = commit(result, self._scheduler)
+            kept = commit(result, self._scheduler, self._ends.of(result))
+            self._ends.gather()
+        if not self._in_flight:
+            self._ends.hand_out()
         if result.batch.samples:  # a prompt may fail at its second part again and again
             self._failures = 0
         self._stats.committed(kept)
         if self._profiler.active:
             self._profiler.stepped(self._stats.steps)
 
+    def _catch_up(self) -> None:
+        started = time.perf_counter()
+        while self._in_flight:
+            self._commit()
+        self._caught_up += time.perf_counter() - started
+
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Names the block in a profiler's trace, and counts its time but for compilations."""
-        started, compiled = time.perf_counter(), self._runner.programs.engine_seconds
+        """Names the block in a trace, and counts its time but for compilations and `_catch_up`."""
+        programs, since = self._runner.programs, time.perf_counter()
+        since -= programs.engine_seconds + self._caught_up
         with phase(name):
             yield
-        compiling = self._runner.programs.engine_seconds - compiled
-        self._stats.spent(name, time.perf_counter() - started - compiling)
+        now = time.perf_counter() - programs.engine_seconds - self._caught_up
+        self._stats.spent(name, now - since)
 
     def _recover(self, error: Exception) -> None:
-        """A step failed: on the device, which loses the donated cache, or half way through the
-        host's own books. Start both over and recompute every admitted request; give up when that
-        fails again at once."""
+        """A step failed: on the device, which loses the donated cache, or amid the host's books.
+        Start both over, recompute every admitted request; give up when that fails again at once."""
+        self._ends.hand_out()
         self._failures += 1
-        if self._failures >= MOST_FAILURES:
+        if self._failures >= MOST_FAILURES or isinstance(error, PeersError):
             raise error
         logger.error("a step failed, its requests are recomputed", exc_info=error)
         self._in_flight.clear()
@@ -317,6 +328,7 @@ class EngineLoop(Reception):
 
     def _stop(self) -> None:
         """Leave everybody still waiting to the owner, then let go of the device."""
+        self._ends.hand_out()
         left = self._left
         left.reason = self._inbox.close(EngineShutdownError("the engine was shut down"))
         left.requests[:0] = collect_left(self._scheduler.live)

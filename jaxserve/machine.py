@@ -48,6 +48,8 @@ class Dispatch:
 
     seconds: float
     """That queueing a program costs the host at most (0.65-1.2 ms)."""
+    further: float
+    """The same for each device more that the program runs on."""
     read_bandwidth: float
     """Bytes/s at which a decode step reads the weights."""
     most_steps: int

@@ -46,9 +46,10 @@ class Mailbox:
         self.home.check()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            with self._lock:
-                if self._updates:
-                    return self._take()
+            with self._lock:  # no calls: see Inbox.put
+                updates, self._updates = self._updates, []
+            if updates:
+                return updates
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             if not self._signal.wait(left):
                 return []
@@ -58,22 +59,20 @@ class Mailbox:
         self.home.check()
         loop = asyncio.get_running_loop()
         while True:
+            future: asyncio.Future[None] = loop.create_future()
+            waiter = (loop, future)
             with self._lock:
-                if self._updates:
-                    return self._take()
-                future: asyncio.Future[None] = loop.create_future()
-                waiter = (loop, future)
-                self._waiters.append(waiter)
+                updates, self._updates = self._updates, []
+                if not updates:
+                    self._waiters.append(waiter)
+            if updates:
+                return updates
             try:
                 await future
             finally:
                 with self._lock:
                     if waiter in self._waiters:
                         self._waiters.remove(waiter)
-
-    def _take(self) -> list[Update]:
-        updates, self._updates = self._updates, []
-        return updates
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import os
 import sys
+import threading
 from typing import Any, NoReturn
 
 from jaxserve.errors import CopyError, ForkedProcessError
@@ -55,6 +56,13 @@ class Uncopyable:
 def abandon(thing: Any) -> None:
     """Never destroy `thing`, not even when the interpreter ends: it would wait for threads."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def interrupt(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raises `error` in `thread` as soon as it runs Python code: not while it is in C++."""
+    if thread.ident is not None:
+        number, raised = ctypes.c_ulong(thread.ident), ctypes.py_object(error)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, raised)
 
 
 def check_jax() -> None:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxserve.chains.use import ChainUse
+    from jaxserve.guides.guide import Guide
     from jaxserve.mailbox import Mailbox
+    from jaxserve.media.picture import PromptMedia
     from jaxserve.output.extras import Extra, News
     from jaxserve.sampling_params import SamplingParams
     from jaxserve.text.stop import StopMatcher
@@ -72,8 +75,16 @@ class Request:
     """An int32 for each prompt token, by which caches know it; None: the token ids. Where something
     else stands in a token's place (a placeholder's picture), its key must tell that apart, by bits
     of a hash: a page's keys together are what keeps two pages apart."""
+    media: PromptMedia | None = None
+    """The pictures of its prompt; None: there are none."""
     extras: tuple[Extra[Any], ...] = ()
     """What it wants beside tokens, and what of that has come: see output.extras."""
+    chain: ChainUse | None = None
+    """The registered chain that its tokens are drawn with; None: the sampler alone."""
+    hook: ChainUse | None = None
+    """The registered hook that the model has for its tokens; None: the model as it is."""
+    guides: tuple[Guide, ...] = ()
+    """What decides on the host about its tokens, in this order."""
     stream_interval: int = 0
     """Tokens between updates; 0 puts one update, at the end."""
     stop_matcher: StopMatcher | None = None
@@ -117,9 +128,19 @@ class Request:
     """When it ended. Written before the last update, after which the caller reads it."""
 
     @property
+    def apart(self) -> bool:
+        """Whether its tokens are drawn by programs of their own, behind the model's."""
+        return self.chain is not None or self.hook is not None or bool(self.guides)
+
+    @property
     def seed_bits(self) -> int:
         """The seed's 32 bits as an int32."""
         return self.seed - (self.seed >> 31 << 32)
+
+    @property
+    def position_delta(self) -> int:
+        """What is added to a generated token's place, to rotate it by."""
+        return 0 if self.media is None else self.media.delta
 
     @property
     def num_bias(self) -> int:

@@ -7,11 +7,13 @@ the value; a key that does not exist raises UnknownOptionError (a TypeError).
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jaxserve import checks
-from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
+from jaxserve.errors import InvalidRequestError, UnknownOptionError
 
 TOP_K_ALL = 1 << 30
 """What `top_k=-1` (no limit) is stored as, upstream and here."""
@@ -26,6 +28,19 @@ LONGEST_ID = 20
 """Characters of a token id that is a string."""
 FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
 GRAMMAR_KEYS = ("json_schema", "regex", "ebnf", "structural_tag")
+LONGEST_GRAMMAR = MappingProxyType(
+    {"json_schema": 1 << 18, "regex": 1 << 16, "ebnf": 1 << 16, "structural_tag": 1 << 18}
+)
+"""Characters. What compiling takes grows with their square."""
+
+
+class Grammar(NamedTuple):
+    """What a request's text is to match."""
+
+    kind: str
+    """One of GRAMMAR_KEYS."""
+    text: str
+    """Not empty."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +56,8 @@ class SamplingParams:
     max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
     """At least 0 (the prompt only), or None: to the end of the context."""
     min_new_tokens: int = 0
-    """0 to `max_new_tokens`; masks the end-of-text and stop token ids until reached."""
+    """0 to `max_new_tokens`; masks the end-of-text and stop token ids until reached, but for those
+    that a grammar leaves no choice of."""
     stop: tuple[str, ...] = ()
     """A string or a list of strings, at most 1,024 of at most 65,536 characters. Special tokens are
     text here, whether they are shown or not."""
@@ -68,15 +84,18 @@ class SamplingParams:
     n: int = 1
     """1 to 65,536 samples, the same for all prompts of a batch."""
     json_schema: str | None = None
-    """Not supported yet."""
+    """A JSON schema that the output is to satisfy, as JSON text or a dict; `"$$ANY$$"`: any JSON.
+    Of this and the next three at most one, of at most 262,144 characters (65,536 of `regex` and
+    `ebnf`); "" is none."""
     regex: str | None = None
-    """Not supported yet."""
+    """A regular expression that all of the output is to match, in Rust's syntax."""
     ebnf: str | None = None
-    """Not supported yet."""
+    """A grammar in llama.cpp's GBNF, or in Lark's syntax as llguidance has it."""
     structural_tag: str | None = None
-    """Not supported yet."""
+    """JSON text: free output in which `triggers` begin `structures` of begin, schema and end."""
     ignore_eos: bool = False
-    """Goes on after the end of text; `stop_token_ids` still stop."""
+    """Goes on after the end of text; `stop_token_ids` still stop. Without effect with a grammar,
+    which says where the text may end."""
     skip_special_tokens: bool = True
     """Whether the text leaves special tokens out."""
     spaces_between_special_tokens: bool = True
@@ -90,7 +109,16 @@ class SamplingParams:
     sampling_seed: int | None = None
     """Any integer, taken modulo 2^32, and always honoured; None is drawn from `random_seed`."""
     custom_params: dict[str, Any] | None = None
-    """Not supported yet."""
+    """What a `custom_logit_processor` is told."""
+    transform: str | None = None
+    """The name of a chain of transforms (`Engine.register`) that changes the logits, after
+    penalties and biases and before the temperature."""
+    transform_params: dict[str, Any] | None = None
+    """{name: value} of the chain's parameters; those that are not given keep their defaults."""
+    hook: str | None = None
+    """The name of functions inside the model (`Engine.register_hook`) that this request has."""
+    hook_params: dict[str, Any] | None = None
+    """{name: value} of their parameters."""
 
     @classmethod
     def from_dict(
@@ -111,6 +139,8 @@ class SamplingParams:
                 raise InvalidRequestError(
                     f"sampling_params must be a dict or None, got {checks.shown(source)}"
                 )
+            if merged and any(map(source.get, GRAMMAR_KEYS)):  # instead of the preferred one
+                merged = {key: x for key, x in merged.items() if key not in GRAMMAR_KEYS}
             for key, value in source.items():
                 if key not in FIELD_NAMES:
                     raise UnknownOptionError(
@@ -120,6 +150,14 @@ class SamplingParams:
                 if value is not None or key == "max_new_tokens":
                     merged[key] = value
         return cls(**merged)
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The one that is given."""
+        for kind in GRAMMAR_KEYS:
+            if text := getattr(self, kind):
+                return Grammar(kind, text)
+        return None
 
     def __post_init__(self) -> None:
         normal = _Normalizer(self)
@@ -202,8 +240,10 @@ class _Normalizer:
         given = []
         for name in GRAMMAR_KEYS:
             value = getattr(self.given, name)
-            if value is not None and not isinstance(value, str):
-                raise InvalidRequestError(f"{name} must be a string, got {checks.shown(value)}")
+            if name == "json_schema" and isinstance(value, Mapping):
+                value = _schema_text(value)
+            if value is not None:
+                checks.text(name, value, LONGEST_GRAMMAR[name])
             if value:
                 given.append(name)
             self.values[name] = value or None
@@ -211,17 +251,29 @@ class _Normalizer:
             raise InvalidRequestError(
                 f"Only one of {', '.join(GRAMMAR_KEYS)} can be set, got {' and '.join(given)}"
             )
-        if given:
-            raise NotSupportedError(f"sampling parameter {given[0]!r} is not yet supported")
-        custom = self.given.custom_params
-        if custom is not None and not isinstance(custom, Mapping):
-            raise InvalidRequestError(f"custom_params must be a dict, got {checks.shown(custom)}")
-        if custom:
-            raise NotSupportedError(
-                "sampling parameter 'custom_params' is not yet supported: it is read by custom "
-                "logit processors only"
-            )
-        self.values["custom_params"] = None
+
+    def algorithms(self) -> None:
+        given = self.given
+        for name in ("transform", "hook"):
+            value = getattr(given, name)
+            if value is not None:
+                self.values[name] = checks.text(name, value)
+        for name in ("custom_params", "transform_params", "hook_params"):
+            value = getattr(given, name)
+            if not isinstance(value, Mapping | None):
+                raise InvalidRequestError(f"{name} must be a dict, got {checks.shown(value)}")
+            self.values[name] = dict(value) if value else None
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(checks.json_value("json_schema", schema), allow_nan=False)
+    except ValueError as error:
+        if isinstance(error, InvalidRequestError):
+            raise
+        raise InvalidRequestError(
+            f"json_schema must be JSON, got {checks.shown(schema)}: {error}"
+        ) from error
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -265,7 +317,11 @@ GROUPS = (
     _group(_Normalizer.distribution, "temperature", "top_k", "top_p", "min_p", "logit_bias"),
     _group(_Normalizer.penalties, "frequency_penalty", "presence_penalty", "repetition_penalty"),
     _group(_Normalizer.flags, *FLAGS),
-    _group(_Normalizer.grammar, *GRAMMAR_KEYS, "custom_params"),
+    _group(_Normalizer.grammar, *GRAMMAR_KEYS),
+    _group(
+        _Normalizer.algorithms,
+        *("custom_params", "transform", "transform_params", "hook", "hook_params"),
+    ),
 )
 """A group of which nothing is given needs no look: a call's own checks are on its way to the first
 token."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import InvalidRequestError
@@ -115,16 +116,20 @@ def cut_over(declaration: Declaration, mesh: Mesh) -> Declaration:
 
 
 def placement(config: ModelConfig, mesh: Mesh) -> Callable[[str], NamedSharding]:
-    """Where each parameter goes when it is read, by its path: cut over the devices of `mesh`, but
-    for those of attention whose KV heads are fewer, which `arrange` cuts. InvalidRequestError: the
-    model cannot be cut over so many."""
+    """Where each parameter goes when it is read, by its path: cut over the devices of `mesh`.
+    Where KV heads are fewer, kernels of attention are cut by rows, and `arrange` cuts them anew; so
+    no device holds those of all layers whole. InvalidRequestError: the model cannot be cut over so
+    many."""
     parts = mesh.shape[TENSOR]
     _check_divides(config, parts)
+    by_rows = WHOLE if config.hidden_size % parts else PartitionSpec(TENSOR)
 
     def sharding(path: str) -> NamedSharding:
-        whole = parts == 1 or (".attn.qkv." in path and config.num_kv_heads < parts)
-        cut = WHOLE if whole else partition(path, config.tie_word_embeddings)
-        return NamedSharding(mesh, cut)
+        if parts == 1:
+            return NamedSharding(mesh, WHOLE)
+        if path.startswith("layers.") and _columns(path) and config.num_kv_heads < parts:
+            return NamedSharding(mesh, by_rows if path.endswith(".kernel") else WHOLE)
+        return NamedSharding(mesh, partition(path, config.tie_word_embeddings))
 
     return sharding
 
@@ -162,8 +167,8 @@ def arrange(
         array = params.pop(name)
         if repeated == 1 and not found.turned[name]:
             return array
-        if repeated > 1 and ".attn.qkv." in name:
-            array = repeat_kv_heads(array, config, repeated)
+        if repeated > 1 and (shared := _columns(name)):
+            array = repeat_kv_heads(array, config, repeated, shared)
         if found.turned[name]:
             array = jnp.moveaxis(array, 0, -1)
         return jax.block_until_ready(jax.device_put(array, NamedSharding(mesh, cut)))
@@ -171,12 +176,20 @@ def arrange(
     return tuple(place(*each) for each in found.partitions.items()), found
 
 
-def repeat_kv_heads(qkv: jax.Array, config: ModelConfig, times: int) -> jax.Array:
+def _columns(path: str) -> int:
+    """How many heads a KV head has in parameter `path` beside those of q, if its columns are so
+    grouped: k and v, or k alone; else 0."""
+    return 2 * (".attn.qkv." in path) + (".attn.whole_norm." in path)
+
+
+def repeat_kv_heads(qkv: jax.Array, config: ModelConfig, times: int, shared: int = 2) -> jax.Array:
     """Columns of q, k and v by KV head, [..., (N + 2K) * H] -> those by `times` K heads, each of
-    which has its share of the heads of q, and the same k and v as its siblings."""
-    lead, group = qkv.shape[:-1], config.num_heads // config.num_kv_heads
-    heads = qkv.reshape(*lead, config.num_kv_heads, group + 2, config.head_dim)
-    q, kv = heads[..., :group, :], heads[..., group:, :]
-    q = q.reshape(*lead, config.num_kv_heads * times, group // times, config.head_dim)
-    kv = jnp.repeat(kv, times, axis=-3)
-    return jnp.concatenate([q, kv], axis=-2).reshape(*lead, -1)
+    which has its share of the heads of q, and the same k and v as its siblings. shared: heads
+    behind those of q, 1 where there is no v."""
+    group = config.num_heads // config.num_kv_heads
+    columns = np.arange(qkv.shape[-1], dtype=np.int32)
+    heads = columns.reshape(config.num_kv_heads, group + shared, config.head_dim)
+    q, kv = heads[:, :group], np.repeat(heads[:, group:], times, axis=0)
+    q = q.reshape(len(kv), group // times, config.head_dim)
+    columns = np.concatenate([q, kv], axis=1).reshape(-1)
+    return qkv.at[..., columns].get(mode="promise_in_bounds")

@@ -27,6 +27,7 @@ from pallas_kernels.paged_prefill.plan import FIXED_TILE
 from pallas_kernels.registry import Operation
 from pallas_kernels.rope_kv_write.api import OPERATION as _ROPE_KV_WRITE
 from pallas_kernels.rope_kv_write.api import rope_kv_write
+from pallas_kernels.sample.adjust import adjust
 from pallas_kernels.sample.api import OPERATION as _SAMPLE
 from pallas_kernels.sample.api import Drawn, SampleRows, SlotLists, sample
 
@@ -37,6 +38,7 @@ __all__ = [
     "SampleRows",
     "SlotLists",
     "add_norm",
+    "adjust",
     "all_reduce",
     "all_reduce_add_norm",
     "available_implementations",

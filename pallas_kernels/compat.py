@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import types
 import warnings
@@ -95,6 +96,17 @@ def mosaic_interpreter() -> Any:
             f"interpreting Mosaic kernels needs JAX 0.11, this is {jax.__version__}"
         )
     return params()
+
+
+def mosaic_load(ref: Any, layout: Any) -> Any:
+    """What a Mosaic kernel reads of `ref`, in global memory too, in the given layout.
+
+    JAX 0.10 wants an index besides the reference; 0.11 deprecates one, 0.12 has none.
+    """
+    load = mosaic_backend().load
+    index = inspect.signature(load).parameters.get("idx")
+    wanted = index is not None and index.default is inspect.Parameter.empty
+    return load(ref, *([()] if wanted else []), layout=layout, optimized=False)
 
 
 def abstract_gpus(

@@ -3,7 +3,8 @@
     loader warpgroup    page_table -> one TMA a page -> K tile, V tile of the ring   (full barriers)
     compute warpgroups  wait full -> wgmma -> arrive free                            (free barriers)
 
-Tiles are [block, H] in shared memory, tiled (8, 64) and swizzled by 128 bytes, as wgmma wants.
+Tiles are [block, H] in shared memory, tiled (8, 64) and swizzled by 128 bytes, as wgmma wants;
+where 64 does not divide H, (8, 32) and by 64 bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,22 @@ TRANSFORMS_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
 
 
-def check_case(dtype: Any, pages_dtype: Any, page_size: int, head_dim: int, block: int) -> None:
-    """What the kernels cannot do, as NotImplementedError."""
+def transforms(columns: int) -> tuple[Any, ...]:
+    """How a tile of 16-bit numbers lies in shared memory."""
+    if columns % 64 == 0:
+        return TRANSFORMS
+    return plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64)
+
+
+def check_case(
+    dtype: Any,
+    pages_dtype: Any,
+    page_size: int,
+    head_dim: int,
+    block: int,
+    head_dims: tuple[int, ...] = (64, 128),
+) -> None:
+    """What the kernels cannot do, as NotImplementedError. head_dims: that the kernel takes."""
     if pages_dtype != dtype:
         raise NotImplementedError(
             f"pages of {jnp.dtype(pages_dtype).name} with q of {jnp.dtype(dtype).name}: TMA brings "
@@ -36,8 +51,10 @@ def check_case(dtype: Any, pages_dtype: Any, page_size: int, head_dim: int, bloc
         )
     if jnp.dtype(dtype).itemsize != 2:
         raise NotImplementedError(f"dtype {jnp.dtype(dtype).name}: wgmma takes 16-bit operands")
-    if head_dim not in (64, 128):
-        raise NotImplementedError(f"head dim {head_dim} is neither 64 nor 128")
+    if head_dim not in head_dims:
+        raise NotImplementedError(
+            f"head dim {head_dim} is none of {', '.join(map(str, head_dims))}"
+        )
     if page_size % 8 or block % page_size:
         raise NotImplementedError(
             f"page size {page_size} is no multiple of 8 that divides a tile of {block} tokens"
@@ -181,7 +198,7 @@ def ring(
 ) -> list[Any]:
     """Scratch of the ring: K and V tiles, then the barriers K full, V full and, where a loader
     waits for `readers`, K free, V free."""
-    tile = plgpu.SMEM((stages, block, head_dim), dtype, transforms=TRANSFORMS)
+    tile = plgpu.SMEM((stages, block, head_dim), dtype, transforms=transforms(head_dim))
     barriers = [
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
         for arrivals in (pages, pages, readers, readers)

@@ -1,4 +1,4 @@
-"""Gemma 2 against Hugging Face, in a source tree that docs/add_a_model.md has been applied to.
+"""EXAONE 4 against Hugging Face, in a source tree that docs/add_a_model.md has been applied to.
 
 python -m tests.added_model TREE
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Exaone4Config, Exaone4ForCausalLM
 
 import converters
 import jaxserve
@@ -23,25 +23,27 @@ WINDOW = 8
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Three layers; caps that bite, and norms that are not 1."""
+    """Three layers, the middle one without window and positions; norms that are not 1."""
     torch.manual_seed(0)
-    config = Gemma2Config(
+    config = Exaone4Config(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=24,
-        sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
-        max_position_embeddings=1024, bos_token_id=IM_START, eos_token_id=IM_END,
-        pad_token_id=END_OF_TEXT,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=WINDOW,
+        sliding_window_pattern=2, max_position_embeddings=1024, bos_token_id=IM_START,
+        eos_token_id=IM_END, pad_token_id=END_OF_TEXT,
     )  # fmt: skip
-    model = Gemma2ForCausalLM(config)
+    model = Exaone4ForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(std=0.3 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5)
+            if "norm" in name:
+                weight.normal_(mean=1, std=0.3)
+            else:
+                weight.normal_(std=1.5 / weight.shape[-1] ** 0.5)
     model.save_pretrained(folder)
 
 
 def main(tree: str) -> None:
     assert Path(jaxserve.__file__).is_relative_to(tree), jaxserve.__file__
-    folder = Path(tree) / "gemma2"
+    folder = Path(tree) / "exaone4"
     write_checkpoint(folder)
     reference = Reference(str(folder))
     reference.model.set_attn_implementation("eager")

@@ -13,15 +13,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 import jaxserve.engine
+from jaxserve.apart import Apart
 from jaxserve.api.model_facts import ModelFacts
 from jaxserve.api.startup import Started, tokenizer_eos
-from jaxserve.config import Limits
+from jaxserve.config import Limits, States
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineDeadError, EngineShutdownError
 from jaxserve.output.commit import ABORTED, fail, finish, finish_reason, report
 from jaxserve.output.extras import Reported
 from jaxserve.output.logprobs import LogprobExtra
 from jaxserve.request import Request
+from jaxserve.text.codec import Codec
 from tests.oracles.payloads import MOST_TOP, pack_logprobs
 
 if TYPE_CHECKING:
@@ -123,6 +125,11 @@ class FakeLoop:
         self._thread.start()
 
     # -- the contract -----------------------------------------------------------------------------
+
+    @property
+    def apart(self) -> Apart:
+        """Of nobody: what is registered is compiled nowhere."""
+        return Apart([])
 
     def submit(self, requests: Sequence[Request]) -> None:
         with self._changed:
@@ -277,7 +284,10 @@ class Fakes:
     ) -> Engine:
         """An Engine whose loop is a FakeLoop, reachable as `engine._loop`."""
         vocabulary = len(self.tokenizer)
-        limits = Limits(vocabulary, context_length, max_total_tokens, 64, 5, 4, MOST_TOP, 6)
+        sizes = vocabulary, context_length, max_total_tokens, 64, 5, 4, MOST_TOP, 6
+        limits = Limits(*sizes, hidden_size=64, states=States(), max_state_bytes=0,
+            most_of_a_picture=0, most_in_a_block=0, deterministic=False,
+        )  # fmt: skip
         loop = FakeLoop(limits, script, pause)
 
         def start(args: Any) -> Started:
@@ -289,7 +299,8 @@ class Fakes:
                 head_dim=16, dtype="float32", quantization=None, hf_eos_token_id=eos,
                 raw_config={"model_type": "llama"},
             )  # fmt: skip
-            return Started(loop, tokenizer, eos, "dummy", model_config=facts)
+            codec = None if tokenizer is None else Codec(tokenizer)
+            return Started(loop, tokenizer, codec, eos, "dummy", model_config=facts)
 
         self.monkeypatch.setattr(jaxserve.engine, "start", start)
         engine = Engine(model_path="fake", **options)

@@ -9,8 +9,8 @@ from jaxserve.errors import InvalidRequestError
 
 
 class EchoEngine:
-    """The part of `jaxserve.Engine` that jobs use. The prompt "broken" is refused; a call with it
-    fails as a whole, as the engine's do."""
+    """The part of `jaxserve.Engine` that jobs use. The prompt "broken" is refused, as the image
+    "broken.png" is; a call with it fails as a whole, as the engine's do."""
 
     started = 0
 
@@ -38,8 +38,15 @@ class EchoEngine:
             return [self._one(*row) for row in zip(messages, sampling_params, strict=True)]
         return self._one(messages, sampling_params)
 
-    async def async_generate(self, prompt=None, sampling_params=None, input_ids=None):
-        return self.generate(prompt, sampling_params, input_ids)
+    async def async_generate(
+        self, prompt=None, sampling_params=None, input_ids=None, image_data=()
+    ):
+        if "broken.png" in image_data:
+            raise InvalidRequestError("image_data[0][0] is 'broken.png'")
+        answer = self.generate(prompt, sampling_params, input_ids)
+        if image_data:
+            answer["text"] += f"|{image_data}"
+        return answer
 
     async def async_chat(self, messages, sampling_params=None):
         return self.chat(messages, sampling_params)

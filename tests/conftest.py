@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,17 @@ import pytest
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "jaxserve-test-programs")
 )
+
+# Without these emitters XLA compiles for a CPU in a third of the time (jaxlib 0.11 has no other).
+# `make check` has them, as it has optimizations.
+WITHOUT_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+flags = os.environ.get("XLA_FLAGS", "")
+if (
+    os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+    and importlib.metadata.version("jaxlib").startswith("0.10.")
+    and WITHOUT_EMITTERS not in flags
+):
+    os.environ["XLA_FLAGS"] = f"{flags} {WITHOUT_EMITTERS}".strip()
 
 # a shell that starts the tests in the background has SIGINT ignored, and so would all children
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,11 +60,41 @@ def tiny_models(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def speaking_model(tmp_path_factory):
+    """A folder with a tiny model that takes images and text."""
+    from tests.vision_models import make_speaking
+
+    return make_speaking(tmp_path_factory.mktemp("speaking"))
+
+
+@pytest.fixture(scope="module")
+def kept_programs():
+    """Engines keep whole programs, as those on a GPU do, in one folder for all processes of tests:
+    what any of them has traced and compiled, others load. Not for tests that change what is traced,
+    or look at how programs come to be."""
+    from jaxserve.config import EngineConfig
+
+    resolve = EngineConfig.resolve
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "whole"
+
+    def resolved(*args):
+        return dataclasses.replace(resolve(*args), program_folder=folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineConfig, "resolve", resolved)
+        yield
+
+
 @pytest.fixture(scope="module")
 def exact_products():
-    """On a GPU float32 products are TF32 by default, too coarse to compare engines."""
+    """On a GPU float32 products are TF32 by default, too coarse to compare engines. A CPU has one
+    precision, and its programs are those of other tests."""
     import jax
 
+    if jax.default_backend() != "gpu":
+        yield
+        return
     jax.config.update("jax_default_matmul_precision", "highest")
     yield
     jax.config.update("jax_default_matmul_precision", None)

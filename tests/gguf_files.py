@@ -15,6 +15,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from converters.gguf_families import ONE_PLUS, PERMUTED
+from converters.sources import TensorSource
+
 SENTENCES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "A quick brown fox jumps over the lazy dog while the sun goes down.",
@@ -94,7 +97,7 @@ def write_model(
         f"{arch}.attention.layer_norm_rms_epsilon": 1e-6,
         f"{arch}.vocab_size": vocab,
     }
-    if arch == "llama":
+    if arch in PERMUTED:
         pairs[f"{arch}.rope.dimension_count"] = head_dim
     pairs |= {None: {}, "gpt2": byte_level_pairs(), "llama": spm_pairs()}[tokenizer]
     pairs |= {key.format(arch=arch): value for key, value in (metadata or {}).items()}
@@ -107,13 +110,23 @@ def write_model(
             add_pair(writer, key, value)
     for name, value in tensors.items():
         stored = value
-        if arch == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+        if arch in PERMUTED and name.split(".")[-2] in ("q_proj", "k_proj"):
             stored = permute(value, heads if "q_proj" in name else kv_heads)
-        add_tensor(writer, gguf_name(name), stored, quantization)
+        if arch in ONE_PLUS and "norm" in name:
+            stored = 1 + value
+        add_tensor(writer, gguf_name(name, arch), stored, quantization)
     for name, value in (extra or {}).items():
         add_tensor(writer, name, value, GGMLQuantizationType.F32)
     finish(writer)
     return tensors
+
+
+def read(source: TensorSource, name: str) -> np.ndarray:
+    """A tensor of a source, whole."""
+    tensor = source.tensor(name)
+    out = np.empty(tensor.shape, tensor.dtype)
+    tensor.read_into(out)
+    return out
 
 
 def random_tensors(
@@ -144,11 +157,14 @@ def random_tensors(
             shapes[f"{at}.{name}.weight"] = shape
             if name.split(".")[1] in biases:
                 shapes[f"{at}.{name}.bias"] = shape[:1]
-        shapes[f"{at}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{at}.post_attention_layernorm.weight"] = (hidden,)
-        if arch == "qwen3":
-            shapes[f"{at}.self_attn.q_norm.weight"] = (head_dim,)
-            shapes[f"{at}.self_attn.k_norm.weight"] = (head_dim,)
+        whole = arch == "olmo2"  # norms of q and k over all heads, none before products
+        norms = ["input_layernorm"] * (not whole) + ["post_attention_layernorm"]
+        norms += ["pre_feedforward_layernorm"] * (arch in ONE_PLUS)
+        norms += ["post_feedforward_layernorm"] * (whole or arch in ONE_PLUS)
+        shapes |= {f"{at}.{name}.weight": (hidden,) for name in norms}
+        if whole or arch in ("qwen3", "gemma3"):
+            shapes[f"{at}.self_attn.q_norm.weight"] = (head_dim * (heads if whole else 1),)
+            shapes[f"{at}.self_attn.k_norm.weight"] = (head_dim * (kv_heads if whole else 1),)
     shapes["model.norm.weight"] = (hidden,)
     if not tied:
         shapes["lm_head.weight"] = (vocab, hidden)
@@ -168,7 +184,10 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
     return values[order]
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str = "llama") -> str:
+    """llama.cpp's name, which for the norm behind attention depends on whether there are others."""
+    if arch in (*ONE_PLUS, "olmo2"):
+        name = name.replace("post_attention_layernorm", "post_attention_norm")
     for hf, short in (
         ("model.embed_tokens.", "token_embd."), ("model.norm.", "output_norm."),
         ("lm_head.", "output."), ("model.layers.", "blk."),
@@ -176,6 +195,7 @@ def gguf_name(name: str) -> str:
         ("self_attn.v_proj", "attn_v"), ("self_attn.o_proj", "attn_output"),
         ("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"),
         ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"), ("post_feedforward_layernorm", "post_ffw_norm"),
         ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"),
     ):  # fmt: skip
         name = name.replace(hf, short)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
+    from jaxserve.grammars.grammars import Grammars
     from jaxserve.inbox import Inbox
     from jaxserve.loop import EngineLoop
     from jaxserve.scheduler.scheduler import Scheduler
@@ -29,6 +30,11 @@ def runner(engine: Engine) -> Runner:
 def scheduler(engine: Engine) -> Scheduler:
     """With its slots and pages."""
     return loop(engine)._scheduler
+
+
+def grammars(engine: Engine) -> Grammars:
+    """What its calls compile grammars with."""
+    return engine._builder._grammars
 
 
 def inbox(engine: Engine) -> Inbox:

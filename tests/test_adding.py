@@ -8,13 +8,14 @@ import pytest
 from tests.adding import apply, check_style, copy_source, run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_adds_a_family(tmp_path):
     pytest.importorskip("torch")
     copy_source(tmp_path)
     own, touched = apply("add_a_model.md", tmp_path)
-    assert own == ["jaxserve/models/gemma2.py"]
+    assert own == ["jaxserve/models/exaone4.py"]
     assert touched == ["jaxserve/models/registry.py", "converters/tables.py"]
+    check_style(tmp_path, own + touched)
     run("tests.added_model", tmp_path)
 
 
@@ -22,7 +23,7 @@ HOOKS = {"add_a_field.md": 2, "add_a_program.md": 3, "add_an_option.md": 2}
 """How many files each of them may touch, beside those that it adds."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_pages_add_a_field_a_program_and_an_option(tmp_path, tiny_models):
     copy_source(tmp_path)
     files = []
@@ -34,7 +35,7 @@ def test_the_pages_add_a_field_a_program_and_an_option(tmp_path, tiny_models):
     run("tests.added_hooks", tmp_path, tiny_models("llama"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_adds_an_output(tmp_path):
     pytest.importorskip("torch")
     copy_source(tmp_path)

@@ -136,15 +136,11 @@ def test_one_bad_row_of_eight_submits_none(engine):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("image_data", "x.png"),
         ("audio_data", ["x"]),
         ("video_data", b""),
         ("mm_hashes", ["h"]),
         ("lora_path", "adapter"),
         ("lora_path", [None, "adapter"]),
-        ("custom_logit_processor", "p"),
-        ("return_hidden_states", True),
-        ("return_hidden_states", "last"),
         ("return_routed_experts", True),
         ("require_reasoning", True),
         ("session_params", {"id": "s"}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jaxserve.inbox import Inbox, Task
 from jaxserve.mailbox import Mailbox
 
 NUMBERS: Any = range(1000)
@@ -88,3 +89,19 @@ def test_a_closed_loop_does_not_matter():
     assert box.get() == [1]
     reader._log_destroy_pending = False  # pyright: ignore
     reader.get_coro().close()  # pyright: ignore
+
+
+def test_the_engine_can_read_while_a_caller_that_wakes_it_is_interrupted():
+    """By a signal handler, say, that waits for the engine."""
+    inbox, taken = Inbox(), []
+
+    class Interrupted:
+        def set(self):
+            reader = threading.Thread(target=lambda: taken.append(inbox.take(False)), daemon=True)
+            reader.start()
+            reader.join(5)
+
+    inbox._signal = Interrupted()  # type: ignore[assignment]
+    task = Task(lambda: None, lambda error: None)
+    inbox.put(task)
+    assert taken == [[task]]

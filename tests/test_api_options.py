@@ -19,6 +19,7 @@ NO_OP, UNSUPPORTED = (
 )
 ONLY_ONE = ("pp_size", "ep_size", "nnodes")
 EXTRAS = {
+    "grammar_timeout": 10.0,
     "mesh": None,
     "precompile": None,
     "wait_until_compiled": False,
@@ -27,6 +28,12 @@ EXTRAS = {
     "max_top_logprobs": 32,
     "max_logprob_ids": 128,
     "logit_bias_capacity": 1024,
+    "hidden_state_layers": None,
+    "enable_return_logits": False,
+    "max_state_bytes": 1 << 32,
+    "allowed_local_media_path": None,
+    "max_image_pixels": 89_478_485,
+    "max_media_bytes": 1 << 34,
 }
 
 

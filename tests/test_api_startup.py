@@ -41,7 +41,13 @@ def calls(monkeypatch):
 
     declaration = types.SimpleNamespace(quantization="fp8", dtype="float16")
     loaded = types.SimpleNamespace(
-        eos_token_ids=(3, 4), format="dummy", declaration=declaration, config=CONFIG, hf_config={}
+        eos_token_ids=(3, 4),
+        format="dummy",
+        declaration=declaration,
+        config=CONFIG,
+        hf_config={},
+        processor_config=None,
+        tower=None,
     )
     monkeypatch.setattr(converters, "load", record("load", loaded))
     monkeypatch.setattr(converters, "load_tokenizer", record("tokenizer", TOKENIZER))
@@ -74,6 +80,8 @@ def test_options_reach_the_loader(calls):
         "quantization": "fp8",
         "config_overrides": {"num_hidden_layers": 1},
         "revision": "r",
+        "towers": True,
+        "context_length": None,
         "download_dir": "d",
         "seed": 5,
     }
@@ -88,7 +96,7 @@ def test_options_reach_the_loader(calls):
             "chat_template": "{{ x }}",
         },
     )
-    assert calls["loop"] == ((args, calls["loaded"], mesh), {})
+    assert calls["loop"] == ((args, calls["loaded"], mesh, None), {})
     assert (started.loop, started.tokenizer, started.load_format, started.quantization) == (
         LOOP,
         TOKENIZER,

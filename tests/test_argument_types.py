@@ -127,7 +127,7 @@ def test_nested_empties_are_absent(engine, name, nothing):
 
 @pytest.mark.parametrize("media", ["x.png", [["x.png"]], [None, "x.png"], [[], [b"1"]], 0])
 def test_what_is_given_is_refused(engine, media):
-    with pytest.raises(NotSupportedError, match="image_data"):
+    with pytest.raises(NotSupportedError, match="image_data needs a model that takes images"):
         engine.generate("a", SHORT, image_data=media)
 
 

@@ -107,10 +107,10 @@ OUT_OF_RANGE = {  # for each key: what the message shows -> the value given
     "presence_penalty": {"-2.01": -2.01, "2.01": 2.01, "nan": NAN, "got inf": INF},
     "repetition_penalty": {"got 0": 0, "-1": -1, "2.01": 2.01, "nan": NAN},
     "n": {"got 0": 0, "-1": -1, "1.5": 1.5, "'2'": "2"},
-    "json_schema": {"{'type': 'object'}": {"type": "object"}, "5": 5},
-    "regex": {"5": 5, "['a']": ["a"]},
-    "ebnf": {"5": 5},
-    "structural_tag": {"{}": {}},
+    "json_schema": {"[1]": [1], "5": 5, "'{]'": "{]", "nan": {"const": NAN}},
+    "regex": {"5": 5, "['a']": ["a"], "'('": "("},
+    "ebnf": {"5": 5, "'root'": "root"},
+    "structural_tag": {"{}": {}, "'[]'": "[]"},
     "ignore_eos": {"1 (int)": 1, "'yes'": "yes"},
     "skip_special_tokens": {"0 (int)": 0},
     "spaces_between_special_tokens": {"'no'": "no"},
@@ -148,17 +148,10 @@ def test_values_that_do_not_fit_together(watched, params, fragments):
     watched.refuses(InvalidRequestError, *fragments, prompt=PROMPT, sampling_params=params)
 
 
-@pytest.mark.parametrize("key", ["json_schema", "regex", "ebnf", "structural_tag"])
-def test_grammars_are_not_supported_yet(watched, key):
+def test_custom_params_need_a_processor(watched):
     watched.refuses(
-        NotSupportedError, key, "not yet supported", prompt=PROMPT, sampling_params={key: "a"}
-    )
-
-
-def test_custom_params_are_not_supported_yet(watched):
-    watched.refuses(
-        NotSupportedError,
-        "custom_params",
+        InvalidRequestError,
+        "no custom_logit_processor is given",
         prompt=PROMPT,
         sampling_params={"custom_params": {"a": 1}},
     )
@@ -254,9 +247,13 @@ def test_bad_prompts(watched, arguments, fragments):
         (InvalidRequestError, {"token_ids_logprob": [1] * 4097}, ["token_ids_logprob", "4097"]),
         (InvalidRequestError, {"progress": 2}, ["progress", "2"]),
         (InvalidRequestError, {"routed_dp_rank": 1}, ["routed_dp_rank", "1"]),
-        (NotSupportedError, {"image_data": "cat.png"}, ["image_data", "cat.png"]),
+        (NotSupportedError, {"image_data": "cat.png"},
+         ["image_data needs a model that takes images", "cat.png"]),
         (NotSupportedError, {"lora_path": ["adapter"]}, ["lora_path", "adapter"]),
-        (NotSupportedError, {"return_hidden_states": True}, ["return_hidden_states"]),
+        (InvalidRequestError, {"return_hidden_states": True}, ["return_hidden_states=True"]),
+        (InvalidRequestError, {"return_hidden_states": [3]}, ["return_hidden_states", "3 (int)"]),
+        (InvalidRequestError, {"return_logits": "last"}, ["return_logits='last'"]),
+        (InvalidRequestError, {"return_logits": "all"}, ["return_logits", "'all'"]),
         (UnknownOptionError, {"max_new_tokens": 5}, ["no argument 'max_new_tokens'"]),
         (UnknownOptionError, {"return_logprobs": True}, ["did you mean 'return_logprob'"]),
     ],

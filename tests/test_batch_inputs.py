@@ -225,11 +225,34 @@ def test_a_question_is_the_one_column_that_is_given():
 
 
 @pytest.mark.parametrize(
+    ("given", "images"),
+    [
+        (None, []),
+        (float("nan"), []),
+        ([], []),
+        ("a.png", ["a.png"]),
+        (["a.png", None, "data:,"], ["a.png", "data:,"]),
+        (' ["a.png", "b.png"]', ["a.png", "b.png"]),
+        (b"PNG", [b"PNG"]),
+        ({"bytes": b"PNG", "path": "a.png"}, [b"PNG"]),
+        ([{"path": "a.png"}, {"url": "b.png"}], ["a.png", {"url": "b.png"}]),
+    ],
+)
+def test_images_of_a_row(given, images):
+    question = asking().question(0, {"prompt": "a", "image_data": given})
+    assert [*question.images] == images and question.may_show == bool(images)
+    named = asking(image_data="picture").question(0, {"input_ids": [1], "picture": given})
+    assert [*named.images] == images
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"id": 1}, "exactly one of prompt, messages, input_ids; this one has none"),
         ({"prompt": "a", "input_ids": [1]}, "this one has prompt and input_ids"),
         ({"messages": "[{"}, r"messages is no JSON: .*got '\[\{'"),
+        ({"messages": "[]", "image_data": "a.png"}, "images as parts.*none in image_data.*'a.png'"),
+        ({"prompt": "a", "image_data": "[x].png"}, r"image_data is no JSON: .*got '\[x\]\.png'"),
         ({"prompt": "a", "sampling_params": 5}, "sampling_params must be a dict, got 5"),
         ({"prompt": "a", "sampling_params": "{"}, "sampling_params is no JSON"),
         ({"prompt": "a", "top_p": 3}, "top_p must be .*got 3"),

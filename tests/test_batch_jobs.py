@@ -22,6 +22,7 @@ from jaxserve.batch.__main__ import main
 from jaxserve.batch.folder import OWN
 from jaxserve.batch.tally import Report, Tally
 from tests.batch_engine import EchoEngine
+from tests.pictures import file_of, noise, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +99,60 @@ def test_a_broken_row_costs_itself(echo, tmp_path, monkeypatch):
     assert "exactly one of" in answers[2]["error"] and "top_p" in answers[3]["error"]
     assert "column 'index'" in answers[4]["error"] and answers[4]["index"] == 4
     assert (report.total.rows, report.total.failed) == (6, 4)
+
+
+def test_images_go_with_their_rows_and_a_broken_one_costs_its_own(echo, tmp_path):
+    rows = [
+        {"prompt": "a", "image_data": "a.png", "id": 1},
+        {"prompt": "b", "image_data": ["broken.png"]},
+        {"input_ids": [3, 4], "image_data": ["b.png", "c.png"]},
+        {"prompt": "c"},
+    ]
+    run(rows, tmp_path / "out")
+    answers = output(tmp_path / "out")
+    texts = ["a|{}|['a.png']", None, "[3, 4]|{}|['b.png', 'c.png']", "c|{}"]
+    assert [answer["text"] for answer in answers] == texts
+    assert answers[1]["error"] == "InvalidRequestError: image_data[0][0] is 'broken.png'"
+    assert answers[0]["id"] == 1 and not any("image_data" in answer for answer in answers)
+
+
+@pytest.mark.slow
+def test_a_model_captions_images_in_every_form(speaking_model, tmp_path, monkeypatch):
+    """Paths relative to the working directory, data URLs, base64 and parts of messages."""
+    monkeypatch.chdir(tmp_path)
+    image = noise(40, 24)
+    image.save("cat.png")
+    text = text_of(file_of(image))
+    prompt = "<|image_pad|>Hi"
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + text}}
+    talk = [{"role": "user", "content": [part, {"type": "text", "text": "Hi"}]}]
+    rendered = (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    rows = [
+        *({"prompt": prompt, "image_data": x} for x in ("cat.png", text, ["data:;base64," + text])),
+        {"messages": talk},
+        {"prompt": rendered, "image_data": "cat.png"},
+        {"prompt": prompt, "image_data": "none.png"},
+        {"prompt": prompt * 2, "image_data": ["cat.png", "cat.png"]},
+        {"prompt": prompt, "image_data": ["cat.png", "cat.png"]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "path": "none.png"}]}]},
+    ]
+    params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    small = {"context_length": 256, "max_total_tokens": 512, "max_running_requests": 2}
+    run(rows, "out", model_path=speaking_model, sampling_params=params, part_rows=None, **small)
+    answers = output("out")
+    paths, chats = answers[:3], answers[3:5]
+    for same in (paths, chats):
+        assert len({(answer["text"], answer["prompt_tokens"]) for answer in same}) == 1
+    # 40 x 24 pixels are 5 x 3 tokens of 8 x 8
+    assert paths[0]["prompt_tokens"] == 15 + 2 and paths[0]["error"] is None
+    assert answers[6]["prompt_tokens"] == 2 * paths[0]["prompt_tokens"]
+    failed = [answer["error"] for answer in answers if answer["error"] is not None]
+    assert [answer["index"] for answer in answers if answer["error"]] == [5, 7, 8]
+    assert "none.png" in failed[0] and "none.png" in failed[2]
+    assert "1 image placeholders but 2 image inputs" in failed[1]
 
 
 def test_names_of_the_output_can_be_others(echo, tmp_path):

@@ -18,7 +18,10 @@ import pytest
 from benchmarks import (
     engine,
     figures,
+    grammars,
+    hidden_states,
     host_overhead,
+    images,
     interference,
     latency,
     machine,
@@ -57,9 +60,14 @@ PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,
     "qwen2.5-0.5b": 494_032_768,
     "qwen3-0.6b": 596_049_920,
+    "llama-3.1-70b": 70_553_706_496,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
     "smollm2-135m": 134_515_008,
+    "qwen2.5-7b": 7_615_616_512,
+    "gemma-3-4b": 3_880_263_168,
+    "phi-3-mini": 3_821_079_552,
+    "olmo-2-7b": 7_298_617_344,
 }
 """Of the real models, embeddings counted once where they are tied."""
 
@@ -134,6 +142,25 @@ def test_shapes_have_the_real_models_parameters(name):
     config = registry.config_from_hf(workloads.SHAPES[name] | {"dtype": "bfloat16"})
     specs = registry.declare(config, jnp.bfloat16).specs
     assert sum(math.prod(spec.shape) for spec in specs.values()) == PARAMETERS[name]
+
+
+def test_the_tower_has_the_real_models_parameters_and_products():
+    """The kernels of a video's two frames are added before the product."""
+    hf = workloads.with_tower("qwen2.5-vl-7b") | {"dtype": "bfloat16"}
+    decoder = registry.config_from_hf(hf)
+    specs = registry.declare_tower(registry.tower_config_from_hf(hf, decoder), jnp.bfloat16).specs
+    sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
+    assert sum(sizes.values()) == 8_292_166_656 - PARAMETERS["qwen2.5-7b"]
+    patches = 74 * 74
+    merged = {name for name in sizes if name.startswith("merger")}
+    products = sum(
+        2 * sizes[name] * (patches // 4 if name in merged else patches)
+        for name, spec in specs.items()
+        if len(spec.shape) > 1
+    )
+    products -= 2 * patches * 3 * 14 * 14 * 1280
+    scores = 4 * 1280 * (4 * patches**2 + 28 * 64 * patches)
+    assert images.tower_flops(hf["vision_config"], patches) == products + scores
 
 
 def test_the_long_case_stretches_the_context(tmp_path):
@@ -502,7 +529,7 @@ def test_plots(tmp_path):
 # -- with an engine -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_suite_on_a_tiny_engine(tmp_path):
     options = {"precompile": True, "max_running_requests": 4, "chunked_prefill_size": 128}
     runs.run(suite.BENCHMARKS, "tiny", ["lat1_s", "prefix"], tmp_path, options, 2, scale=0.01)
@@ -522,7 +549,7 @@ def test_the_suite_on_a_tiny_engine(tmp_path):
     assert "| lat1_s |" in tables.markdown(devices)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_streams_beside_a_long_prompt_on_a_tiny_engine(tmp_path):
     options = {"chunked_prefill_size": 128, "max_prefill_tokens": 1024, "precompile": True}
     result = interference.run("tiny", 1000, 3, 1, options)
@@ -541,6 +568,59 @@ def test_streams_beside_a_long_prompt_on_a_tiny_engine(tmp_path):
     assert "| 128 |" in text and "| off |" in text
 
 
+@pytest.mark.long
+def test_hidden_states_of_a_tiny_engine(tmp_path):
+    options = {"precompile": True, "max_running_requests": 16, "chunked_prefill_size": 512}
+    options |= {"cuda_graph_bs": [16], "max_total_tokens": 16384}
+    result = hidden_states.run("tiny", 0.04, 1, options)
+    ways = result["ways"]
+    assert result["requests"] == 10 and result["late_compiles"] == 0
+    assert ways["plain"]["copied"] == ways["plain"]["asked"] == [0]
+    [copied], [asked] = ways["last"]["copied"], ways["last"]["asked"]
+    assert asked == 10 * 64 * 4 <= copied <= 2 * asked
+    [copied], [asked] = ways["full"]["copied"], ways["full"]["asked"]
+    assert asked == 10 * (512 + 255) * 64 * 4 <= copied <= 2 * asked
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = tables.markdown(figures.read(tmp_path))
+    assert "tiny: 10 requests, none of which, or each, asks for them." in text
+
+
+@pytest.mark.long
+def test_grammars_on_a_tiny_engine():
+    words = ["--model", "tiny", "--rows", "3", "--constrained", "1", "--tokens", "9"]
+    given = grammars.parser().parse_args([*words, "--repeats", "1", "--texts", "1"])
+    result = grammars.run(given, {"precompile": False, "max_total_tokens": 2048})
+    for row in result["host"]["grammars"].values():
+        assert row["compile_ms"] > 0
+        for kind in ("first", "again"):
+            assert 0 < row[kind]["us_p50"] <= row[kind]["us_p99"]
+            assert row[kind]["consume_us_p50"] > 0
+    assert result["host"]["vocab_size"] == 1000 and result["engine"]["constrained"] == 1
+    assert result["engine"]["mixed_to_free"] > 0
+    assert result["engine"]["counted"]["mixed"]["late_compiles"] == 0
+
+
+@pytest.mark.long
+def test_images_on_a_tiny_engine(tmp_path):
+    options = {"precompile": True, "chunked_prefill_size": 256, "max_total_tokens": 16384}
+    words = ["--model", "tiny-vl", "--size", "64", "--requests", "3", "--new", "4"]
+    words += ["--repeats", "2", "--scale", "0.01", "--engine", json.dumps(options)]
+    result = images.run(images.parser().parse_args(words))
+    assert (result["patches"], result["image_tokens"]) == (256, 64)
+    throughput, beside = result["throughput"], result["beside_streams"]
+    assert throughput["prompt_tokens"] == 64 + 64 and len(throughput["seconds"]) == 2
+    assert throughput["late_compiles"] == throughput["cached_tokens"] == 0
+    assert 0 < result["share_of_floor"] < 1 and 0 < result["encode_share_of_floor"] < 1
+    assert throughput["first_token_ms"] > throughput["encode_ms"] > 0
+    assert beside["streams"] == 1
+    assert 0 < beside["gap_ms"]["p50"] <= beside["gap_ms"]["max"] < 1e3 * beside["images_in_s"]
+    text = result["text"]
+    assert len(text["seconds"]) == len(text["text_model_seconds"]) == 2
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    shown = tables.markdown(figures.read(tmp_path))
+    assert "tiny-vl: 3 requests of an image of 64 x 64 pixels (64 tokens), 4 new tokens;" in shown
+
+
 def test_gaps_are_those_that_overlap_the_span():
     assert interference.gaps([0, 1, 3, 6, 10], since=2, until=5) == [2, 3]
     assert interference.gaps([0, 1], since=2, until=5) == []
@@ -550,7 +630,7 @@ def test_gaps_are_those_that_overlap_the_span():
     assert interference.percentile([3.0], 0.99) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cold_and_warm_starts_of_a_tiny_engine(tmp_path):
     options = {"precompile": True, "max_running_requests": 1, "chunked_prefill_size": 64}
     result = startup.run("tiny", options, rounds=1, kept=tmp_path / "programs")

@@ -13,17 +13,16 @@ from jaxserve.config.sizes import steps_to_stay_busy
 from tests import inside
 from tests.machines import GPU
 from tests.prompts import ids
-from tests.test_engine_parity import OPTIONS, mixed_workload, prompts, run_mixed
+from tests.test_engine_parity import OPTIONS, TIGHT, mixed_workload, prompts, run_mixed
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 GREEDY = {"temperature": 0, "ignore_eos": True}
-VARIANTS = [
-    {"num_continuous_decode_steps": 4},
-    {"num_continuous_decode_steps": 4, "disable_overlap_schedule": True},
-    {"num_continuous_decode_steps": 3, "page_size": 8},
-    {"num_continuous_decode_steps": 8, "page_size": 8, "max_running_requests": 5},
-]
-NAMES = ["4", "4-no-overlap", "3-small-pages", "8-few-rows"]
+VARIANTS = {
+    "4": {"num_continuous_decode_steps": 4},
+    "4-no-overlap": {"num_continuous_decode_steps": 4, "disable_overlap_schedule": True},
+    "3-small-pages": {"num_continuous_decode_steps": 3, "page_size": 8},
+    "8-few-rows": {"num_continuous_decode_steps": 8, "page_size": 8, "max_running_requests": 5},
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,14 @@ def single(folder):
         assert engine.get_server_info()["num_continuous_decode_steps"] == 1
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=NAMES)
+def marked(shortly):
+    """The variants by their names: those of `shortly` in every run, the others in long ones."""
+    for name, variant in VARIANTS.items():
+        marks = () if name in shortly else pytest.mark.long
+        yield pytest.param(variant, marks=marks, id=name)
+
+
+@pytest.fixture(scope="module", params=list(marked(["4", "4-no-overlap"])))
 def several(request, folder):
     options = {**OPTIONS, "skip_tokenizer_init": False, **request.param}
     with jaxserve.Engine(model_path=folder, **options) as engine:
@@ -178,12 +184,10 @@ def test_dispatches_are_few_and_all_their_steps_counted(several, monkeypatch):
     assert after["generated_tokens"] - info["generated_tokens"] == 40
 
 
-@pytest.mark.parametrize("variant", VARIANTS[:3], ids=NAMES[:3])
+@pytest.mark.parametrize("variant", list(marked(["4-no-overlap"]))[:3])
 def test_retraction_does_not_change_tokens(folder, single, variant):
     batch, params = mixed_workload()
-    tokens, retractions = run_mixed(
-        folder, max_total_tokens=256, **{"max_running_requests": 12, **variant}
-    )
+    tokens, retractions = run_mixed(folder, **{**TIGHT, **variant})
     assert retractions > 0
     assert tokens == ids(alone(single, batch, params))
 
@@ -209,7 +213,8 @@ def test_an_abort_amid_the_steps_frees_the_pages(several):
     assert info["available_tokens"] == info["max_total_num_tokens"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS[:3], ids=NAMES[:3])
+@pytest.mark.long
+@pytest.mark.parametrize("variant", list(marked(VARIANTS))[:3])
 def test_soak_with_aborts_leaves_no_page_behind(folder, variant):
     """150 random requests, a third of them left early, on a pool that is too small for them."""
     options = {**OPTIONS, "max_total_tokens": 768, "max_running_requests": 8, **variant}
@@ -265,3 +270,9 @@ def test_soak_with_aborts_leaves_no_page_behind(folder, variant):
 def test_small_models_take_more_steps_than_large_ones(gigabytes, steps):
     assert GPU.dispatch is not None
     assert steps_to_stay_busy(round(gigabytes * 1e9), GPU.dispatch) == steps
+
+
+def test_more_devices_take_the_host_longer():
+    """16 GB on one device, its parts on two and four."""
+    steps = [steps_to_stay_busy(round(16e9 / n), GPU.dispatch, n) for n in (1, 2, 4)]
+    assert steps == [1, 1, 3]

@@ -23,8 +23,10 @@ from tests.checkpoints import (
     make_checkpoint,
     make_config,
     make_weights,
+    separate,
     write_weights,
 )
+from tests.marks import long
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +55,7 @@ class TestSafetensors:
     def test_each_tensor_lands_in_its_place(self, family, tmp_path):
         path = make_checkpoint(tmp_path, family, tokenizer=False)
         config = json.loads((tmp_path / "config.json").read_text())
-        weights = make_weights(config)
+        weights = separate(config, make_weights(config))
         loaded = converters.load(path)
         assert loaded.format == "safetensors"
         assert list(loaded.params) == list(loaded.declaration.specs)
@@ -66,7 +68,7 @@ class TestSafetensors:
         qkv = np.asarray(loaded.params["layers.1.attn.qkv.kernel"])
         names = [f"{layer}self_attn.{name}_proj.weight" for name in "qkv"]
         np.testing.assert_array_equal(qkv, by_kv_head(*(weights[n].T for n in names), kv_heads=2))
-        if family == "qwen2":
+        if family in ("glm", "glm4", "qwen2"):
             bias = np.asarray(loaded.params["layers.1.attn.qkv.bias"])
             biases = [weights[name.replace("weight", "bias")] for name in names]
             np.testing.assert_array_equal(bias, by_kv_head(*biases, kv_heads=2))
@@ -242,7 +244,7 @@ class TestErrors:
             try:
                 source = SafetensorsSource(folder)
                 for name in source.names():
-                    assert source.read(name).shape == source.shape(name)
+                    assert source.tensor(name).read().shape == source.shape(name)
             except ModelLoadError as error:
                 assert str(file) in str(error)
                 refused += 1
@@ -341,7 +343,7 @@ class TestErrors:
             converters.load(str(folder))
 
     def test_unsupported_architecture(self, folder):
-        with pytest.raises(NotSupportedError, match=r"Falcon.*supported architectures: LlamaFor"):
+        with pytest.raises(NotSupportedError, match=r"Falcon.*supported architectures: .*LlamaFor"):
             converters.load(str(folder), config_overrides={"architectures": ["FalconForCausalLM"]})
 
     def test_quantized(self, folder):
@@ -397,7 +399,7 @@ print(peak - before, sum(sizes), max(sizes))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon of /proc")
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", long("bfloat16")])
 def test_peak_memory(stored, tmp_path):
     """At most the model in its target dtype plus twice its largest fused tensor."""
     small = make_checkpoint(tmp_path / "small", tokenizer=False)

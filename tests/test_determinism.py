@@ -21,11 +21,13 @@ from tests.checkpoints import make_config
 from tests.faults import fail_at
 from tests.kernels.support import ON_GPU
 from tests.machines import MACHINES
+from tests.marks import long
 from tests.prompts import text
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 PREFIXES = (1, 511, 2048, 4097)
 OPTIONS = {
-    "skip_tokenizer_init": True, "context_length": 4608, "max_running_requests": 32,
+    "skip_tokenizer_init": True, "context_length": 4608, "max_running_requests": 16,
     "enable_deterministic_inference": True,
 }  # fmt: skip
 ROOMY, TIGHT = {"max_total_tokens": 32_000}, {"max_total_tokens": 1280}
@@ -120,7 +122,11 @@ def company(engine, seed, longest=900):
     assert not failures
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
+@pytest.fixture(
+    scope="module",
+    params=[case if "mistral" in case else long(case) for case in CASES],
+    ids=["-".join(case) for case in CASES],
+)
 def case(request, tiny_models):
     family, dtype = request.param
     folder = tiny_models(family, max_position_embeddings=8192, **MODELS[family])
@@ -205,7 +211,7 @@ def test_outputs_are_decoded_in_every_turn(engine):
     """What decode wrote is not what extend would write, so that an answer is not reused."""
     prompt = text(2, 200)
     for turn in range(3):
-        result = engine.generate(input_ids=prompt, sampling_params=params(turn, 150))
+        result = engine.generate(input_ids=prompt, sampling_params=params(turn, 60))
         prompt = prompt + result["output_ids"] + text(turn, 20)
         [before] = ask(engine, [prompt], [params(turn)])
         assert engine.flush_cache().success
@@ -254,7 +260,7 @@ def test_in_a_ring_or_not(case, engine, alone):
 
 def under_pressure(count=9):
     prompts = [text(10 + i, 20 + 25 * i) for i in range(count)]
-    return prompts, [params(i, 120) for i in range(count)]
+    return prompts, [params(i, 80) for i in range(count)]
 
 
 def test_retracted_or_not(tight):

@@ -18,6 +18,9 @@ from jaxserve import errors, sglang_alias
 from jaxserve.api.arguments import Arguments, GenerateOptions
 from jaxserve.api.unsupported import UnsupportedMethods
 from jaxserve.batch.job import RESULTS
+from jaxserve.config import States
+from tests.marks import long
+from tests.prompts import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -146,7 +149,8 @@ def test_the_messages_that_are_explained_are_those_of_the_code():
 
 def test_every_key_of_a_result_is_described(tiny_models):
     described = set(re.findall(r"`(\w+)`", page("api/results.md")))
-    options = {"context_length": 512, "enable_metrics": True}
+    options = {**SMALL, "skip_tokenizer_init": False, "max_total_tokens": 4096}
+    options |= {"enable_metrics": True}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         result = engine.generate(
             ["Hello"],
@@ -161,6 +165,7 @@ def test_every_key_of_a_result_is_described(tiny_models):
         option_names = vars(engine.server_args).keys()
     assert result.keys() - described == set()
     assert result["meta_info"].keys() - described == set()
+    assert {*States("full", (0,), logits=True).names} - described == set()
     assert info.keys() - option_names - described == set()
     assert info["internal_states"][0].keys() - described == set()
     assert model.keys() - described == {"reasoning_parser", "tool_call_parser"}
@@ -171,7 +176,7 @@ def test_every_key_of_a_result_is_described(tiny_models):
 DESCRIBED = [
     path
     for place in (
-        *("api", "batch", "cache", "config", "models", "options", "sampler"),
+        *("api", "batch", "cache", "config", "grammars", "models", "options", "sampler"),
         *("scheduler", "text"),
     )
     for path in (ROOT / "jaxserve" / place).glob("*.py")
@@ -183,6 +188,9 @@ ELSEWHERE_DESCRIBED = {"Arguments"}
 def is_record(definition):
     written = [*definition.bases, *definition.decorator_list]
     return any(re.search("NamedTuple|dataclass", ast.unparse(node)) for node in written)
+
+
+TABLES = ("table.py", "decoding.py", "media.py")
 
 
 @pytest.mark.parametrize("path", DESCRIBED, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -197,7 +205,8 @@ def test_every_field_of_a_record_says_what_it_is(path):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
                 name = field.target.id
-                option = path.name == "table.py"  # says it in the field itself
+                # Options say it in the field itself.
+                option = path.parent.name == "options" and path.name in TABLES
                 assert text or option or name.startswith("_"), f"{path}: {node.name}.{name}"
 
 
@@ -245,18 +254,32 @@ PAGES = [
 ]
 
 
+SEEING = ("images",)
+"""Pages whose model takes images."""
+OFTEN = ("README", "quickstart", "sampling", "streaming", "observability", "many_gpus")
+"""Pages whose examples run after every change."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_the_examples_of_a_page_run_in_their_order(path, tiny_models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in OFTEN else long(path) for path in PAGES],
+    ids=lambda path: path.stem,
+)
+def test_the_examples_of_a_page_run_in_their_order(path, request, tmp_path, monkeypatch):
     """As one program, on a tiny model in place of "path/to/model"; files go to a folder of its own.
     Engines that a page leaves to the end of the program are shut down."""
     monkeypatch.chdir(tmp_path)
     text = path.read_text(encoding="utf-8")
+    if path.stem in SEEING:
+        model = request.getfixturevalue("speaking_model")
+    else:
+        model = request.getfixturevalue("tiny_models")("llama")
     program = {"__name__": "__main__"}
     try:
         for block in BLOCK.finditer(text):
             above = "\n" * text[: block.start(1)].count("\n")  # tracebacks name the page's lines
-            code = above + block[1].replace('"path/to/model"', repr(tiny_models("llama")))
+            code = above + block[1].replace('"path/to/model"', repr(model))
             exec(compile(code, str(path), "exec"), program)
     finally:
         for value in program.values():

@@ -16,9 +16,10 @@ from jaxserve.errors import EngineDeadError, EngineShutdownError
 from tests import inside
 from tests.faults import fail_at
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
-    "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 16,
-    "chunked_prefill_size": 128, "max_total_tokens": 2048,
+    "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 8,
+    "chunked_prefill_size": 128, "max_total_tokens": 1024,
 }  # fmt: skip
 LONG = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
 SHORT = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
@@ -193,6 +194,7 @@ def test_a_sync_call_inside_a_running_event_loop(engine):
     assert first["output_ids"] == second["output_ids"]
 
 
+@pytest.mark.long
 def test_soak_leaves_no_page_and_no_memory_behind(tiny_models):
     """500 random requests with random aborts, on a pool that is too small for them."""
     options = {**OPTIONS, "max_total_tokens": 768, "max_running_requests": 8}

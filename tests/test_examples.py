@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from examples.demo_model import fetch
+from tests.pictures import file_of, noise, text_of
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -38,7 +39,7 @@ def run(name, *arguments):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_demo():
     printed = run("demo.py")
     assert "What is the capital of France?\nThe capital of France is Paris." in printed
@@ -49,6 +50,33 @@ def test_demo():
     assert streamed == eval(plain).replace("\n", " ")
     assert printed.count(plain) == 2
     assert re.search(r"\d\.\d tokens/s for a single request\n$", printed)
+
+
+@pytest.mark.slow
+def test_vlm(speaking_model, tmp_path):
+    path = tmp_path / "noise.png"
+    noise(40, 24).save(path)
+    options = ["--image", str(path), "--tokens", "4", "--question", "Who?"]
+    *answers, count = run("vlm.py", speaking_model, *options).splitlines()
+    names, texts = zip(*(answer.split(": ", 1) for answer in answers), strict=True)
+    assert names == ("chat", "text", "input_ids") and len(set(texts)) == 1 and eval(texts[0])
+    assert re.fullmatch(r"15 of (2|3|4)\d tokens are the image's", count)
+
+
+@pytest.mark.long
+def test_caption_images(speaking_model, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    for name, seed in (("b.png", 1), ("a.jpg", 2)):
+        noise(40, 24, seed=seed).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").touch()
+    arguments = ("caption_images.py", speaking_model, str(folder), str(out), "--tokens", "4")
+    printed = run(*arguments)
+    assert re.findall(r"^(\w+\.\w+): ", printed, re.MULTILINE) == ["a.jpg", "b.png", "broken.png"]
+    assert "broken.png: InvalidRequestError: " in printed and "1 of them failed" in printed
+    captions = printed.splitlines()[:3]
+    assert run(*arguments).splitlines()[:3] == captions  # nothing is left to do
 
 
 FIRST = [
@@ -65,7 +93,7 @@ LATER = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_offline_engine_api_prints_what_the_document_shows():
     layout = [f"{'=' * 31}\nPrompt: {prompt}\nGenerated text: \0\n" for prompt in FIRST]
     layout.append("\n=== Testing synchronous streaming generation with overlap removal ===\n\n")
@@ -84,7 +112,7 @@ def test_offline_engine_api_prints_what_the_document_shows():
     assert len(set(texts)) >= 9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_tasks():
     printed = run("many_tasks.py", "--tokens", "4")
     numbers = re.search(
@@ -97,7 +125,7 @@ def test_many_tasks():
     assert printed.startswith("'The number 0 is")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebook():
     printed = run("notebook.py")
     values = dict(
@@ -116,7 +144,7 @@ def test_notebook():
     assert [eval(value) for value in values.values()] == [text] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_finetune(tiny_models, tmp_path):
     model = tiny_models("llama")
     printed = run("finetune.py", "--model", model, "--out", str(tmp_path / "out"), "--steps", "60")
@@ -126,33 +154,53 @@ def test_finetune(tiny_models, tmp_path):
     assert (tmp_path / "out" / "jaxserve.json").exists()
 
 
+NOTEBOOKS = {
+    "tour.ipynb": [
+        "The capital of France is Paris",
+        "'The capital of France is Paris.'",
+        "tokens generated",
+    ],
+    "gallery.ipynb": [
+        "the probe is right about (9|10) of 10 new sentences",
+        r"-2\.0: ' a terrible",
+        r" 2\.0: ' a warm smile and",
+        "52 states, 138 classes of 49152 tokens",
+        "The first man walked on the moon on July 20, 1969",
+        r"target 3.0 bits, mean of the last 80 tokens (2.[5-9]|3.[0-4])",
+        r"bias 0.0: z = -?[0-3]\.",
+        r"bias 4.0: z = [12]\d",
+        "{'name': 'Anna', 'age': 34, 'city': 'Rome'}",
+    ],
+}
+"""What they say, among other things, as patterns."""
+
+
 @pytest.mark.long
-def test_the_tour_runs_as_a_notebook():
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs(name, monkeypatch):
     """In a kernel of its own. What cells print is what the demo model says."""
     import nbformat
     from nbclient import NotebookClient
 
     fetch()
-    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
     resources = {"metadata": {"path": str(EXAMPLES)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     said = "".join(
         output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs
     )
-    assert "The capital of France is Paris" in said
-    assert "'The capital of France is Paris.'" in said
-    assert "tokens generated" in said
+    assert not [pattern for pattern in NOTEBOOKS[name] if not re.search(pattern, said)]
     assert not any(output.output_type == "error" for output in outputs)
 
 
 class Server:
     """examples/custom_server.py as a process of its own, on a free port of this machine."""
 
-    def __init__(self):
-        fetch()
+    def __init__(self, *arguments):
         self.process = subprocess.Popen(
-            command("custom_server.py", "--port", "0"),
+            command("custom_server.py", "--port", "0", *arguments),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -210,6 +258,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server():
+    fetch()
     server = Server()
     yield server
     status = server.stop()
@@ -253,13 +302,50 @@ def test_server_answers_and_streams(server):
     assert [a["text"] for a in answers] == [answer["text"]] * 2
 
 
+def asked(url):
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    return {"messages": [{"role": "user", "content": parts}], "sampling_params": params}
+
+
+@pytest.mark.slow
+def test_server_chats(server):
+    page = server.client.get("/").raise_for_status()
+    assert page.headers["content-type"].startswith("text/html") and 'type="file"' in page.text
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"messages": [question], "sampling_params": ASK["sampling_params"]}
+    answer = server.client.post("/chat", json=body).raise_for_status().json()
+    assert answer["text"].startswith("The capital of France")
+    refused = server.client.post("/chat", json=asked("data:image/png;base64,AAAA"))
+    assert refused.status_code == 400 and "only 'text' is" in refused.json()["error"]
+
+
+@pytest.mark.long
+def test_server_chats_about_images(speaking_model, tmp_path):
+    server = Server("--model", speaking_model)
+    try:
+        content = file_of(noise(40, 24))
+        (tmp_path / "cat.png").write_bytes(content)
+        body = asked("data:image/png;base64," + text_of(content))
+        answer = server.client.post("/chat", json=body).raise_for_status().json()
+        assert answer["meta_info"]["image_tokens"] == 15 and answer["text"]
+        for url, option in (
+            (str(tmp_path / "cat.png"), "allowed_local_media_path=''"),
+            ("http://localhost:1/cat.png", "media_url_max_file_size_mb=0"),
+        ):
+            refused = server.client.post("/chat", json=asked(url))
+            assert refused.status_code == 400 and option in refused.json()["error"]
+    finally:
+        server.stop()
+
+
 BAD_BODIES = [
     (
         {"prompt": "x", "sampling_params": {"top_p": 1.5}},
         "top_p must be finite in float32 and in (0, 1]",
     ),
     ({"prompt": "x", "sampling_params": {"max_tokens": 5}}, "parameter 'max_tokens'"),
-    ({"prompt": "x", "sampling_params": {"regex": "a"}}, "'regex' is not yet supported"),
+    ({"prompt": "x", "sampling_params": {"regex": "("}}, "Invalid grammar request: regex='('"),
     ({"prompt": ["x", ""]}, "prompt 1 of the batch is empty"),
     ({"prompt": 5}, "prompt"),
     ({"prompt": "x", "stream": True}, "stream: Extra inputs are not permitted"),

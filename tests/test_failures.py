@@ -14,12 +14,14 @@ from jaxserve.inbox import Task
 from jaxserve.packing.batch import ExtendBatch
 from tests import inside
 from tests.faults import fail_at
+from tests.marks import long
 from tests.prompts import ids
 from tests.test_engine_hardening import LONG, PROMPT, SHORT, assert_works, in_thread
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
-    "context_length": 256, "max_running_requests": 16, "chunked_prefill_size": 128,
-    "max_total_tokens": 2048, "log_level": "critical",
+    "context_length": 256, "max_running_requests": 8, "chunked_prefill_size": 128,
+    "max_total_tokens": 1024, "log_level": "critical",
 }  # fmt: skip
 CHUNKED = [5 + i % 300 for i in range(200)]
 MANY = {"input_ids": [PROMPT, CHUNKED], "sampling_params": {**LONG, "max_new_tokens": 50, "n": 3}}
@@ -38,8 +40,14 @@ class FailingArray:
         raise RuntimeError("injected on the device")
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 12])
-@pytest.mark.parametrize("error", [OutOfPagesError, MemoryError])
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (error, number) if (error is MemoryError) == (number in (1, 7)) else long(error, number)
+        for error in (OutOfPagesError, MemoryError)
+        for number in (0, 1, 2, 3, 7, 12)
+    ],
+)
 def test_an_allocation_that_fails_is_recomputed(engine, monkeypatch, number, error):
     """Of a first prompt, of samples that share it, and of running sequences that grow."""
     expected = ids(engine.generate(**MANY))
@@ -57,12 +65,17 @@ def test_a_program_that_raises_with_its_arguments_donated_is_recomputed(engine, 
     programs, calls = runner.programs, []
 
     class Programs:
-        def __call__(self, key, *args):
-            made = programs(key, *args)
-            calls.append(key)
-            if len(calls) == 20:
-                raise RuntimeError("injected")
-            return made
+        def program(self, key):
+            real = programs.program(key)
+
+            def run(*args):
+                made = real(*args)
+                calls.append(key)
+                if len(calls) == 20:
+                    raise RuntimeError("injected")
+                return made
+
+            return run
 
         def __getattr__(self, name):
             return getattr(programs, name)
@@ -82,10 +95,15 @@ def test_any_array_of_a_step_may_fail(engine, monkeypatch, broken):
 
     def dispatch(prepared):
         result = real(prepared)
-        if not failed and len(getattr(result, broken)):
+        (part,), array = result.parts, FailingArray()
+        if broken == "prompt_payloads" and not result.prompt_payloads:
+            return result
+        if not failed:
             failed.append(result)
-            array = FailingArray()
-            return result._replace(**{broken: array if broken == "tokens" else {"logprobs": array}})
+            if broken == "prompt_payloads":
+                return result._replace(prompt_payloads={"logprobs": array})
+            value = array if broken == "tokens" else {"logprobs": array}
+            return result._replace(parts=(part._replace(**{broken: value}),))
         return result
 
     monkeypatch.setattr(runner, "dispatch", dispatch)
@@ -134,7 +152,8 @@ def test_a_prompt_that_always_fails_at_its_second_part_does_not_run_for_ever(eng
         result = real(prepared)
         batch = prepared.batch
         if isinstance(batch, ExtendBatch) and any(row.start for row in batch.rows):
-            return result._replace(tokens=FailingArray())
+            (part,) = result.parts
+            return result._replace(parts=(part._replace(tokens=FailingArray()),))
         return result
 
     monkeypatch.setattr(runner, "dispatch", dispatch)

@@ -124,9 +124,72 @@ def test_dtype(tmp_path, kind, expected):
 
 
 def test_unsupported_architecture_lists_the_supported(tmp_path):
-    path = write(tmp_path, "gemma3")
-    with pytest.raises(NotSupportedError, match=r"'gemma3'.*llama, qwen2, qwen3"):
+    path = write(tmp_path, "starcoder2")
+    with pytest.raises(NotSupportedError, match=r"'starcoder2'.*llama, cohere2, .*, smollm3"):
         read_config(str(path))
+
+
+class TestFamilies:
+    """What llama.cpp's converter writes for a family, and what it leaves out."""
+
+    def read(self, tmp_path, arch, metadata=None, **options):
+        pairs = {f"{arch}.{key}": value for key, value in (metadata or {}).items()}
+        return config_from_hf(read_config(str(write(tmp_path, arch, metadata=pairs, **options))))
+
+    def test_gemma2(self, tmp_path):
+        found = self.read(tmp_path, "gemma2", layers=3, head_dim=32)
+        assert found.windows == (4096, None, 4096)
+        assert (found.score_cap, found.logit_cap) == (50.0, 30.0)
+        assert (found.query_scale, found.embed_scale) == (32**-0.5, 8.0)
+        assert found.hidden_act == "gelu_pytorch_tanh"
+        caps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+        window = {"attention.sliding_window": 7}
+        found = self.read(tmp_path, "gemma2", caps | window, layers=46, hidden=80, head_dim=32)
+        assert (found.score_cap, found.logit_cap, found.windows[0]) == (20.0, 10.0, 7)
+        assert found.query_scale == 20**-0.5  # the 27B model's is that of D / N
+
+    def test_gemma3(self, tmp_path):
+        linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base": 1e6}
+        window = {"attention.sliding_window": 512}
+        found = self.read(tmp_path, "gemma3", linear | window, layers=7)
+        assert found.windows == (512,) * 5 + (None, 512)
+        assert found.qk_norm and found.score_cap is found.logit_cap is None
+        assert (found.rope.type, found.rope.factor, found.rope.theta) == ("linear", 8.0, 1e6)
+        assert (found.layer_ropes[5], found.layer_ropes[0].theta) == (found.rope, 1e4)
+        assert (found.layer_ropes[0].type, found.context_length) == ("default", 512)
+        pattern = {"attention.sliding_window_pattern": [False, True], "rope.freq_base_swa": 2e4}
+        found = self.read(tmp_path, "gemma3", window | pattern)
+        assert found.windows == (None, 512)
+        assert (found.layer_ropes[1].theta, self.read(tmp_path, "gemma3").window) == (2e4, None)
+
+    def test_granite(self, tmp_path):
+        found = self.read(tmp_path, "granite", {
+            "attention.scale": 0.0625, "embedding_scale": 12.0, "residual_scale": 0.25,
+            "logit_scale": 8.0,
+        })  # fmt: skip
+        assert (found.query_scale, found.embed_scale) == (0.0625, 12.0)
+        assert (found.residual_scale, found.logit_scale) == (0.25, 0.125)
+        found = self.read(tmp_path, "granite", head_dim=64)
+        assert (found.query_scale, found.residual_scale) == (0.125, 1.0)
+
+    def test_olmo2_and_3(self, tmp_path):
+        assert self.read(tmp_path, "olmo2").architecture == "Olmo2ForCausalLM"
+        scaling = {"type": "yarn", "factor": 8.0, "attn_factor": 1.25, "original_context_length": 9}
+        window = {"attention.sliding_window": 5, "rope.freq_base": 5e5}
+        window |= {f"rope.scaling.{key}": value for key, value in scaling.items()}
+        found = self.read(tmp_path, "olmo2", window, layers=4)
+        assert (found.architecture, found.windows) == ("Olmo3ForCausalLM", (5, 5, 5, None))
+        assert (found.rope.type, found.rope.attention_factor) == ("yarn", 1.25)
+        assert {(rope.type, rope.theta) for rope in found.layer_ropes[:3]} == {("default", 5e5)}
+
+    def test_smollm3(self, tmp_path):
+        found = self.read(tmp_path, "smollm3", layers=5)
+        assert [rope.partial for rope in found.layer_ropes] == [1, 1, 1, 0, 1]
+
+    @pytest.mark.parametrize("key", ["attention.scale", "logit_scale", "attn_logit_softcapping"])
+    def test_keys_of_other_families_are_refused(self, tmp_path, key):
+        with pytest.raises(NotSupportedError, match=f"gemma3.{key}=0.5 is not supported"):
+            self.read(tmp_path, "gemma3", {key: 0.5})
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def read_everything(path):
     gguf_tokenizer.build_tokenizer(str(path))
     source = gguf_weights.tensors(str(path))
     for name in source.names():
-        source.read(name)
+        gguf_files.read(source, name)
 
 
 def test_header_equals_the_gguf_packages_reader(model):

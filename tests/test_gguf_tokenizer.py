@@ -29,7 +29,7 @@ MESSAGES = [
 PRES = (
     "default", "gpt-2", "llama3", "llama-v3", "llama-bpe", "smaug-bpe", "qwen2",
     "deepseek-r1-qwen", "megrez", "smollm", "starcoder", "refact", "minerva-7b", "tekken",
-    "deepseek-llm", "deepseek-coder", "deepseek-v3",
+    "deepseek-llm", "deepseek-coder", "deepseek-v3", "dbrx", "glm4", "gpt-4o", "command-r",
 )  # fmt: skip
 
 
@@ -164,6 +164,10 @@ def test_every_known_family_loses_nothing(tmp_path, pre):
         ("qwen2", ["I", "'m", " ", "1", "2", "3", "4", " and", "  ", " 中文abc", "!?"]),
         ("smollm", ["I", "'m", " ", "1", "2", "3", "4", " and", "  ", " 中文abc", "!?"]),
         ("tekken", ["I", "'m", " ", "1", "2", "3", "4", " and", "  ", " 中文abc", "!?"]),
+        ("gpt-4o", ["I'm", " ", "123", "4", " and", "  ", " 中文abc", "!?"]),
+        ("command-r", ["I", "'m", " ", "1", "2", "3", "4", " and", "  ", " 中文abc", "!?"]),
+        ("glm4", ["I", "'m", " ", "123", "4", " and", "  ", " 中文abc", "!?"]),
+        ("dbrx", ["I", "'m", " ", "123", "4", " and", "  ", " 中文abc", "!?"]),
         ("deepseek-llm", ["I", "'", "m", " ", "1234", " and", "   ", "中文", "abc", "!?"]),
         (
             "deepseek-coder",

@@ -11,13 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.gguf import dequant
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+import converters
 from converters import gguf_weights
+from converters.gguf_families import ONE_PLUS
 from examples.demo_model import fetch
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from tests import gguf_files
 
 UNREADABLE = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
 PLAIN = ("F32", "F16", "BF16")
+OTHERS = ("qwen2", "qwen3", "gemma2", "granite", "olmo2", "smollm3")
+"""Architectures beside llama and gemma3, written with byte-level tokenizers."""
 
 
 def can(function, kind):
@@ -51,11 +55,11 @@ def assert_equals_transformers(path):
     assert set(source.names()) == set(theirs)
     for name in source.names():
         assert source.shape(name) == tuple(theirs[name].shape)
-        np.testing.assert_array_equal(source.read(name), theirs[name].numpy(), name)
+        np.testing.assert_array_equal(gguf_files.read(source, name), theirs[name].numpy(), name)
     source.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_equals_transformers_weight_for_weight():
     assert_equals_transformers(fetch())
 
@@ -69,7 +73,7 @@ def test_every_type_that_can_be_written(tmp_path, kind):
     source = gguf_weights.tensors(str(path))
     assert set(source.names()) == set(written)
     for name, value in written.items():
-        got = source.read(name)
+        got = gguf_files.read(source, name)
         assert got.shape == source.shape(name) == value.shape
         # Rows are quantized by themselves, so their order does not matter to the values.
         expected = value
@@ -92,7 +96,7 @@ def test_every_type_that_can_be_read(tmp_path, monkeypatch, kind):
     writer.add_head_count(1)
     writer.add_tensor("output.weight", raw, raw_dtype=kind)
     gguf_files.finish(writer)
-    got = gguf_weights.tensors(str(path)).read("lm_head.weight")
+    got = gguf_files.read(gguf_weights.tensors(str(path)), "lm_head.weight")
     assert got.shape == (10, 512)
     np.testing.assert_array_equal(got, gguf.dequantize(raw, kind))
     if kind in dequant.GGML_BLOCK:  # transformers' own implementation, in torch
@@ -118,7 +122,8 @@ def test_other_types_are_refused_at_opening(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("arch", "tokenizer"), [("llama", "llama"), ("qwen2", "gpt2"), ("qwen3", "gpt2")]
+    ("arch", "tokenizer"),
+    [("llama", "llama"), ("gemma3", "llama"), *((arch, "gpt2") for arch in OTHERS)],
 )
 def test_names_and_row_order_per_architecture(tmp_path, arch, tokenizer):
     path = tmp_path / "tiny.gguf"
@@ -127,13 +132,33 @@ def test_names_and_row_order_per_architecture(tmp_path, arch, tokenizer):
     source = gguf_weights.tensors(str(path))
     assert set(source.names()) == set(written)
     for name, value in written.items():
-        np.testing.assert_array_equal(source.read(name), value, name)
+        found = gguf_files.read(source, name)
+        if arch in ONE_PLUS and "norm" in name:  # what is used is kept, the sum
+            found, value = 1 + found, 1 + value
+        np.testing.assert_array_equal(found, value, name)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_norms_that_are_one_and_more(tmp_path):
+    """Without the 1 as tensors, and with it as parameters: bit for bit those of the file."""
+    path = tmp_path / "tiny.gguf"
+    written = gguf_files.write_model(path, "gemma2", layers=4)
+    params = converters.load(str(path), dtype="bfloat16").params
+    for ours, name in (
+        ("final_norm", "model.norm"),
+        ("layers.1.input_norm", "model.layers.1.input_layernorm"),
+        ("layers.1.post_norm", "model.layers.1.pre_feedforward_layernorm"),
+        ("layers.1.attn.out_norm", "model.layers.1.post_attention_layernorm"),
+        ("layers.1.mlp.out_norm", "model.layers.1.post_feedforward_layernorm"),
+    ):
+        found = params[f"{ours}.scale"]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(found), 1 + written[f"{name}.weight"], ours)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_tiny_models_equal_transformers(tmp_path, arch):
     path = tmp_path / "tiny.gguf"
-    gguf_files.write_model(path, arch)
+    gguf_files.write_model(path, arch, tied=arch in ONE_PLUS)
     assert_equals_transformers(path)
 
 
@@ -160,11 +185,11 @@ def test_plain_tensors_survive_close(tmp_path):
     path = tmp_path / "tiny.gguf"
     written = gguf_files.write_model(path)
     source = gguf_weights.tensors(str(path))
-    value = source.read("model.norm.weight")
+    value = gguf_files.read(source, "model.norm.weight")
     source.close()
     np.testing.assert_array_equal(value, written["model.norm.weight"])
     with pytest.raises(ModelLoadError, match="after close"):
-        source.read("model.norm.weight")
+        gguf_files.read(source, "model.norm.weight")
 
 
 def test_rows_that_do_not_fit_the_heads(tmp_path):
@@ -172,11 +197,11 @@ def test_rows_that_do_not_fit_the_heads(tmp_path):
     gguf_files.write_model(path, metadata={"llama.attention.head_count": 3})
     source = gguf_weights.tensors(str(path))
     with pytest.raises(ModelLoadError, match=r"attn_q\.weight .* 3 heads"):
-        source.read("model.layers.0.self_attn.q_proj.weight")
+        gguf_files.read(source, "model.layers.0.self_attn.q_proj.weight")
 
 
 def test_unsupported_architecture(tmp_path):
     path = tmp_path / "tiny.gguf"
-    gguf_files.write_model(path, "gemma3")
-    with pytest.raises(NotSupportedError, match="gemma3"):
+    gguf_files.write_model(path, "starcoder2")
+    with pytest.raises(NotSupportedError, match="starcoder2"):
         gguf_weights.tensors(str(path))

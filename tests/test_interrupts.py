@@ -13,6 +13,7 @@ import jaxserve
 from jaxserve.errors import InvalidRequestError
 from jaxserve.inbox import Inbox, Task
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 1024, "max_running_requests": 4,
     "chunked_prefill_size": 64, "max_total_tokens": 2048, "log_level": "critical",

@@ -22,6 +22,7 @@ from tests.kernels.support import (
     quiet,
     reference,
 )
+from tests.marks import long
 
 pytestmark = quiet
 interpreting = pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
@@ -43,7 +44,7 @@ def check(case, name, dtype, *, seed=0, interpret=False, **sizes):
     assert_close(got, want(*arrays, **case.options), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", long("bfloat16")])
 @pytest.mark.parametrize("case", cases.EDGES, **by_name)
 def test_xla(case, dtype):
     check(case, "xla", dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, paged_prefill
+from pallas_kernels.device import Device
+from pallas_kernels.paged_features import paged_features
 from pallas_kernels.paged_prefill import cases
 from pallas_kernels.paged_prefill.plan import plan_tiles, plan_work
 from tests.kernels.support import (
@@ -23,6 +27,7 @@ from tests.kernels.support import (
     implementation,
     interprets_mosaic,
     large_queries,
+    module,
     nan_keys_are_meant,
     needs_gpu,
     one_key_wins,
@@ -34,6 +39,7 @@ from tests.kernels.support import (
     second_layer,
     shape_list,
 )
+from tests.marks import long, long_but
 
 pytestmark = quiet
 EDGES = {case.name: case for case in cases.EDGES}
@@ -48,20 +54,24 @@ def check(case, name, dtype, *, seed=0, interpret=False, edit=None, **sizes):
         arrays = edit(arrays)
     run = implementation("paged_prefill", name, interpret=interpret, **sizes)
     call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
-    if refuses(name, case, dtype):
+    if refuses(name, case, dtype, head_dims=(64, 96, 128, 256)):
         with pytest.raises(NotImplementedError):
             call(*arrays)
         return
     placed, first_page = second_layer(arrays)
     poison(arrays[0].shape, arrays[0].dtype)
     live = case.live()
-    got = np.asarray(call(*placed, first_page=first_page))[live]
+    reach = case.reach()
+    got = np.asarray(call(*placed, first_page=first_page, reach=reach))[live]
     tolerance = FP8_TOLERANCE if case.fp8 and edit is not faint_keys else TOLERANCE
-    assert_close(got, want(*arrays, **case.options)[live], dtype, tolerance)
+    assert_close(got, want(*arrays, reach=reach, **case.options)[live], dtype, tolerance)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+RARE = ("blocks cap", "blocks fp8", "head dim 96", "head dim 256")
+
+
+@pytest.mark.parametrize("dtype", ["float32", long("bfloat16")])
+@pytest.mark.parametrize("case", long_but(cases.EDGES, *(EDGES.keys() - RARE)), **by_name)
 def test_xla(case, dtype):
     check(case, "xla", dtype)
 
@@ -77,8 +87,8 @@ def test_pages_before_the_window_are_not_read(case, name):
     sizes = {} if name == "xla" else {"rows": 32, "block": 32}
     run = implementation("paged_prefill", name, interpret=True, **sizes)
     rows = (starts, lens, prefixes)
-    arrays = map(jnp.asarray, (q, *changed, *rows))
-    got = np.asarray(run(*arrays, scale=case.head_dim**-0.5, **case.options))
+    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
+    got = np.asarray(call(q, *changed, *rows))
     live = case.live()
     assert_close(got[live], want(q, *cache, *rows, **case.options)[live], "float32")
 
@@ -88,7 +98,7 @@ def test_xla_block_sizes(tile, block):
     case = EDGES["smollm mixed"]
     arrays = case.inputs(1, jnp.float32)
     run = implementation("paged_prefill", "xla", interpret=False)
-    got = run(*map(jnp.asarray, arrays), scale=0.125, tile=tile, block=block)
+    got = jax.jit(functools.partial(run, scale=0.125, tile=tile, block=block))(*arrays)
     live = case.live()
     assert_close(np.asarray(got)[live], want(*arrays)[live], "float32")
 
@@ -111,6 +121,13 @@ def test_xla_block_sizes(tile, block):
         ("nothing to do", "bfloat16"),
         ("soft cap", "float32"),
         ("fp8", "bfloat16"),
+        ("blocks", "bfloat16"),
+        ("blocks window", "float32"),
+        long("head dim 96", "bfloat16"),
+        long("head dim 256", "bfloat16"),
+        long("blocks", "float32"),
+        long("blocks cap", "float16"),
+        long("blocks fp8", "bfloat16"),
     ],
 )
 def test_triton_interpreted(case, dtype):
@@ -157,17 +174,25 @@ def test_extreme_numbers_on_fp8_pages_on_device(edit):
     [
         ("two warpgroups", "bfloat16", {"block": 64, "stages": 2, "programs": 2}),
         ("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
-        ("smollm mixed", "bfloat16", {"block": 64, "stages": 3}),
+        long("smollm mixed", "bfloat16", {"block": 64, "stages": 3}),
         ("group of 8", "float16", {"programs": 1}),
         ("page boundaries", "bfloat16", {"programs": 2}),
         ("page boundaries", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 1}),
         ("qwen-0.5b", "bfloat16", {"packed": 7, "programs": 2}),
-        ("window", "bfloat16", {"block": 64, "programs": 2}),
+        long("window", "bfloat16", {"block": 64, "programs": 2}),
         ("causal edges", "bfloat16", {"block": 64, "programs": 2}),
         ("window edges", "bfloat16", {"block": 64, "programs": 1}),
         ("many short", "bfloat16", {"block": 64, "stages": 3, "programs": 3}),
-        ("many short", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
+        long("many short", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
         ("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
+        long("blocks", "bfloat16", {"block": 64, "programs": 2}),
+        long("blocks", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 3}),
+        long("blocks window", "bfloat16", {"block": 64, "packed": 3, "programs": 2}),
+        long("blocks cap", "bfloat16", {"programs": 1}),
+        long("head dim 96", "bfloat16", {"block": 64, "packed": 1, "programs": 2}),
+        ("head dim 256", "bfloat16", {"block": 64, "queries": 1, "programs": 1}),
+        long("head dim 256", "bfloat16", {"block": 64, "queries": 1, "turns": 0, "programs": 3}),
+        long("smollm mixed", "bfloat16", {"block": 64, "queries": 1, "programs": 2}),
         ("nothing to do", "bfloat16", {}),
         ("head dim 80", "bfloat16", {}),
         ("smollm mixed", "float32", {}),
@@ -181,7 +206,7 @@ def test_mosaic_interpreted(case, dtype, sizes):
 def test_mosaic_refuses_sizes_that_do_not_fit():
     case = EDGES["qwen-0.5b"]
     arrays = case.inputs(0, jnp.bfloat16)
-    for sizes in ({"packed": 2}, {"stages": 1}, {"block": 32}, {"stages": 9}):
+    for sizes in ({"packed": 2}, {"stages": 1}, {"block": 32}, {"stages": 9}, {"queries": 12}):
         run = implementation("paged_prefill", "mosaic_sm90", interpret=False, **sizes)
         with pytest.raises(NotImplementedError):
             run(*map(jnp.asarray, arrays), scale=0.1)
@@ -207,11 +232,38 @@ def test_work_is_every_tile_heaviest_first():
         assert (np.diff(blocks) <= 0).all()
 
 
+@pytest.mark.parametrize(("head_dim", "sizes"), [(128, (128, 64, 4, 3)), (256, (64, 32, 8, 3))])
+def test_wide_heads_do_not_take_sizes_measured_with_others(head_dim, sizes):
+    hopper = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
+    q = jax.ShapeDtypeStruct((512, 8, head_dim), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((64, 64, 4, head_dim), jnp.bfloat16)
+    features = {"tokens": 512, **paged_features(q, pages)}
+    found = module("paged_prefill", "triton").default_sizes(hopper, features)
+    assert dataclasses.astuple(found) == sizes
+
+
+def test_work_of_blocks_knows_their_ends():
+    case = cases.Case("", 1, 1, 64, 16, (70, 0, 20), (5, 9, 40), blocks=((0, 10, 45), (2, 0, 9)))
+    starts, lens, prefixes = (jnp.asarray(x) for x in case.inputs(0, np.float32)[-3:])
+    reach = case.reach()
+    work, used = plan_work(
+        starts, lens, prefixes, 96, tile=16, block=8, window=None, reach=jnp.asarray(reach)
+    )
+    work = np.asarray(work)[: int(used[0])]
+    for row, left, _, _, least, greatest in work:
+        of_tile = reach[row : row + min(left, 16)]
+        assert (least, greatest) == (of_tile.min(), of_tile.max())
+    assert len(work) == 7
+    assert (np.diff(work[:, 5] // 8) <= 0).all()
+
+
 def test_plan_covers_every_token_once():
     rng = np.random.default_rng(0)
+    planned = jax.jit(plan_tiles, static_argnums=(1, 2))
     for _ in range(20):
+        # any number of tokens, of few sizes that are compiled
         lens = rng.integers(0, 50, 5).astype(np.int32)
-        sequence, offset = map(np.asarray, plan_tiles(jnp.asarray(lens), int(lens.sum()), 16))
+        sequence, offset = map(np.asarray, planned(lens, -(-int(lens.sum()) // 100) * 100, 16))
         used = [(s, o) for s, o in zip(sequence, offset, strict=True) if s >= 0]
         assert used == [(s, o) for s in range(5) for o in range(0, lens[s], 16)]
         assert (sequence[len(used) :] == -1).all()
@@ -227,10 +279,16 @@ MODELS = {
     "qwen2.5-0.5b": (14, 2, 64, 64),
     "smollm": (9, 3, 64, 16),
 }
+OTHER_HEADS = {
+    "phi-3-mini": (32, 32, 96, 64),
+    "gemma-3-4b": (8, 4, 256, 64),
+    "gemma-2-9b": (16, 8, 256, 16),
+}
 
 
-@pytest.mark.parametrize("window", [None, 1024])
-@pytest.mark.parametrize("tokens", [64, 2048])
+@pytest.mark.parametrize(
+    ("tokens", "window"), [(2048, None), (64, 1024), long(64, None), long(2048, 1024)]
+)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
 def test_lowers_for_cuda(name, model, tokens, window):
@@ -289,6 +347,51 @@ def test_cap_and_fp8_lower_for_cuda(model):
                 assert "custom_call" in compat.lower_for_cuda(run, *shapes)
 
 
+def reach_shapes(heads, kv_heads, head_dim, page_size):
+    """Arguments of an implementation up to the last one, reach."""
+    pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
+    ints = [(shape, jnp.int32) for shape in ((16, 128), (16,), (16,), (16,), (1,), (512,))]
+    return shape_list([((512, heads, head_dim), jnp.bfloat16), pages, pages, *ints])
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "window"),
+    [
+        ("triton", "smollm", 100),
+        ("mosaic_sm90", "llama-3.1-8b", 100),
+        ("xla", "qwen2.5-0.5b", None),
+        *(long(*case) for case in itertools.product(("triton", "mosaic_sm90"), MODELS, (40, None))),
+    ],
+)
+def test_reach_lowers_for_cuda(name, model, window):
+    """With one operand more, of the tokens or of the tiles' rows; without, nothing of it."""
+    shapes = reach_shapes(*MODELS[model])
+    run = implementation("paged_prefill", name, interpret=False)
+    run = functools.partial(run, scale=0.1, window=window)
+    texts = [compat.lower_for_cuda(run, *arguments) for arguments in (shapes[:-1], shapes)]
+    operands = {"triton": 10, "mosaic_sm90": 7, "xla": None}[name]
+    for more, text in enumerate(texts):
+        calls = re.findall(r"custom_call @[^(]+\(([^)]*)\)", text)
+        assert [1 + call.count(",") for call in calls] == ([operands + more] if operands else [])
+    assert ("tensor<512xi32>" in texts[0], "tensor<512xi32>" in texts[1]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("mosaic_sm90", "phi-3-mini"),
+        ("mosaic_sm90", "gemma-3-4b"),
+        long("mosaic_sm90", "gemma-2-9b"),
+        *(long("triton", model) for model in OTHER_HEADS),
+    ],
+)
+def test_other_head_dims_lower_for_cuda(name, model):
+    shapes = reach_shapes(*OTHER_HEADS[model])
+    run = implementation("paged_prefill", name, interpret=False)
+    run = functools.partial(run, scale=0.1, window=300, soft_cap=50.0)
+    assert "custom_call" in compat.lower_for_cuda(run, *shapes)
+
+
 @pytest.mark.parametrize("sizes", MOSAIC_SIZES, ids=str)
 def test_every_mosaic_schedule_lowers_for_cuda(sizes):
     q, pages, row = ((512, 32, 128), jnp.bfloat16), ((64, 64, 8, 128), jnp.bfloat16), (4,)
@@ -309,6 +412,7 @@ F8_PAGES = np.zeros((3, 16, 2, 64), jnp.float8_e4m3fn)
         ({"prefix_lens": np.zeros(2, np.float32)}, "prefix_lens"),
         ({"window": -1}, "window=-1"),
         ({"soft_cap": 0.0}, "soft_cap=0.0"),
+        ({"reach": np.zeros(2, np.int32)}, r"reach is int32\[2\]: expected int32\[16\]"),
         ({"k_pages": F8_PAGES}, "v_pages has dtype float32"),
         ({"k_pages": F8_PAGES}, "v_pages has dtype float32"),
     ],
@@ -325,15 +429,21 @@ def test_mistakes_are_named(change, message):
         paged_prefill(**{**arguments, **change})
 
 
-def check_cuts(name, dtype, group, window, *, interpret=False):
+BLOCKS = (range(10, 100), range(130, 256), range(256, 300), range(384, 430))
+
+
+def check_cuts(name, dtype, group, window, blocks=(), *, interpret=False):
     """A sequence of 430 tokens whole, and cut at 128, 256 or both, behind another sequence: every
-    token is bitwise the same."""
+    token is bitwise the same. blocks: of tokens that see each other."""
     page_size, kv_heads, head_dim, tokens, length = 64, 2, 64, 512, 430
     keys = jax.random.split(jax.random.key(group), 3)
     pages = (24, page_size, kv_heads, head_dim)
     k_pages, v_pages = (jax.random.normal(key, pages, jnp.dtype(dtype)) for key in keys[:2])
     q = np.asarray(jax.random.normal(keys[2], (length, kv_heads * group, head_dim), k_pages.dtype))
     table = np.stack([np.arange(8), np.arange(8, 16)]).astype(np.int32)
+    ends = np.arange(length, dtype=np.int32)
+    for block in blocks:
+        ends[block] = block.stop - 1
     run = implementation("paged_prefill", name, interpret=interpret)
     call = jax.jit(functools.partial(run, scale=0.125, window=window, fixed_tiles=True))
 
@@ -345,11 +455,16 @@ def check_cuts(name, dtype, group, window, *, interpret=False):
         starts, lens, prefixes = (
             np.array(x, np.int32) for x in ([0, beside], [beside, stop - start], [7, start])
         )
-        out = call(packed, k_pages, v_pages, table, starts, lens, prefixes)
+        reach = None
+        if blocks:
+            reach = np.full(tokens, -1, np.int32)
+            reach[:beside] = 7 + np.arange(beside)
+            reach[beside : beside + stop - start] = ends[start:stop]
+        out = call(packed, k_pages, v_pages, table, starts, lens, prefixes, reach=reach)
         return np.asarray(out)[beside : beside + stop - start]
 
     whole = attend(0, length, 0)
-    for cuts in ((128,), (256,), (128, 384)):
+    for cuts in ((128,), (256,), (128, 384))[-1 if interpret else 0 :]:
         edges = (0, *cuts, length)
         parts = [attend(a, b, 40) for a, b in itertools.pairwise(edges)]
         assert np.concatenate(parts).tobytes() == whole.tobytes(), cuts
@@ -358,22 +473,28 @@ def check_cuts(name, dtype, group, window, *, interpret=False):
 CUTS = pytest.mark.parametrize(("group", "window"), [(2, None), (3, None), (7, 100), (1, 200)])
 
 
-@CUTS
-def test_cuts_at_fixed_tiles_change_no_bit(group, window):
-    check_cuts("xla", "float32", group, window)
+@pytest.mark.parametrize(
+    ("group", "window", "blocks"),
+    [(3, None, ()), (7, 100, ()), long(2, None, ()), long(1, 200, ()), long(2, 100, BLOCKS)],
+)
+def test_cuts_at_fixed_tiles_change_no_bit(group, window, blocks):
+    check_cuts("xla", "float32", group, window, blocks)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize(("group", "window"), [(3, None), (7, 100)])
-def test_cuts_at_fixed_tiles_change_no_bit_in_triton_interpreted(group, window):
-    check_cuts("triton", "float32", group, window, interpret=True)
+@pytest.mark.parametrize(
+    ("group", "window", "blocks"), [(3, None, ()), (7, 100, ()), long(2, 100, BLOCKS)]
+)
+def test_cuts_at_fixed_tiles_change_no_bit_in_triton_interpreted(group, window, blocks):
+    check_cuts("triton", "float32", group, window, blocks, interpret=True)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @interprets_mosaic
 @nan_keys_are_meant
-def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted():
-    check_cuts("mosaic_sm90", "bfloat16", 2, 100, interpret=True)
+@pytest.mark.parametrize("blocks", [(), long(BLOCKS)])
+def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted(blocks):
+    check_cuts("mosaic_sm90", "bfloat16", 2, 100, blocks, interpret=True)
 
 
 @pytest.mark.gpu
@@ -383,8 +504,9 @@ def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted():
     ("name", "dtype"),
     [("mosaic_sm90", "bfloat16"), ("triton", "bfloat16"), ("triton", "float32")],
 )
-def test_cuts_at_fixed_tiles_change_no_bit_on_device(name, dtype, group, window):
-    check_cuts(name, dtype, group, window)
+@pytest.mark.parametrize("blocks", [(), BLOCKS])
+def test_cuts_at_fixed_tiles_change_no_bit_on_device(name, dtype, group, window, blocks):
+    check_cuts(name, dtype, group, window, blocks)
 
 
 @pytest.mark.gpu
@@ -426,7 +548,9 @@ def test_other_dtypes_on_device(name, case, dtype):
 @pytest.mark.parametrize("case", cases.LARGE, **by_name)
 def test_default_order_on_device(case):
     arrays = case.inputs(7, jnp.bfloat16)
-    got = jax.jit(functools.partial(paged_prefill, **case.options))(*arrays)
+    reach = case.reach()
+    got = jax.jit(functools.partial(paged_prefill, **case.options))(*arrays, reach=reach)
     live = case.live()
     tolerance = FP8_TOLERANCE if case.fp8 else TOLERANCE
-    assert_close(np.asarray(got)[live], want(*arrays, **case.options)[live], "bfloat16", tolerance)
+    expected = want(*arrays, reach=reach, **case.options)[live]
+    assert_close(np.asarray(got)[live], expected, "bfloat16", tolerance)

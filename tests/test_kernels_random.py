@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import jax
 import numpy as np
 import pytest
@@ -53,3 +55,53 @@ def test_prefill(q_lens, prefix_lens, seed):
     got = np.asarray(_prefill(*arrays, implementation="xla"))[live]
     assert_close(got, prefill_reference(*arrays)[live], "float32")
     assert _prefill._cache_size() == 1
+
+
+def _xla_prefill(*arrays, **options):
+    return paged_prefill(*arrays, **options, implementation="xla")
+
+
+_prefill_of_blocks = jax.jit(_xla_prefill, static_argnames="window")
+
+
+@st.composite
+def rows_of_blocks(draw) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
+    """Tokens of four rows, and blocks in them: each row is text and blocks in turn."""
+    lens, blocks = [], []
+    for row in range(4):
+        parts = draw(st.lists(st.integers(0, 40), max_size=5))
+        ends = np.minimum(np.cumsum([0, *parts]), 70).tolist()
+        blocks += [(row, a, b - a) for a, b in list(pairwise(ends))[draw(st.booleans()) :: 2]]
+        lens.append(ends[-1])
+    return tuple(lens), tuple(blocks)
+
+
+@pytest.mark.parametrize("window", [None, pytest.param(16, marks=pytest.mark.long)])
+@given(
+    rows=rows_of_blocks(),
+    prefix_lens=st.lists(st.integers(0, 90), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_prefill_of_blocks(rows, prefix_lens, seed, window):
+    q_lens, blocks = rows
+    packed = sum(-(-count // 8) * 8 for count in q_lens)
+    case = prefill_cases.Case(
+        "random",
+        6,
+        2,
+        64,
+        16,
+        q_lens,
+        tuple(prefix_lens),
+        tail=288 - packed,
+        width=11,
+        window=window,
+        blocks=blocks,
+    )
+    q, k_pages, v_pages, *rest = case.inputs(seed, np.float32)
+    arrays = (q, padded(k_pages, 48), padded(v_pages, 48), *rest)
+    live, reach = case.live(), case.reach()
+    got = np.asarray(_prefill_of_blocks(*arrays, reach=reach, window=window))[live]
+    expected = prefill_reference(*arrays, reach=reach, window=window)[live]
+    assert_close(got, expected, "float32")

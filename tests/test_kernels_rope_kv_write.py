@@ -24,10 +24,20 @@ from tests.kernels.support import (
     reference,
     shape_list,
 )
+from tests.marks import long
 
 pytestmark = quiet
 EDGES = {case.name: case for case in cases.EDGES}
 by_name = {"ids": lambda case: case.name}
+ELSEWHERE = (
+    "llama-8b", "qwen-0.5b", "qwen3-8b", "smollm", "odd page size", "one token", "fp8",
+    "head dim 256",
+)  # fmt: skip
+INTERPRETED = [
+    # with other tiles most of them are always interpreted
+    long(case) if case.name in ELSEWHERE else case
+    for case in cases.EDGES
+]
 want = reference("rope_kv_write")
 # largest error of a row (one token, one head) relative to its norm: numbers next to a rounding
 # boundary may fall to the other side, and angles are float32
@@ -76,14 +86,28 @@ def bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", long("float16"), "bfloat16"])
 @pytest.mark.parametrize("case", cases.EDGES, **by_name)
 def test_xla(case, dtype):
     check(case, "xla", dtype)
 
 
+TILES = {
+    "llama-8b": (1, 1),
+    "fp8, norm, head dim 80": (2, 8),
+    "smollm": (8, 4),
+    "qwen3-8b": (16, 3),
+}
+"""Of each case, the tile without which no change is made."""
+TILED = [
+    (case, *tile) if TILES[case] == tile else long(case, *tile)
+    for case in TILES
+    for tile in TILES.values()
+]
+
+
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+@pytest.mark.parametrize("case", INTERPRETED, **by_name)
 def test_triton_interpreted(case):
     check(
         case,
@@ -97,8 +121,7 @@ def test_triton_interpreted(case):
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (2, 8), (8, 4), (16, 3)])
-@pytest.mark.parametrize("case", ["llama-8b", "qwen3-8b", "smollm", "fp8, norm, head dim 80"])
+@pytest.mark.parametrize(("case", "tokens", "heads"), TILED)
 def test_triton_tiles_interpreted(case, tokens, heads):
     check(EDGES[case], "triton", "bfloat16", interpret=True, tokens=tokens, heads=heads)
 
@@ -228,7 +251,7 @@ def test_lowers_for_cuda(model, tokens, pages):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("head_dim", [2, 80, 96, 256])
+@pytest.mark.parametrize("head_dim", [long(2), 80, long(96), 256])
 def test_other_dtypes_and_head_dims_lower_for_cuda(head_dim, dtype):
     for pages in (jnp.dtype(dtype), FP8):
         for tokens in (1, 1000):

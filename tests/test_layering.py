@@ -23,7 +23,7 @@ NO_JAX = [
     "jaxserve/cache/radix.py", "jaxserve/cache/prefix.py", "jaxserve/cache/window.py",
     "jaxserve/cache/keys.py", "jaxserve/cache/host.py", "jaxserve/packing",
     "jaxserve/sampler/fields.py", "jaxserve/text", "jaxserve/output",
-    "jaxserve/batch",
+    "jaxserve/batch", "jaxserve/grammars", "jaxserve/media", "jaxserve/automata",
 ]  # fmt: skip
 
 
@@ -68,6 +68,15 @@ def test_host_side_imports_no_jax_anywhere_on_its_way():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+def test_a_start_imports_no_kernels():
+    """Half a second that a start from stored programs need not take."""
+    program = (
+        "import sys, converters, jaxserve.loop;"
+        "assert not {'jax.experimental.pallas', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("path", files(*NO_JAX), ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_jax(path):
     assert not roots(path) & {"jax", "jaxlib", "flax", "torch"}
@@ -89,9 +98,8 @@ def test_converters_know_only_model_declarations(path):
 @pytest.mark.parametrize("path", files("jaxserve/models"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_models_are_only_mathematics(path):
     ours = {name for name in imports(path) if name.startswith("jaxserve.")}
-    assert all(
-        name.startswith(("jaxserve.models", "jaxserve.errors", "jaxserve.shown")) for name in ours
-    ), ours
+    known = ("jaxserve.models", "jaxserve.errors", "jaxserve.shown", "jaxserve.media.picture")
+    assert all(name.startswith(known) for name in ours), ours
     assert not roots(path) & {"converters", "pallas_kernels"}
 
 

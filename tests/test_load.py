@@ -7,14 +7,16 @@ import pytest
 from benchmarks.load_faults import STEP_KINDS, TEXT_KINDS
 from benchmarks.load_test import MIB, Load, run
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize(
     "options",
     [
         {"max_total_tokens": 1024},
-        pytest.param({"num_continuous_decode_steps": 4}, marks=pytest.mark.long),
-        pytest.param({"disable_overlap_schedule": True}, marks=pytest.mark.long),
-        pytest.param({"chunked_prefill_size": 64}, marks=pytest.mark.long),
+        {"num_continuous_decode_steps": 4},
+        {"disable_overlap_schedule": True},
+        {"chunked_prefill_size": 64},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -32,7 +34,6 @@ def test_failures_cost_what_they_may_and_nothing_is_left(tiny_models, options):
     assert outcomes["of these aborted"] > 0
 
 
-@pytest.mark.long
 def test_20000_requests_leave_no_memory_behind(tiny_models):
     result = run(tiny_models("llama"), Load())
     assert result["violations"] == []

@@ -13,10 +13,11 @@ from jaxserve.packing.layout import ExtendLayout
 from jaxserve.packing.pack import pack_extend
 from jaxserve.packing.sequence import Sequence
 from jaxserve.packing.slots import Slots
+from tests.marks import long
 from tests.prompts import text
 from tests.test_scheduler import make_request
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "max_running_requests": 4, "chunked_prefill_size": 128,
     "dtype": "float32", "precompile": False, "page_size": 16,
@@ -38,26 +39,26 @@ def results(model, prompts, params, **options):
     return [r["output_ids"] for r in found], retractions, info
 
 
-@pytest.mark.parametrize("radix", [True, False])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("radix", "steps"), [(True, 1), (False, 4), long(True, 4), long(False, 1)])
 def test_a_window_generates_more_than_the_pool_holds(tiny_models, radix, steps):
     model = tiny_models("mistral", sliding_window=64, max_position_embeddings=4096)
-    params = {"temperature": 0.8, "sampling_seed": 3, "max_new_tokens": 700, "ignore_eos": True}
+    params = {"temperature": 0.8, "sampling_seed": 3, "max_new_tokens": 400, "ignore_eos": True}
     options = {"disable_radix_cache": not radix, "num_continuous_decode_steps": steps}
     prompts = [text(i, 30 + i) for i in range(2)]
     plain, _, _ = results(model, prompts, params, max_total_tokens=8192)
     tight, retractions, info = results(model, prompts, params, max_total_tokens=256, **options)
     assert info["max_total_num_tokens"] == 256 and retractions == 0
-    assert tight == plain and [len(ids) for ids in tight] == [700] * 2
+    assert tight == plain and [len(ids) for ids in tight] == [400] * 2
 
 
+@pytest.mark.long
 def test_a_windowed_prompt_may_be_longer_than_the_pool(tiny_models):
     """Three of them, with samples, contend for a ring of pages each."""
     model = tiny_models("mistral", sliding_window=64, max_position_embeddings=4096)
     params = {"temperature": 0.8, "sampling_seed": 3, "max_new_tokens": 80, "n": 2}
     prompts = [text(i, 500 + 40 * i) for i in range(3)]
     plain, _, _ = results(model, prompts, params, max_total_tokens=8192)
-    tight, _, _ = results(model, prompts, params, max_total_tokens=320)
+    tight, _, _ = results(model, prompts, params, max_total_tokens=256)
     assert tight == plain
 
 
@@ -75,6 +76,7 @@ def test_layers_without_a_window_keep_everything(tiny_models):
     assert len(result["output_ids"]) == 256 - 30
 
 
+@pytest.mark.long
 def test_the_whole_of_131072_tokens(tiny_models):
     """A prompt that is too long is cut to the context, and runs in 2,048 columns of the table."""
     model = tiny_models("mistral", sliding_window=128, **TINY)

@@ -28,7 +28,7 @@ def test_the_numbers_of_an_h100(kind, caplog):
     caplog.set_level("DEBUG", logger="jaxserve")
     found = machine_of("gpu", kind)
     assert not caplog.records
-    assert found.dispatch == Dispatch(1.2e-3, 3.0e12, 4)
+    assert found.dispatch == Dispatch(1.2e-3, 0.8e-3, 3.0e12, 4)
     assert found.pacing == Pacing(1.3, 16384, None, 24, True)
     assert found.pacing.wave(32) == 512
     assert found.crossovers == Crossovers(64, 2048, 20 << 20, 16)

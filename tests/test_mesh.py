@@ -78,7 +78,7 @@ print(json.dumps({"third": third, "first": first, "stored": kept}, default=str))
 @pytest.fixture(scope="module")
 def placed(tiny_models):
     """What an engine on the fourth of eight devices does, and one on the first."""
-    printed = on_cpu_devices(8, "-c", PLACED, tiny_models("llama"))
+    printed = on_cpu_devices(8, "-c", PLACED, tiny_models("llama", num_hidden_layers=1))
     return json.loads(printed.splitlines()[-1])
 
 

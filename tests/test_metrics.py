@@ -20,6 +20,7 @@ from jaxserve.output.stats import BOUNDS, LATENCIES
 from tests import inside
 from tests.api_fakes import Fakes, byte_level_tokenizer, loop_of
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 8,
     "chunked_prefill_size": 128, "max_total_tokens": 1024, "page_size": 16,
@@ -102,26 +103,23 @@ def test_latencies_are_those_of_the_results(engine):
     assert set(engine.get_server_info()["latencies"]) == set(LATENCIES)
 
 
-def test_retractions_aborts_and_what_still_runs(tiny_models):
-    """A pool for about two of six requests: the counters are the sums of the results' own."""
-    options = {**OPTIONS, "max_total_tokens": 256}
-    with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
-        results = engine.generate(input_ids=PROMPTS[:1] * 6, sampling_params=LONG)
-        retracted = sum(result["meta_info"]["num_retractions"] for result in results)
-        assert engine.get_server_info()["retractions"] == retracted > 0
-        stream = engine.generate(
-            input_ids=PROMPTS[0], sampling_params={**LONG, "max_new_tokens": 200}, stream=True
-        )
-        next(stream)
-        info = engine.get_server_info()
-        assert (info["num_running"], info["prompt_tokens"]) == (1, 7 * LENGTHS[0])
-        assert 0 < info["num_used_pages"] == round(info["token_usage"] * info["num_pages"])
-        stream.close()
-        info = engine.get_server_info()
-        assert info["finished_requests"] == {"stop": 0, "length": 6, "abort": 1, "error": 0}
-        assert info["latencies"]["e2e_latency"]["counts"] != [0] * (len(BOUNDS) + 1)
-        assert sum(info["latencies"]["e2e_latency"]["counts"]) == 6
-        assert samples(engine.metrics)["retractions_total",] == retracted
+def test_retractions_aborts_and_what_still_runs(engine):
+    """A pool for about four of eight requests: the counters are the sums of the results' own."""
+    longest = {**LONG, "max_new_tokens": 240}
+    results = engine.generate(input_ids=PROMPTS[:1] * 8, sampling_params=longest)
+    retracted = sum(result["meta_info"]["num_retractions"] for result in results)
+    assert engine.get_server_info()["retractions"] == retracted > 0
+    stream = engine.generate(input_ids=PROMPTS[0], sampling_params=longest, stream=True)
+    next(stream)
+    info = engine.get_server_info()
+    assert (info["num_running"], info["prompt_tokens"]) == (1, 9 * LENGTHS[0])
+    assert 0 < info["num_used_pages"] == round(info["token_usage"] * info["num_pages"])
+    stream.close()
+    info = engine.get_server_info()
+    assert info["finished_requests"] == {"stop": 0, "length": 8, "abort": 1, "error": 0}
+    assert info["latencies"]["e2e_latency"]["counts"] != [0] * (len(BOUNDS) + 1)
+    assert sum(info["latencies"]["e2e_latency"]["counts"]) == 8
+    assert samples(engine.metrics)["retractions_total",] == retracted
 
 
 def test_queued_requests_count_as_such(engine):

@@ -11,9 +11,10 @@ import random
 import pytest
 
 import jaxserve
+from tests.marks import long_but
 from tests.test_engine_parity import OPTIONS, prompts
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 STREAMED = {
     **OPTIONS, "skip_tokenizer_init": False, "chunked_prefill_size": 512,
     "enable_mixed_chunk": True, "max_prefill_tokens": 512,
@@ -115,9 +116,9 @@ def plain(folder):
     return results
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_riding_does_not_change_results(folder, plain, variant):
-    with jaxserve.Engine(model_path=folder, **{**STREAMED, **variant}) as engine:
+@pytest.mark.parametrize("name", long_but(VARIANTS, "overlap", "no-overlap"))
+def test_riding_does_not_change_results(folder, plain, name):
+    with jaxserve.Engine(model_path=folder, **{**STREAMED, **VARIANTS[name]}) as engine:
         results = asyncio.run(streamed(engine, jobs()))
         info = engine.get_server_info()
     for found, expected in zip(results, plain, strict=True):
@@ -129,7 +130,7 @@ def test_riding_does_not_change_results(folder, plain, variant):
     # every token kept is counted, whatever step it came from
     samples = [result for found in results for result in found]
     assert info["generated_tokens"] == sum(len(result["output_ids"]) for result in samples)
-    if variant == VARIANTS["retraction"]:
+    if name == "retraction":
         assert sum(result["meta_info"]["num_retractions"] for result in samples) > 0
 
 
@@ -145,6 +146,7 @@ def test_without_riding_decode_steps_come_between(folder, plain):
     assert info["extend_steps"] > len(results)  # 128 tokens at a time
 
 
+@pytest.mark.long
 def test_aborts_while_tokens_ride(folder):
     """A third of 80 streams are left early, on a pool that is too small for all of them."""
     random_ = random.Random(3)

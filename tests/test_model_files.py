@@ -298,10 +298,10 @@ class TestFilesThatChange:
         path = tmp_path / "x.safetensors"
         path.write_bytes((made / "hf" / "model.safetensors").read_bytes())
         source = SafetensorsSource(tmp_path)
-        source.read("model.norm.weight")
+        source.tensor("model.norm.weight").read()
         os.utime(path, (1, 1))
         with pytest.raises(ModelLoadError, match=r"x\.safetensors: changed while it was read"):
-            source.read("model.norm.weight")
+            source.tensor("model.norm.weight").read()
         source.close()
 
     @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ class TestWrongTypes:
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
         if (key, value) == ("dtype", "x"):
             with pytest.raises(ModelLoadError, match="dtype x; supported"):
-                SafetensorsSource(tmp_path).read("model.norm.weight")
+                SafetensorsSource(tmp_path).tensor("model.norm.weight").read()
         else:
             refused(tmp_path, "x.safetensors", "model.norm.weight", key, load=open_tensors)
 
@@ -566,7 +566,7 @@ class TestWrongTypes:
 def open_tensors(path: str) -> None:
     source = SafetensorsSource(Path(path))
     for name in source.names():
-        source.read(name)
+        source.tensor(name).read()
 
 
 class TestStoredArray:
@@ -584,11 +584,12 @@ class TestStoredArray:
             out = wide[..., : (shape or (1,))[0]].T if shape else np.zeros((), np.float32)
             stored.read_into(out)
             np.testing.assert_array_equal(out, values.astype(np.float32))
-            for index in ([slice(1, 5)], [slice(None), slice(1, 3)], [slice(0, 2), slice(2, None)]):
-                if len(index) <= len(shape):
-                    part = np.empty_like(values[tuple(index)])
-                    stored.read_into(part, tuple(index))
-                    np.testing.assert_array_equal(part, values[tuple(index)])
+            if shape:
+                part = np.empty_like(values[1:5])
+                stored.read_into(part, 1)
+                np.testing.assert_array_equal(part, values[1:5])
+                blocks = [block.copy() for block in stored.blocks()]
+                np.testing.assert_array_equal(np.concatenate([values[:0], *blocks]), values)
 
     def test_reads_beyond_two_gigabytes_go_on(self, tmp_path, monkeypatch):
         """One call of `preadv` may give less than was asked for."""

@@ -62,6 +62,49 @@ REAL = {
         "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False,
         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "attention_bias": False,
     },
+    "Phi-3-mini-4k-instruct": {
+        "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096, "rope_scaling": None, "rope_theta": 10000.0,
+        "sliding_window": 2047, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 32000,
+    },
+    "Phi-3-mini-128k-instruct": {
+        "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "vocab_size": 32064, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 48, "long_factor": [7.5] * 48},
+        "bos_token_id": 1, "eos_token_id": 32000,
+    },
+    "Phi-4-mini-instruct": {
+        "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "vocab_size": 200064, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "partial_rotary_factor": 0.75, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
+        "bos_token_id": 199999, "eos_token_id": 199999,
+    },
+    "GLM-4-9B-0414": {
+        "model_type": "glm4", "hidden_size": 4096, "intermediate_size": 13696, "head_dim": 128,
+        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2,
+        "vocab_size": 151552, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "attention_bias": True,
+        "torch_dtype": "bfloat16", "eos_token_id": [151329, 151336, 151338],
+    },
+    "glm-4-9b-chat-hf": {
+        "model_type": "glm", "hidden_size": 4096, "intermediate_size": 13696,
+        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2,
+        "vocab_size": 151552, "rms_norm_eps": 1.5625e-7, "rope_theta": 10000.0,
+    },
+    "c4ai-command-r7b-12-2024": {
+        "model_type": "cohere2", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 256000, "max_position_embeddings": 8192, "layer_norm_eps": 1e-5,
+        "logit_scale": 0.25, "sliding_window": 4096, "sliding_window_pattern": 4,
+        "rope_theta": 50000, "head_dim": 128, "bos_token_id": 5, "eos_token_id": 255001,
+    },
     "upper layers with a window": {
         "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 64,
         "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -90,10 +133,12 @@ def test_agrees_with_transformers(name):
     )
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    eps = "layer_norm_eps" if hf["model_type"] == "cohere2" else "rms_norm_eps"
+    assert ours.rms_norm_eps == getattr(theirs, eps)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.rope.type == theirs.rope_parameters["rope_type"]
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.partial == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
     assert list(ours.eos_token_ids) == (
@@ -112,12 +157,14 @@ def test_agrees_with_transformers(name):
     ("changes", "error", "match"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, NotSupportedError,
-         "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2For.*, Qwen3ForCausalLM"),
+         "GPT2LMHeadModel.*Cohere2For.*, LlamaForCausalLM, .*SmolLM3ForCausalLM"),
         ({"architectures": None, "model_type": "bert"}, NotSupportedError, "model_type='bert'"),
         ({"hidden_size": None}, ModelLoadError, "hidden_size must be a positive integer"),
         ({"num_hidden_layers": "two"}, ModelLoadError, "num_hidden_layers .* got 'two'"),
         ({"num_key_value_heads": 3}, ModelLoadError, "num_key_value_heads=3"),
         ({"head_dim": 15}, ModelLoadError, "head_dim=15 is odd"),
+        ({"partial_rotary_factor": 0.5}, NotSupportedError,
+         r"partial_rotary_factor=0\.5 is not supported for LlamaForCausalLM"),
         ({"dtype": "int8"}, NotSupportedError, "'int8' is not one of bfloat16"),
     ],
 )  # fmt: skip
@@ -134,8 +181,8 @@ def test_bad_layer_types_and_window():
 
 
 def test_unknown_activation_fails_at_declaration():
-    config = registry.config_from_hf(make_config("llama", hidden_act="quick_gelu"))
-    with pytest.raises(NotSupportedError, match=r"hidden_act='quick_gelu'"):
+    config = registry.config_from_hf(make_config("llama", hidden_act="mish"))
+    with pytest.raises(NotSupportedError, match=r"hidden_act='mish'"):
         registry.declare(config, "float32")
 
 
@@ -147,8 +194,10 @@ def test_old_dtype_key():
 
 def test_config_is_hashable_and_families_are_listed():
     assert len({registry.config_from_hf(make_config(name)) for name in FAMILIES}) == len(FAMILIES)
-    assert registry.supported_architectures() == list(ARCHITECTURES.values())
-    with pytest.raises(NotSupportedError, match=r"'Nope'.*supported architectures: Llama"):
+    listed = registry.supported_architectures()
+    of_text = [name for name in listed if name.endswith("ForCausalLM")]
+    assert of_text == list(ARCHITECTURES.values())
+    with pytest.raises(NotSupportedError, match=r"'Nope'.*supported architectures: Cohere2"):
         registry.family("Nope")
 
 
@@ -156,14 +205,39 @@ _COMMON = (
     "attn.o.kernel", "attn.qkv.kernel", "input_norm.scale", "mlp.down.kernel", "mlp.gate_up.kernel",
     "post_norm.scale",
 )  # fmt: skip
+_GEMMA_MLP = ("mlp.down.kernel", "mlp.gate_up.kernel", "mlp.out_norm.scale", "post_norm.scale")
+_OLMO = (
+    "attn.o.kernel", "attn.out_norm.scale", "attn.qkv.kernel", "attn.whole_norm.scale",
+    "mlp.down.kernel", "mlp.gate_up.kernel", "mlp.out_norm.scale",
+)  # fmt: skip
 PATHS = {
+    "cohere2": tuple(path for path in _COMMON if path != "post_norm.scale"),
+    "glm4": (
+        "attn.o.kernel", "attn.out_norm.scale", "attn.qkv.bias", "attn.qkv.kernel",
+        "input_norm.scale", "mlp.down.kernel", "mlp.gate_up.kernel", "mlp.out_norm.scale",
+        "post_norm.scale",
+    ),
+    "glm": (*_COMMON[:1], "attn.qkv.bias", *_COMMON[1:]),
     "llama": _COMMON,
     "mistral": _COMMON,
+    "phi3": _COMMON,
     "qwen2": (*_COMMON[:1], "attn.qkv.bias", *_COMMON[1:]),
     "qwen3": (
         "attn.k_norm.scale", "attn.o.kernel", "attn.q_norm.scale", "attn.qkv.kernel",
         *_COMMON[2:],
     ),
+    "gemma2": (
+        "attn.o.kernel", "attn.out_norm.scale", "attn.qkv.kernel", "input_norm.scale",
+        *_GEMMA_MLP,
+    ),
+    "gemma3": (
+        "attn.k_norm.scale", "attn.o.kernel", "attn.out_norm.scale", "attn.q_norm.scale",
+        "attn.qkv.kernel", "input_norm.scale", *_GEMMA_MLP,
+    ),
+    "granite": _COMMON,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "smollm3": _COMMON,
 }  # fmt: skip
 """Parameters of a layer in the order of the engine's flat tuple."""
 

@@ -1,4 +1,5 @@
-"""Every family against Hugging Face's torch module in float32: each part, then the whole."""
+"""Llama-like families against Hugging Face's torch modules in float32: each part, then the whole.
+The others are in test_models_families.py."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import converters
 from jaxserve.models import rope
 from jaxserve.models.dense import DenseOps, split_heads
 from jaxserve.models.ops import Residual
-from tests.checkpoints import FAMILIES, VOCAB, make_checkpoint
+from tests.checkpoints import LLAMA_LIKE, VOCAB, make_checkpoint
 
 torch = pytest.importorskip("torch")
 T = 40
@@ -62,9 +63,10 @@ def close(ours, theirs, tolerance: float = TOLERANCE) -> None:
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=tolerance)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=LLAMA_LIKE)
 def pair(request, tmp_path_factory):
-    """A family with every optional part it has: biases, windows, head_dim unlike D / N."""
+    """A family whose modules are named and shaped as Llama's, with every optional part it has:
+    biases, windows, head_dim unlike D / N."""
     extras = {
         "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
         "mistral": {"head_dim": 24},
@@ -227,6 +229,7 @@ def test_variant(name, tmp_path):
     close(our_logits(pair.ours, ids), hf_logits(pair.hf, ids), 1e-4)
 
 
+@pytest.mark.long
 def test_dynamic_rope_beyond_the_original_context(tmp_path):
     """As Hugging Face generates: the prompt fits, then one token at a time with a KV cache."""
     path = make_checkpoint(
@@ -254,9 +257,10 @@ def test_bfloat16_checkpoint_in_float32(tmp_path):
     close(our_logits(pair.ours, ids), hf_logits(pair.hf, ids), 1e-4)
 
 
-def test_bfloat16_activations_stay_near_float32(tmp_path):
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_bfloat16_activations_stay_near_float32(tmp_path, family):
     """Norms, RoPE and logits are float32 inside: not further off than Hugging Face's bfloat16."""
-    path = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16", tokenizer=False)
+    path = make_checkpoint(tmp_path, family, dtype="bfloat16", tokenizer=False)
     loaded = converters.load(path, dtype="bfloat16")
     ids = random_ids()
     half = our_logits(loaded.declaration.bind(loaded.params), ids)

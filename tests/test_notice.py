@@ -133,6 +133,7 @@ def test_a_folder_that_cannot_be_used_is_one_warning(tmp_path, make):
     assert len(caught) == 1
 
 
+@pytest.mark.long
 def test_an_engine_works_without_a_home(tiny_models):
     """One warning, which names the option; and without an option nothing is said but that."""
     program = (

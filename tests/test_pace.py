@@ -277,8 +277,8 @@ def test_input_logprobs_of_a_chunk_in_flight_when_its_prompt_is_retracted():
         if number:
             machine.scheduler.retract(machine.scheduler.live[request])
         tokens = np.zeros((1, 1), np.int32)
-        payloads = sampled_payloads(batch, tokens), prompt_payloads(batch)
-        commit(Result(batch, tokens, *payloads), machine.scheduler)
+        payloads = sampled_payloads(batch, tokens), prompt_payloads(batch, machine.picker)
+        commit(Result(batch, tokens, *payloads), machine.scheduler, [])
         assert len(request.extras[0]._prompt) == (0 if number else 16)
     again = machine.scheduler.schedule()
     assert (again.rows[0].start, again.rows[0].fresh) == (0, True)

@@ -75,9 +75,9 @@ def test_each_row_is_packed_as_its_batch_says(rows):
         pages = row.sequence.pages
         assert table.tolist() == pages + [0] * (5 - len(pages))
     assert out.floats[:4].tolist() == [[0.5, 1.0, 0.25, 0.0, 0.0, 1.0]] * 4
-    assert out.ints[1].tolist() == [7, -3, 2, 40, 0, 1, 2, 1]
+    assert out.ints[1].tolist() == [7, -3, 2, 40, 0, 0, 1, 2, 1]
     assert out.ints[[0, 2, 3]].tolist() == [
-        [7, -1 - s.request.sample_index, s.request.sample_index, s.prompt_len, 0, 0, 0, 0]
+        [7, -1 - s.request.sample_index, s.request.sample_index, s.prompt_len, 0, 0, 0, 0, 0]
         for s in (rows[0].sequence, rows[2].sequence, rows[3].sequence)
     ]
 
@@ -89,7 +89,7 @@ def test_padding_rows_belong_to_no_slot_and_sample_nothing(rows):
         assert (column[4:] == padding.get(name, 0)).all(), name
     assert not out.page_table[4:].any()
     assert out.floats[4:].tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0, 1.0]] * 4
-    assert out.ints[4:].tolist() == [[1] + [0] * 7] * 4
+    assert out.ints[4:].tolist() == [[1] + [0] * 8] * 4
 
 
 def test_a_further_field_of_each_token_is_an_entry_and_its_writer(rows):

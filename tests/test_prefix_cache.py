@@ -11,10 +11,12 @@ import pytest
 
 import jaxserve
 from tests import inside
+from tests.marks import long
 from tests.prompts import GREEDY, SMALL, ids, text
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OPTIONS = {**SMALL, "max_total_tokens": 4096}
+TIGHT = {"max_total_tokens": 400, "cuda_graph_bs": [2, 8]}
 SEEDED = {
     "temperature": 0.9, "top_p": 0.9, "sampling_seed": 5, "max_new_tokens": 24, "ignore_eos": True
 }  # fmt: skip
@@ -48,7 +50,9 @@ def empty(request):
         assert request.getfixturevalue("engine").flush_cache().success
 
 
-PARAMS = pytest.mark.parametrize("params", [GREEDY, SEEDED, COUNTED], ids=["greedy", "seed", "pen"])
+PARAMS = pytest.mark.parametrize(
+    "params", [long(GREEDY), long(SEEDED), COUNTED], ids=["greedy", "seed", "pen"]
+)
 
 
 @PARAMS
@@ -129,7 +133,7 @@ def test_samples_of_a_cached_prompt_whose_logprobs_are_wanted(tiny_models, uncac
         "return_logprob": True, "logprob_start_len": 0,
     }  # fmt: skip
     plain = uncached.generate(**ask)
-    options = {**OPTIONS, "max_total_tokens": 320}
+    options = {**OPTIONS, **TIGHT}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         engine.generate(input_ids=prompt, sampling_params=GREEDY)
         for _ in range(2):
@@ -178,14 +182,14 @@ def test_a_stop_in_the_middle_keeps_only_what_was_said(engine, uncached, params)
 
 
 @PARAMS
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, long(False)])
 def test_pressure_evicts_and_retracts_to_the_same_tokens(tiny_models, uncached, params, overlap):
     """A tree of prompts in a pool for a fraction of them, one batch after another."""
     heads = [text(10 + i, 48) for i in range(3)]
     prompts = [heads[i % 3] + text(20 + i, 5 + i) for i in range(18)]
     ask = {"input_ids": prompts, "sampling_params": {**params, "max_new_tokens": 60}}
     plain = ids(uncached.generate(**ask))
-    options = {**OPTIONS, "max_total_tokens": 400, "disable_overlap_schedule": not overlap}
+    options = {**OPTIONS, **TIGHT, "disable_overlap_schedule": not overlap}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         results = [engine.generate(**ask) for _ in range(2)]
         info = engine.get_server_info()
@@ -250,31 +254,28 @@ def test_cached_tokens_of_growing_ranges(tiny_models):
     """The arithmetic that users of SGLang know, in whole pages."""
     folder = tiny_models(
         "llama", num_hidden_layers=1, hidden_size=32, num_attention_heads=1, intermediate_size=32,
-        num_key_value_heads=1, vocab_size=12_000, max_position_embeddings=12_288, tokenizer=False,
+        num_key_value_heads=1, vocab_size=4096, max_position_embeddings=4096, tokenizer=False,
     )  # fmt: skip
-    options = {
-        **OPTIONS, "context_length": 12_288, "max_running_requests": 2, "max_total_tokens": 24_576,
-        "chunked_prefill_size": 1024,
-    }  # fmt: skip
+    options = {**OPTIONS, "context_length": 3072, "max_running_requests": 2}
     params = {"temperature": 0, "max_new_tokens": 1}
     with jaxserve.Engine(model_path=folder, **options) as engine:
         results = [
             engine.generate(input_ids=list(range(n)), sampling_params=params)
-            for n in (100, 10_000, 10_000, 1_000, 11_000)
+            for n in (50, 2_500, 2_500, 1_000, 2_750)
         ]
-    assert cached(results) == [n // 16 * 16 for n in (0, 100, 9_999, 999, 10_000)]
+    assert cached(results) == [n // 16 * 16 for n in (0, 50, 2_499, 999, 2_500)]
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "lpm"])
-def test_a_tree_of_400_prompts_in_one_batch(tiny_models, policy):
+def test_a_tree_of_200_prompts_in_one_batch(tiny_models, policy):
     """Each node's prompt is its parent's and a few tokens more; the pool holds a part of them."""
     random_ = random.Random(0)
     nodes = [text(0, 40)]
-    for number in range(1, 400):
+    for number in range(1, 200):
         parent = random_.choice(nodes[-60:])
         nodes.append(parent[-400:] + text(number, random_.randint(1, 40)))
     random_.shuffle(nodes)
-    options = {**OPTIONS, "max_total_tokens": 5_000, "schedule_policy": policy}
+    options = {**OPTIONS, "schedule_policy": policy}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         results = engine.generate(input_ids=nodes, sampling_params={**GREEDY, "max_new_tokens": 4})
         info = engine.get_server_info()
@@ -285,7 +286,7 @@ def test_a_tree_of_400_prompts_in_one_batch(tiny_models, policy):
 
 def test_four_unbounded_outputs_run_together(tiny_models):
     """Nothing is reserved for outputs that may never come."""
-    options = {**OPTIONS, "max_total_tokens": 640}
+    options = {**OPTIONS, **TIGHT}
     params = {"temperature": 0, "max_new_tokens": None, "ignore_eos": True}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         streams = [
@@ -317,11 +318,9 @@ def held(engine):
     thread.join()
 
 
-PRIORITIES = {
-    **OPTIONS, "max_running_requests": 1, "context_length": 1024,
-    "enable_priority_scheduling": True,
-}  # fmt: skip
-LONG = {"temperature": 0, "max_new_tokens": 900, "ignore_eos": True}
+ONE = {**OPTIONS, "max_running_requests": 1, "context_length": 1024}
+PRIORITIES = {**ONE, "enable_priority_scheduling": True}
+LONG = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
 
 
 def test_priorities_order_the_queue_and_preempt(tiny_models, uncached):
@@ -364,7 +363,7 @@ def test_a_full_queue_keeps_the_best(tiny_models):
 
 
 def test_the_longest_cached_prefix_goes_first(tiny_models):
-    options = {**OPTIONS, "max_running_requests": 1, "schedule_policy": "lpm"}
+    options = {**ONE, "schedule_policy": "lpm"}
     heads = [text(0, 40), text(1, 80)]
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         engine.generate(input_ids=heads, sampling_params=GREEDY)

@@ -8,12 +8,15 @@ import jax
 import pytest
 
 import converters
-from jaxserve.config import EngineConfig, HostMemory, ProgramConfig
+from jaxserve.config import EngineConfig, HostMemory, ProgramConfig, States
+from jaxserve.config.media import MediaSizes, Pictures
 from jaxserve.machine import DeviceMemory
+from jaxserve.media.normal import Normal
 from jaxserve.packing.buckets import Buckets
 from jaxserve.parallel.mesh import mesh_of, replicated
 from jaxserve.scheduler.policy import Policy
 from jaxserve.server_args import ServerArgs
+from jaxserve.step.precompile import Precompilation
 from jaxserve.step.runner import Runner
 from jaxserve.step.xla_options import xla_options
 from tests.machines import CPU, GPU
@@ -45,7 +48,10 @@ class Made:
     def __init__(self, config: EngineConfig, loaded: converters.LoadedModel, folder: str):
         copies = {name: array.copy() for name, array in loaded.params.items()}
         config = dataclasses.replace(config, program_folder=folder)
-        self.runner = Runner(config, dataclasses.replace(loaded, params=copies), MESH)
+        with pytest.MonkeyPatch.context() as patch:  # names and texts are all that is wanted
+            for when in ("first", "rest"):
+                patch.setattr(Precompilation, when, lambda self: None)
+            self.runner = Runner(config, dataclasses.replace(loaded, params=copies), MESH)
         self.programs = self.runner.programs
 
     def name(self, key):
@@ -106,9 +112,14 @@ def test_another_attention_is_another_kernel(base, config, loaded, tmp_path):
         made.text(KEYS[0])
 
 
+PICTURES = Pictures(4, 16, 1, 1, 0.1, Normal(1 / 255, (0.5,), (0.5,)), 0)
+
+
 def test_what_concerns_the_host_changes_no_program(base, config, loaded, tmp_path):
     others = {
         "buckets": Buckets((1, 2, 3), (64, 96)),
+        "states": States("full", (0, 2), logits=True),
+        "max_state_bytes": 99,
         "context_length": 64,
         "chunk_alignment": 16,
         "max_prefill_tokens": 100,
@@ -126,6 +137,7 @@ def test_what_concerns_the_host_changes_no_program(base, config, loaded, tmp_pat
         "pace": None,
         "radix_eviction": "lfu",
         "host": HostMemory(1.0, 1 << 24),
+        "media": MediaSizes(PICTURES, 64, 16, (4,), 4),
         "program_folder": tmp_path,
     }
     fields = {field.name for field in dataclasses.fields(EngineConfig)}

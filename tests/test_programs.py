@@ -23,6 +23,7 @@ from jaxserve.step.compile import Programs
 from jaxserve.step.xla_options import xla_options
 from tests import inside
 from tests.machines import GPU, MACHINES
+from tests.marks import long
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -36,7 +37,7 @@ COMPILED = {**OPTIONS, "precompile": True, "wait_until_compiled": True}
 SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module", params=[1, 4])
+@pytest.fixture(scope="module", params=[long(1), 4])
 def precompiled(request, tiny_models):
     options = {**COMPILED, "num_continuous_decode_steps": request.param}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
@@ -121,7 +122,7 @@ def test_programs_are_traced_in_turn_and_compiled_side_by_side():
     programs.build(keys, threads=8)
     assert gc.isenabled()
     assert sorted(order) == keys and max(most) == 1
-    assert programs(("scale", 3), jnp.ones(8)).tolist() == [3.0] * 8
+    assert programs.program(("scale", 3))(jnp.ones(8)).tolist() == [3.0] * 8
     programs.close()
 
 
@@ -143,8 +144,8 @@ def test_extend_programs_are_compiled_before_the_others(monkeypatch, tiny_models
 
 @pytest.mark.parametrize(
     "key",
-    [("decode", 1), ("decode", 2), ("decode", 8), ("decode_many", 1), ("decode_many", 8),
-     ("extend", 64), ("copy_pages", 16)],
+    [long(("decode", 1)), long(("decode", 2)), ("decode", 8), long(("decode_many", 1)),
+     ("decode_many", 8), ("extend", 64), ("copy_pages", 16)],
 )  # fmt: skip
 def test_the_cache_is_updated_in_place(large_cache, key):
     """No copy of the pages in the compiled program, and temporaries far below them."""
@@ -311,7 +312,7 @@ def generated(folder, caplog, **options):
 
 def test_a_second_start_loads_its_programs(tiny_models, monkeypatch, tmp_path, caplog):
     keep(monkeypatch, tmp_path)
-    folder = tiny_models("llama")
+    folder = tiny_models("llama", num_hidden_layers=1)
     first, compiled, loaded = generated(folder, caplog)
     assert (compiled, loaded) == (2, 0)
     assert len(list(tmp_path.iterdir())) == 2
@@ -324,9 +325,10 @@ def test_a_second_start_loads_its_programs(tiny_models, monkeypatch, tmp_path, c
     assert generated(folder, caplog) == (first, 2, 0)
 
 
+@pytest.mark.long
 def test_a_damaged_or_missing_store_only_costs_time(tiny_models, monkeypatch, tmp_path, caplog):
     keep(monkeypatch, tmp_path)
-    folder = tiny_models("llama")
+    folder = tiny_models("llama", num_hidden_layers=1)
     first, *_ = generated(folder, caplog)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:1000])
@@ -346,7 +348,7 @@ def warned(caplog):
 
 def test_programs_that_nobody_uses_are_deleted(tiny_models, monkeypatch, tmp_path, caplog):
     keep(monkeypatch, tmp_path)
-    folder = tiny_models("llama")
+    folder = tiny_models("llama", num_hidden_layers=1)
     generated(folder, caplog)
     old, new = tmp_path.iterdir()
     os.utime(old, (0, 0))

@@ -208,6 +208,7 @@ def row(rank, scale, status="ready"):
         "memory_usage": {"weight": scale},
     }
     same = {"page_size": 16, "num_continuous_decode_steps": 1, "context_length": 64}
+    same["all_reduce"] = "none: one device"
     ladders = {"decode_buckets": [1, 2, 4][: 3 - rank], "extend_buckets": [64]}
     return {**numbers, **nested, **same, **ladders, "dp_rank": rank, "status": status}
 

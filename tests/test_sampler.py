@@ -18,7 +18,7 @@ TOP, NAMED, BIAS = 5, 3, 4
 NEUTRAL = {
     "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "frequency": 0.0, "presence": 0.0,
     "repetition": 1.0, "top_k": TOP_K_ALL, "seed": 0, "sample_index": 0, "prompt_len": 0,
-    "num_bias": 0, "wants_logprob": 0, "num_top": 0, "num_named": NAMED,
+    "position_delta": 0, "num_bias": 0, "wants_logprob": 0, "num_top": 0, "num_named": NAMED,
 }  # fmt: skip
 
 

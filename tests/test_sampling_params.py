@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
+from jaxserve.errors import InvalidRequestError, UnknownOptionError
 from jaxserve.sampling_params import FIELD_NAMES, GROUPS, TOP_K_ALL, SamplingParams, _Normalizer
 
 NAN, INF = math.nan, math.inf
@@ -41,7 +42,12 @@ DEFAULTS = {
     "logit_bias": {},
     "sampling_seed": None,
     "custom_params": None,
+    "transform": None,
+    "transform_params": None,
+    "hook": None,
+    "hook_params": None,
 }
+
 
 OUT_OF_RANGE = [
     ("max_new_tokens", -1),
@@ -125,8 +131,13 @@ WRONG_TYPE = [
     ("logit_bias", [1, 2]),
     ("logit_bias", {1: "2"}),
     ("logit_bias", {1.5: 2.0}),
-    ("json_schema", {"type": "object"}),
+    ("json_schema", ["object"]),
+    ("regex", {"a": 1}),
     ("custom_params", "x"),
+    ("transform", 3),
+    ("hook", 3),
+    ("hook_params", [1]),
+    ("transform_params", [1]),
 ]
 
 
@@ -230,24 +241,40 @@ def test_the_engines_preferred_parameters_lie_under_the_requests():
     params = SamplingParams.from_dict({"temperature": 0.7, "top_p": None}, preferred)
     assert (params.temperature, params.top_p, params.max_new_tokens) == (0.7, 0.9, 7)
     assert SamplingParams.from_dict({"max_new_tokens": None}, preferred).max_new_tokens is None
+    grammar = {"regex": "a", "top_p": 0.9}
+    assert SamplingParams.from_dict({}, grammar).grammar == ("regex", "a")
+    params = SamplingParams.from_dict({"ebnf": "b"}, grammar)
+    assert (params.grammar, params.top_p) == (("ebnf", "b"), 0.9)
     with pytest.raises(TypeError):
         SamplingParams.from_dict({}, {"nonsense": 1})
 
 
 @pytest.mark.parametrize("name", ["json_schema", "regex", "ebnf", "structural_tag"])
-def test_grammars_are_not_yet_supported_and_exclusive(name):
-    with pytest.raises(NotSupportedError, match=rf"'{name}' is not yet supported"):
-        SamplingParams.from_dict({name: "x"})
+def test_grammars_are_exclusive(name):
+    assert SamplingParams.from_dict({name: "x"}).grammar == (name, "x")
     other = "ebnf" if name == "regex" else "regex"
     with pytest.raises(ValueError, match="Only one of"):
         SamplingParams.from_dict({name: "x", other: "y"})
     assert SamplingParams.from_dict({name: ""}) == SamplingParams()
+    assert SamplingParams().grammar is None
 
 
-def test_custom_params_need_a_processor():
-    with pytest.raises(NotSupportedError, match="custom_params"):
-        SamplingParams.from_dict({"custom_params": {"a": 1}})
-    assert SamplingParams.from_dict({"custom_params": {}}) == SamplingParams()
+def test_a_schema_may_be_a_dict():
+    for schema in ({"type": "array", "prefixItems": ({}, {"const": "é"})}, {}):
+        text = SamplingParams.from_dict({"json_schema": schema}).json_schema
+        assert json.loads(text) == json.loads(json.dumps(schema))
+    nested = {}
+    for _ in range(100):
+        nested = {"items": nested}
+    for schema in ({"const": float("nan")}, {"const": object()}, {1.5: 2}, nested):
+        with pytest.raises(InvalidRequestError, match=r"^json_schema "):
+            SamplingParams.from_dict({"json_schema": schema})
+
+
+def test_empty_parameters_of_algorithms_are_none():
+    for name in ("custom_params", "transform_params", "hook_params"):
+        assert getattr(SamplingParams.from_dict({name: {"a": 1}}), name) == {"a": 1}
+        assert SamplingParams.from_dict({name: {}}) == SamplingParams()
 
 
 def test_the_light_modules_import_no_jax():

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections import Counter, deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,12 @@ from hypothesis import strategies as st
 from jaxserve.cache.host import HostPages
 from jaxserve.cache.pages import OutOfPagesError, PageAllocator
 from jaxserve.cache.window import Window
+from jaxserve.media.picture import Picture, PromptMedia
 from jaxserve.output.commit import commit, finish
+from jaxserve.output.ends import Ends
 from jaxserve.output.logprobs import Logprobs, LogprobSpec
+from jaxserve.output.picked import on_host
+from jaxserve.output.states import HiddenStates, LayerHiddenStates, Logits, StateExtra, StateSpec
 from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.packing.buckets import Buckets
 from jaxserve.packing.sequence import Sequence
@@ -27,8 +32,16 @@ from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policy import Policy, WaitingQueue
 from jaxserve.scheduler.scheduler import DrainNeeded, Scheduler
 from jaxserve.scheduler.scheduling import Scheduling
+from jaxserve.step.picking import Picker
 from tests.oracles.paged_device import PagedDevice, next_token
-from tests.oracles.payloads import Marks, MarkSpec, prompt_payloads, sampled_payloads
+from tests.oracles.payloads import (
+    Marks,
+    MarkSpec,
+    kept_states,
+    pick,
+    prompt_payloads,
+    sampled_payloads,
+)
 
 
 class Sink:
@@ -54,9 +67,13 @@ def make_request(rid, prompt, new, sample=0, group="", stops=(), interval=0, **f
 class Result:
     batch: Batch
     tokens: np.ndarray
-    payloads: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    prompt_payloads: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    payloads: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_payloads: dict[str, Any] = dataclasses.field(default_factory=dict)
     accepted: np.ndarray | None = None
+    kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def drawn(self):
+        return self.tokens, {name: on_host(array) for name, array in self.payloads.items()}
 
 
 class Machine:
@@ -80,6 +97,8 @@ class Machine:
         self.depth = depth
         self.alignment = alignment
         self.in_flight: deque[Result] = deque()
+        self.picker = Picker(pick)
+        self.ends = Ends(lambda result, places: self.picker.ends(result.batch, result.kept, places))
 
     def step(self):
         try:
@@ -96,15 +115,23 @@ class Machine:
                 rows = len(batch.sequences)
                 accepted = np.array([self.accepts.randint(1, batch.steps) for _ in range(rows)])
             tokens = self.device.run(batch, accepted)
-            payloads = sampled_payloads(batch, tokens), prompt_payloads(batch)
-            self.in_flight.append(Result(batch, tokens, *payloads, accepted=accepted))
+            kept = kept_states(batch, tokens)
+            payloads = sampled_payloads(batch, tokens) | self.picker.sampled(batch, kept)
+            prompts = prompt_payloads(batch, self.picker)
+            self.in_flight.append(Result(batch, tokens, payloads, prompts, accepted, kept))
         if self.in_flight and (batch is None or len(self.in_flight) > self.depth):
-            commit(self.in_flight.popleft(), self.scheduler)
+            result = self.in_flight.popleft()
+            self.ends.hand_out()
+            commit(result, self.scheduler, self.ends.of(result))
+            self.ends.gather()
+            if not self.in_flight:
+                self.ends.hand_out()
         self.check()
         return batch
 
     def fail(self):
         """The device loses everything, as `EngineLoop` has it."""
+        self.ends.hand_out()
         self.in_flight.clear()
         self.scheduler.retract_all()
         self.device = PagedDevice(self.page_size, self.window)
@@ -165,6 +192,10 @@ def check_extras(request):
     if request.unemitted_id is not None:
         outputs = [request.unemitted_id]
     for extra, collected in told:
+        if isinstance(extra, StateExtra):
+            aborted = request.finish_reason["type"] == "abort"
+            check_states(extra, collected, prompt, outputs, aborted)
+            continue
         if isinstance(extra, Marks):
             assert collected.output == [token + 0.5 for token in outputs]
             expected = [prompt[position] + 0.5 for position in extra.prompt]
@@ -173,6 +204,21 @@ def check_extras(request):
             rest = prompt[extra.spec.start :] if extra.spec.start >= 0 else []
             expected = Logprobs([-float(token) if i else None for i, token in enumerate(rest)])
         assert collected.prompt == expected or (collected.prompt is None and not outputs)
+
+
+def check_states(extra, collected, prompt, outputs, aborted):
+    """Of the last position, or of all from which a token was drawn; the first of them is among the
+    prompt's, where those are wanted."""
+    rows = [row.tolist() for row in collected.output]
+    if extra.at_end:
+        assert rows == ([[outputs[-1] + 0.5]] if outputs and not aborted else [])
+        return
+    whole = bool(extra.prompt)
+    assert rows == [[token + 0.5] for token in outputs[1 if whole else 0 :]]
+    if not whole or collected.prompt is None:
+        assert collected.prompt is None and not (whole and outputs)
+    else:
+        assert collected.prompt.tolist() == [[token + 0.5] for token in prompt]
 
 
 def admitted(request):
@@ -193,6 +239,39 @@ def draw_prompt(random_, earlier, longest):
     return (head + fresh)[-longest:] if random_.random() < 0.3 else (head + fresh)[:longest]
 
 
+PICTURES = [Picture(tokens, bytes([tokens])) for tokens in (1, 3, 8, 20)]
+LARGEST = PICTURES[-1].tokens
+
+
+def show_pictures(random_, longest, blocks):
+    """A prompt of texts and pictures, and its media."""
+    ids, owners, offsets, keys, pictures, reach = [], [], [], [], [], []
+    for _ in range(random_.randint(1, 6)):
+        picture = random_.choice(PICTURES)
+        text = random_.randint(1, 12)
+        if len(ids) + text + picture.tokens > longest:
+            break
+        ids += range(text)
+        owners += [-1] * text
+        offsets += [0] * text
+        reach += range(len(reach), len(reach) + text)
+        ids += [1000 * picture.tokens + i for i in range(picture.tokens)]
+        owners += [len(pictures)] * picture.tokens
+        offsets += range(picture.tokens)
+        reach += [len(ids) - 1] * picture.tokens
+        pictures.append(picture)
+    ids, owners, offsets = ids or [0], owners or [-1], offsets or [0]
+    keys = [-token if owner >= 0 else token for token, owner in zip(ids, owners, strict=True)]
+    arrays = [np.array(x, np.int32) for x in (owners, offsets, keys, reach or [0])]
+    media = PromptMedia(tuple(pictures), *arrays[:3], reach=arrays[3] if blocks else None)
+    return ids, {"media": media, "prompt_keys": keys}
+
+
+FULL, LAST = (
+    [StateSpec(kind, last, 1) for kind in (HiddenStates, LayerHiddenStates, Logits)]
+    for last in (False, True)
+)
+STATE_SPECS = [tuple(FULL), tuple(LAST), (*FULL[:2], LAST[2]), (*LAST[:2], MarkSpec(0)), (FULL[2],)]
 POLICIES = [
     Policy(), Policy(schedule="lpm"), Policy(conservativeness=0), Policy(conservativeness=3.5),
     Policy(priorities=True, threshold=1), Policy(priorities=True, low_first=True, threshold=0),
@@ -202,7 +281,7 @@ PACES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     pages=st.integers(6, 40),
@@ -220,18 +299,23 @@ PACES = [
     aligned_pages=st.sampled_from([0, 0, 1, 2]),
     window=st.sampled_from([None, None, 1, 7, 16, 33, 100]),
     host=st.sampled_from([None, (1, 1), (2, 3), (5, 4), (40, 8)]),
+    shows=st.sampled_from(["", "", "cut", "whole"]),
 )
 def test_random_traffic_reads_its_own_tokens(
     seed, pages, page_size, rows, tokens, depth, steps, aborts, partial, eviction, policy, pace,
-    replays, aligned_pages, window, host,
+    replays, aligned_pages, window, host, shows,
 ):  # fmt: skip
     random_ = random.Random(seed)
+    if shows == "whole":  # a step has room for a picture
+        tokens, aligned_pages, window = max(tokens, 24), 0, None
+        pace = pace if pace is not None and pace.work - 8 * pace.riders >= 24 else None
     host = host if eviction else None
     alignment = aligned_pages * page_size or 1
     machine = Machine(
         pages, page_size, rows, max(tokens, alignment), depth, steps, window, host,
         eviction=eviction, policy=policy, pace=None if replays or aligned_pages else pace,
         chunk_alignment=alignment, replays=replays,
+        media_rows=max(tokens, alignment) + 2 * LARGEST if shows else 0,
         accepts=random_ if partial and window is None and pace is None else None,
     )  # fmt: skip
     requests, aborted = [], set()
@@ -251,7 +335,12 @@ def test_random_traffic_reads_its_own_tokens(
             "namespace": random_.choice(["", "", "salt=1:x;"]),
             "params": SamplingParams(frequency_penalty=random_.choice([0, 0, 0.5])),
         }
-        specs = random_.choice([(), (), (LogprobSpec(start), MarkSpec(start)), (MarkSpec(start),)])
+        asked = [(LogprobSpec(start), MarkSpec(start)), (MarkSpec(start),), *STATE_SPECS]
+        specs = random_.choice([(), random_.choice(asked)])
+        if shows and random_.random() < 0.7:
+            prompt, shown = show_pictures(random_, min(capacity - 1, 200), shows == "whole")
+            fields |= shown
+            new, specs = min(new, capacity - len(prompt)), ()
         for sample in range(samples):
             fields["extras"] = tuple(spec.extra(len(prompt)) for spec in specs)
             requests.append(
@@ -283,7 +372,8 @@ def test_random_traffic_reads_its_own_tokens(
         assert [u.finish_reason is None for u in updates] == [True] * (len(updates) - 1) + [False]
         assert [token for u in updates for token in u.new_ids] == request.output_ids
         check_extras(request)
-        assert request.stream_interval or len(updates) == 1
+        bulky = any(extra.bulky for extra in request.extras)
+        assert request.stream_interval or len(updates) == 1 or bulky
         assert request.cached_tokens <= len(request.prompt_ids) - 1
         assert request.cached_tokens % page_size == 0
         assert (request.cached_host_tokens is None) == (host is None or not admitted(request))

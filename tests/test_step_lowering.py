@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from benchmarks.workloads import SHAPES
+from jaxserve.attention.cut import CutOps
 from jaxserve.attention.paged import PagedOps
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
@@ -21,9 +24,12 @@ from jaxserve.server_args import ServerArgs
 from jaxserve.step import products, step
 from jaxserve.step.payloads import USUAL
 from jaxserve.step.state import initial_state
+from jaxserve.weights import kept
 from pallas_kernels import Device, compat
+from pallas_kernels.all_reduce.workspace import COMM_WORDS
 from tests.kernels.support import quiet
 from tests.machines import GPU
+from tests.marks import long
 
 pytestmark = quiet
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -46,9 +52,16 @@ def declared(shape, quantization=None):
     return model, engine, stepped, tuple(declaration.specs.values())
 
 
-def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
+@pytest.fixture(autouse=True, scope="module")
+def on_an_h100():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pallas_kernels.registry.current_device", lambda: H100)
+        yield
+
+
+@functools.cache
+def lowered(shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
     """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
-    monkeypatch.setattr("pallas_kernels.registry.current_device", lambda: H100)
     model, engine, stepped, params = declared(shape, quantization)
     config = engine.program
     cache = jax.eval_shape(
@@ -67,27 +80,34 @@ def lowered(monkeypatch, shape, kind, size, *, quantization=None, kv="bfloat16",
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b"])
 @pytest.mark.parametrize(("kind", "size"), [("decode", 1), ("decode", 256), ("extend", 512)])
-def test_steps_use_the_kernels(monkeypatch, shape, kind, size):
-    text = lowered(monkeypatch, shape, kind, size)
+def test_steps_use_the_kernels(shape, kind, size):
+    text = lowered(shape, kind, size)
     for kernel in ("rope_kv_write", "paged_decode" if kind == "decode" else "mosaic_gpu", "sample"):
         assert kernel in text
     assert ("@add_norm" in text) == (size > 1)
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "w8a16_int8"])
-def test_quantized_steps_lower(monkeypatch, quantization):
-    text = lowered(
-        monkeypatch, "llama-3.1-8b", "decode", 8, quantization=quantization, kv="float8_e4m3fn"
-    )
+def test_quantized_steps_lower(quantization):
+    text = lowered("llama-3.1-8b", "decode", 8, quantization=quantization, kv="float8_e4m3fn")
     assert "paged_decode" in text
 
 
-@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b"])
-@pytest.mark.parametrize("size", [1, 256])
-def test_several_decode_steps_lower_as_one_program(monkeypatch, shape, size):
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("llama-3.1-8b", 256),
+        ("qwen2.5-0.5b", 1),
+        long("llama-3.1-8b", 1),
+        long("qwen2.5-0.5b", 256),
+        long("qwen3-0.6b", 1),
+        long("qwen3-0.6b", 256),
+    ],
+)
+def test_several_decode_steps_lower_as_one_program(shape, size):
     """The same kernels, in a loop."""
-    single = lowered(monkeypatch, shape, "decode", size)
-    several = lowered(monkeypatch, shape, "decode", size, steps=4)
+    single = lowered(shape, "decode", size)
+    several = lowered(shape, "decode", size, steps=4)
     for kernel in ("rope_kv_write", "paged_decode", "sample"):
         assert several.count(f"func.func private @{kernel}") > 0
         assert several.count(kernel) >= single.count(kernel)
@@ -95,18 +115,19 @@ def test_several_decode_steps_lower_as_one_program(monkeypatch, shape, size):
     assert f"tensor<4x{size}xi32>" in several
 
 
-def test_several_steps_of_a_quantized_model_lower(monkeypatch):
-    text = lowered(
-        monkeypatch, "llama-3.1-8b", "decode", 8, quantization="fp8", kv="float8_e4m3fn", steps=4
-    )
+@pytest.mark.long
+def test_several_steps_of_a_quantized_model_lower():
+    text = lowered("llama-3.1-8b", "decode", 8, quantization="fp8", kv="float8_e4m3fn", steps=4)
     assert "paged_decode" in text
 
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b"])
-@pytest.mark.parametrize(("kind", "size"), [("decode", 8), ("decode", 64), ("extend", 64)])
-def test_the_products_alone_are_those_of_the_steps(monkeypatch, shape, kind, size):
+@pytest.mark.parametrize(
+    ("kind", "size"), [("decode", 8), long("decode", 64), long("extend", 64), ("extend", 512)]
+)
+def test_the_products_alone_are_those_of_the_steps(shape, kind, size):
     """Else XLA would not have chosen their kernels when a step is compiled beside requests."""
-    step_text = lowered(monkeypatch, shape, kind, size)
+    step_text = lowered(shape, kind, size)
     model, _, stepped, params = declared(shape)
 
     def multiplied(function, *arguments):
@@ -127,3 +148,47 @@ def test_the_products_alone_are_those_of_the_steps(monkeypatch, shape, kind, siz
 def dots(text):
     """Shapes and types of the products in a program."""
     return set(re.findall(r"stablehlo\.dot_general .*?: (\(.*)", text))
+
+
+def lowered_cut(shape, kind, size, parts):
+    """As `lowered`, of a model that is cut over `parts` GPUs: what each of them runs."""
+    model, engine, whole, _ = declared(shape)
+    config = engine.program
+    declaration = registry.declare(model, jnp.bfloat16, parts=parts, axis="tensor")
+    found = kept(declaration, GPU.crossovers)
+    stepped = dataclasses.replace(
+        whole, bind=found.bind, ops=CutOps(None, None, PAGES, GPU.crossovers)
+    )
+    part = dataclasses.replace(model, num_kv_heads=model.kv_heads(parts) // parts)
+    cache = jax.eval_shape(
+        lambda: make_cache(part, PAGES, config.page_size, config.max_rows, jnp.dtype(jnp.bfloat16))
+    )
+    state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
+    if kind == "decode":
+        function, upload = functools.partial(step.decode_steps, stepped, 1), (2, size)
+    else:
+        layout = ExtendLayout(size, engine.buckets.extend_rows(size), config.table_width)
+        function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)
+    arrays = [jax.ShapeDtypeStruct(x, jnp.int32) for x in (upload, (1, COMM_WORDS))]
+    mesh = compat.abstract_gpus({"data": 1, "tensor": parts})
+    # shapes are those of one device, so nothing is left to cut
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+    )
+    params = tuple(found.specs.values())
+    return compat.lower_for_cuda(mapped, params, cache, *state, *arrays, mesh=mesh)
+
+
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-0.5b"])
+@pytest.mark.parametrize(
+    ("kind", "size", "peer"),
+    [("decode", 1, True), ("decode", 64, True), ("extend", 512, True), ("extend", 4096, False)],
+)
+def test_a_cut_model_sums_over_peer_memory(shape, kind, size, peer):
+    """Twice a layer, with the norm that follows; in large steps by XLA. The logits are gathered,
+    and of a tied model the embeddings summed."""
+    text = lowered_cut(shape, kind, size, parts=2)
+    assert text.count("call @all_reduce") == 2 * 2
+    assert text.count("stablehlo.all_gather") == 1
+    sums = text.count("stablehlo.all_reduce") - (shape == "qwen2.5-0.5b")
+    assert (sums == 0) == peer

@@ -68,6 +68,7 @@ def conversation(engine, texts, start=()):
     return answers
 
 
+@pytest.mark.long
 def test_one_answer_with_a_system_message_and_options_of_the_engine(engine, model):
     done = run(model, "--system", "be kind", "What is the answer?", *FLAGS, "--stream-output")
     [answer] = conversation(engine, ["What is the answer?"], SYSTEM)
@@ -86,6 +87,7 @@ def test_turns_remember_the_ones_before_until_cleared(engine, model):
     assert "context length" in done.stderr
 
 
+@pytest.mark.long
 def test_without_a_chat_template_lines_are_continued(engine, plain):
     text = engine.generate("Once upon a time", GREEDY)["text"]
     done = run(plain, *FLAGS, typed="Once upon a time\n")

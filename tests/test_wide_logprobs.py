@@ -9,7 +9,7 @@ import jaxserve
 from jaxserve.errors import InvalidRequestError
 from tests.oracles.huggingface import Reference
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 128, "max_running_requests": 8,
     "chunked_prefill_size": 64, "max_total_tokens": 1024, "dtype": "float32", "page_size": 16,
@@ -83,6 +83,7 @@ def _numbers(positions):
     return [v for pairs in positions for pair in pairs or () for v in pair[:2]]
 
 
+@pytest.mark.long
 def test_a_wide_neighbour_is_bitwise_nothing_in_deterministic_mode(model):
     options = {**OPTIONS, "enable_deterministic_inference": True}
     with jaxserve.Engine(model_path=model, **options) as engine:

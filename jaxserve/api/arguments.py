@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from jaxserve import checks
 from jaxserve.errors import InvalidRequestError, NotSupportedError, UnknownOptionError
@@ -29,8 +29,18 @@ class GenerateOptions(TypedDict, total=False):
     token_ids_logprob: list[int] | list[list[int]] | None
     """Token ids whose logprobs to report; a flat list, or a list of lists; up to 4,096 ids (or
     `max_logprob_ids`)."""
+    return_raw_logprob: bool | list[bool]
+    """`output_token_raw_logprobs` in `meta_info`: logprobs of the drawn tokens before
+    penalties, biases, masks, transforms and temperature; one flag, or one for each prompt
+    (jaxserve's own)."""
     return_text_in_logprobs: bool
     """Texts as third member of logprob tuples (jaxserve's own)."""
+    return_hidden_states: bool | Literal["last"] | list[bool | Literal["last"]]
+    """Hidden states in `meta_info`, of all positions or of the "last"; one value, or one for each
+    prompt. With `enable_return_hidden_states`."""
+    return_logits: bool | Literal["last"] | list[bool | Literal["last"]]
+    """Logits of output tokens in `meta_info`, likewise (jaxserve's own). With
+    `enable_return_logits`."""
     return_prompt_token_ids: bool
     """Adds `prompt_token_ids` to results (jaxserve's own)."""
     progress: bool
@@ -44,6 +54,9 @@ class GenerateOptions(TypedDict, total=False):
     decides (`load_balance_method`)."""
     data_parallel_rank: int | None
     """The same, as SGLang called it earlier."""
+    custom_logit_processor: Any
+    """A `CustomLogitProcessor`, its class, or its `to_str()` (with
+    `enable_custom_logit_processor`); one, or one for each prompt."""
     external_trace_header: dict[str, Any] | None
     """Accepted without effect: there is no tracing."""
     routed_experts_start_len: int
@@ -52,9 +65,7 @@ class GenerateOptions(TypedDict, total=False):
     mm_hashes: None
     mm_content_hashes: None
     lora_path: None
-    custom_logit_processor: None
     require_reasoning: bool
-    return_hidden_states: bool
     return_routed_experts: bool
     session_params: None
     session_id: None
@@ -76,15 +87,20 @@ class Arguments:
     prompt: Any = None
     sampling_params: Any = None
     input_ids: Any = None
+    image_data: Any = None
     return_logprob: Any = False
     logprob_start_len: Any = None
     top_logprobs_num: Any = None
     token_ids_logprob: Any = None
+    return_raw_logprob: Any = False
+    return_hidden_states: Any = False
+    return_logits: Any = False
     rid: Any = None
     priority: Any = None
     cache_salt: Any = None
     routed_dp_rank: Any = None
     data_parallel_rank: Any = None
+    custom_logit_processor: Any = None
     stream: bool = False
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
@@ -106,8 +122,9 @@ class Arguments:
                 values[name] = value
             elif name not in NO_EFFECT:
                 _refuse(name, value)
-        for name, value in media.items():
-            _refuse(name, value)
+        values["image_data"] = media["image_data"]
+        for name in ("audio_data", "video_data"):
+            _refuse(name, media[name])
         for name in ("stream", "return_text_in_logprobs", "return_prompt_token_ids", "progress"):
             if name in values:
                 # Upstream takes None for False in these places.

@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxserve.api.arguments import Arguments
-from jaxserve.api.logprobs import logprob_specs
+from jaxserve.api.logprobs import logprob_specs, raw_specs
+from jaxserve.api.states import hidden_specs, layer_specs, logit_specs
 from jaxserve.output.extras import ExtraSpec
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
+    from jaxserve.grammars.grammars import Grammars
+    from jaxserve.options import Options
+    from jaxserve.sampling_params import SamplingParams
 
 
 class Asking(NamedTuple):
@@ -26,9 +30,21 @@ class Asking(NamedTuple):
     """Of each prompt."""
     limits: Limits
     """What one request may ask for."""
+    params: Sequence[SamplingParams]
+    """Of each prompt."""
+    options: Options
+    """The engine's."""
+    grammars: Grammars
+    """Of the engine."""
 
 
-KINDS: tuple[Callable[[Asking], Sequence[ExtraSpec | None] | None], ...] = (logprob_specs,)
+KINDS: tuple[Callable[[Asking], Sequence[ExtraSpec | None] | None], ...] = (
+    logprob_specs,
+    hidden_specs,
+    layer_specs,
+    logit_specs,
+    raw_specs,
+)
 """Each gives a spec for each prompt (None: not of this one), or None where the call asks for
 nothing of the kind. Raises InvalidRequestError, for a list naming the row."""
 

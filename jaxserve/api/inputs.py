@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from jaxserve import checks
 from jaxserve.api.arguments import Arguments
 from jaxserve.api.extras import Asking, extra_specs
+from jaxserve.api.grammars import may_wait
+from jaxserve.api.guides import guide_specs
 from jaxserve.api.prompts import (
     NamingRow,
     Prompts,
     cache_salts,
     check_count,
-    check_prompts,
     per_row,
     request_ids,
-    token_ids,
 )
+from jaxserve.api.reading import PromptReader
 from jaxserve.api.rules import CheckedPrompt, Rules
+from jaxserve.api.states import check_bytes
 from jaxserve.cache.keys import namespace_of
+from jaxserve.chains.registry import Names
 from jaxserve.errors import InvalidRequestError
+from jaxserve.grammars.grammars import Grammars
 from jaxserve.mailbox import Mailbox
 from jaxserve.request import Request
 from jaxserve.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from jaxserve.server_args import ServerArgs
-from jaxserve.text import chat
-from jaxserve.text.chat import ChatPrompts
 from jaxserve.text.codec import Codec
 from jaxserve.text.stop import StopMatcher
 from jaxserve.text.transcript import Transcript
@@ -39,10 +42,9 @@ from jaxserve.text.transcript import Transcript
 if TYPE_CHECKING:
     from jaxserve.config import Limits
 
+T = TypeVar("T")
 SEEDS = 1 << 32
 """Request seeds lie in [0, SEEDS); a larger or negative sampling_seed is taken modulo this."""
-SHORT_TOKEN = 8
-"""Bytes that the longest token of any vocabulary has: shorter texts need no look at it."""
 SEEDS_AT_ONCE = 256
 """Drawn together: numpy's generator is slow to wake for a single one."""
 
@@ -68,12 +70,16 @@ class RequestBuilder:
         limits: Limits,
         eos_ids: frozenset[int],
         codec: Codec | None,
-        chats: ChatPrompts | None,
+        prompts: PromptReader,
+        chains: Names,
+        hooks: Names,
     ) -> None:
-        """codec, chats: None with skip_tokenizer_init."""
+        """codec: None with skip_tokenizer_init. chains, hooks: what is registered. Raises, with
+        `grammar_backend="llguidance"`, as `Grammars`."""
+        self._args = args
         self._limits = limits
         self._codec = codec
-        self._chats = chats
+        self._prompts = prompts
         self._stream_interval = args.stream_interval
         self._preferred = args.preferred_params
         self._refuse_priority = (
@@ -88,7 +94,10 @@ class RequestBuilder:
             eos_ids=eos_ids,
             has_tokenizer=codec is not None,
             auto_truncate=args.allow_auto_truncate,
+            chains=chains,
+            hooks=hooks,
         )
+        self._grammars = Grammars(args, codec, limits.vocab_size, eos_ids)
         self._seeds = np.random.default_rng(args.random_seed)
         self._drawn: list[int] = []
         # Of the generator alone. A signal handler may draw while its own thread does.
@@ -109,82 +118,40 @@ class RequestBuilder:
                     f"n={samples} in row 0 and n={row.n} in row {index}"
                 )
         check_count(count, samples, self._most_queued)
-        ids = self._prompt_ids(prompts)
-        extras = extra_specs(Asking(given, len(ids), single, samples, self._limits))
+        read = self._prompts.read(prompts, given.image_data)
+        ids, media = [ids for ids, _ in read], [media for _, media in read]
+        asking = Asking(
+            given, len(ids), single, samples, self._limits, params, self._args, self._grammars
+        )
+        extras, guides = extra_specs(asking), guide_specs(asking)
         rids = request_ids(given.rid, len(ids), single, samples)
         priority, rank = self._priority(given.priority), self._rank(given)
         salts = cache_salts(given.cache_salt, len(ids))
         rows = []
-        for index, values in enumerate(zip(ids, params, explicit, extras, strict=True)):
+        for index, values in enumerate(zip(ids, params, explicit, extras, guides, strict=True)):
             with NamingRow(index, not single):
                 rows.append(self._rules.check(*values))
+        if any(extras):
+            check_bytes(self._limits, rows, samples)
         mailbox = Mailbox()
         requests: list[Request] = []
         for index, (row, names) in enumerate(zip(rows, rids, strict=True)):
-            namespace = namespace_of(salt=salts[index])
+            hook = "" if row.hook is None else row.hook.digest
+            namespace = namespace_of(salt=salts[index], hook=hook)
             shared = {"priority": priority, "namespace": namespace, "created": created}
             shared["routed_dp_rank"] = rank
+            if (shown := media[index]) is not None:
+                shared |= {"media": shown, "prompt_keys": shown.keys.tolist()}
             requests += self._samples(row, names, index, mailbox, given.stream, shared)
         return Inputs(requests, mailbox, single and samples == 1)
 
-    def render_chat(
-        self, messages: Any, tools: Sequence[Any] | None, template_kwargs: Mapping[str, Any] | None
-    ) -> list[int] | list[list[int]]:
-        """Prompt token ids of a conversation, or of each of a list of them."""
-        conversations = messages if chat.is_batch(messages) else [messages]
-        if self._chats is None:
-            raise InvalidRequestError(
-                "messages need a tokenizer, and skip_tokenizer_init=True is set"
-            )
-        texts = []
-        for index, conversation in enumerate(conversations):
-            with NamingRow(index, conversations is messages):
-                texts.append(
-                    self._chats.render(conversation, tools=tools, template_kwargs=template_kwargs)
-                )
-        # The template writes the special tokens itself, the first one included.
-        rows = self._encode("messages", texts, add_special_tokens=False)
-        return rows if conversations is messages else rows[0]
-
-    def _encode(
-        self, name: str, texts: list[str], *, add_special_tokens: bool = True
-    ) -> list[list[int]]:
-        """Token ids of each text. Those that must be too long, by their bytes, are refused first:
-        encoding takes a second for each megabyte or two. (What is cut is encoded: where a text is
-        cut decides its last tokens.)"""
-        codec, context = self._codec, self._limits.context_length
-        if codec is None:
-            raise InvalidRequestError(
-                f"{name} needs a tokenizer, and skip_tokenizer_init=True is set: give input_ids"
-            )
-        for index, text in enumerate(texts):
-            if len(text) < SHORT_TOKEN * context or self._rules.auto_truncate:
-                continue
-            least = codec.least_tokens(text)
-            if least >= context:
-                with NamingRow(index, len(texts) > 1):
-                    raise InvalidRequestError(
-                        f"The {name} ({len(text)} characters, at least {least} tokens) is longer "
-                        f"than the model's context length ({context} tokens)"
-                    )
-        return codec.encode(name, texts, add_special_tokens=add_special_tokens)
-
-    def _prompt_ids(self, given: Prompts) -> list[list[int]]:
-        if given.ids is not None:
-            name = "input_ids" if given.single else "input_ids[{}]"
-            size = self._limits.vocab_size
-            return [token_ids(name.format(index), row, size) for index, row in enumerate(given.ids)]
-        prompts = list(given.texts or ())
-        check_prompts(prompts)
-        if not prompts:
-            return []
-        encoded = self._encode("prompt", prompts)
-        size = self._limits.vocab_size
-        for prompt, row in zip(prompts, encoded, strict=True):
-            # (Those of a tokenizer are integers; arrays of millions would hold others up.)
-            if not row or max(row) >= size:
-                token_ids(f"the tokens of prompt {checks.shown(prompt)}", row, size)
-        return encoded
+    async def off_the_loop(self, begin: Callable[[Arguments], T], given: Arguments) -> T:
+        """`begin(given)`, which builds, on another thread where it may take long."""
+        compiles = given.custom_logit_processor is not None  # programs, when it is the first
+        loads = not checks.absent(given.image_data)
+        if compiles or loads or may_wait(given.sampling_params, self._preferred):
+            return await asyncio.to_thread(begin, given)
+        return begin(given)
 
     def _sampling_params(self, given: Any, prompts: int) -> tuple[list[SamplingParams], list[bool]]:
         """Each prompt's parameters, and whether they say max_new_tokens themselves."""
@@ -242,7 +209,7 @@ class RequestBuilder:
         if seed is None:
             seed = self._draw_seed()
         interval = (row.params.stream_interval or self._stream_interval) if stream else 0
-        return [
+        requests = [
             Request(
                 rid=name,
                 index=prompt * len(names) + sample,
@@ -256,12 +223,17 @@ class RequestBuilder:
                 mailbox=mailbox,
                 group=names[0] if len(names) > 1 else "",
                 extras=tuple([spec.extra(len(row.prompt_ids)) for spec in row.extras]),
+                chain=row.chain,
+                hook=row.hook,
                 stream_interval=interval,
                 stop_matcher=self._stop_matcher(row),
                 **shared,
             )
             for sample, name in enumerate(names)
         ]
+        for request in requests if row.guides else ():
+            request.guides = tuple([spec.guide(request) for spec in row.guides])
+        return requests
 
     def _draw_seed(self) -> int:
         while True:

@@ -9,6 +9,7 @@ from jaxserve import checks
 from jaxserve.api.prompts import NamingRow, per_row
 from jaxserve.errors import InvalidRequestError
 from jaxserve.output.logprobs import LogprobSpec
+from jaxserve.output.raw_logprobs import RawLogprobsSpec
 
 if TYPE_CHECKING:
     from jaxserve.api.extras import Asking
@@ -43,6 +44,25 @@ def logprob_specs(asking: Asking) -> list[LogprobSpec | None] | None:
         with NamingRow(index, bool(listed) and not asking.single):
             specs.append(logprob_spec(asking.limits, *row))
     return specs
+
+
+def raw_specs(asking: Asking) -> list[RawLogprobsSpec | None] | None:
+    """Which prompts of a call want the logprobs of the model itself; None: none."""
+    name, given = "return_raw_logprob", asking.given.return_raw_logprob
+    if given is False:
+        return None
+    flags = [checks.boolean(name, flag or False) for flag in per_row(name, given, asking.prompts)]
+    processors = per_row(
+        "custom_logit_processor", asking.given.custom_logit_processor, asking.prompts
+    )
+    for index, pair in enumerate(zip(flags, processors, strict=True)):
+        if all(pair):
+            with NamingRow(index, not asking.single):
+                raise InvalidRequestError(
+                    f"{name}=True is not possible with a custom_logit_processor, whose logits take "
+                    "the place of the model's"
+                )
+    return [RawLogprobsSpec() if flag else None for flag in flags]
 
 
 def logprob_spec(limits: Limits, wanted: Any, start: Any, top: Any, ids: Any) -> LogprobSpec | None:

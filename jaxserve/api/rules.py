@@ -7,12 +7,15 @@ import warnings
 from typing import TYPE_CHECKING
 
 from jaxserve import checks
+from jaxserve.chains.registry import Names
+from jaxserve.chains.use import ChainUse, DrawnLogprobsSpec
 from jaxserve.errors import InvalidRequestError
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.pattern import StopRegex
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
+    from jaxserve.guides.guide import GuideSpec
     from jaxserve.output.extras import ExtraSpec
 
 
@@ -34,6 +37,12 @@ class CheckedPrompt:
     """What is wanted beside tokens."""
     stop_regexes: tuple[StopRegex, ...]
     """Compiled, of `params.stop_regex`."""
+    chain: ChainUse | None
+    """The chain that it asks for."""
+    hook: ChainUse | None
+    """The hook that it asks for."""
+    guides: tuple[GuideSpec, ...]
+    """What is to decide about its tokens on the host."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +57,10 @@ class Rules:
     """Without one there is no text to look for stops in."""
     auto_truncate: bool
     """What is too long is cut instead of refused."""
+    chains: Names
+    """Chains that are registered."""
+    hooks: Names
+    """Hooks that are registered."""
 
     def check(
         self,
@@ -55,6 +68,7 @@ class Rules:
         params: SamplingParams,
         explicit_length: bool,
         extras: tuple[ExtraSpec, ...],
+        guides: tuple[GuideSpec, ...],
     ) -> CheckedPrompt:
         """Checks one prompt. explicit_length: whether the caller gave max_new_tokens. Raises
         InvalidRequestError; warns of what is cut."""
@@ -69,6 +83,9 @@ class Rules:
                 min_new_tokens=min(params.min_new_tokens, longest),
             )
         stop_ids, masked_ids = self._stop_ids(params)
+        chain = self.chains.use(params)
+        if chain is not None and chain.chain.reads_logprobs:
+            extras = (*extras, DrawnLogprobsSpec())
         return CheckedPrompt(
             prompt_ids=prompt_ids,
             params=params,
@@ -77,6 +94,9 @@ class Rules:
             masked_ids=masked_ids,
             extras=extras,
             stop_regexes=self._stop_regexes(params),
+            chain=chain,
+            hook=self.hooks.use(params),
+            guides=guides,
         )
 
     def _fit_prompt(self, prompt_ids: list[int]) -> list[int]:
@@ -122,8 +142,10 @@ class Rules:
         ends = frozenset(
             token for token in self.eos_ids | params.stop_token_ids if token < vocabulary
         )
-        stops = ends & params.stop_token_ids if params.ignore_eos else ends
-        masked = tuple(sorted(ends)) if params.min_new_tokens else ()
+        guided = params.grammar is not None  # and alone knows where its text may end
+        goes_on = params.ignore_eos and not guided
+        stops = ends & params.stop_token_ids if goes_on else ends
+        masked = tuple(sorted(ends)) if params.min_new_tokens and not guided else ()
         biased = len(params.logit_bias) + len(masked)
         if biased > self.limits.logit_bias_capacity:
             raise InvalidRequestError(

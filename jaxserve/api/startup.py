@@ -6,20 +6,24 @@ import dataclasses
 import functools
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.api.images import pictures_of, reader_of
 from jaxserve.api.model_facts import ModelFacts
 from jaxserve.config import cache_folder
 from jaxserve.errors import InvalidRequestError
 from jaxserve.folders import PrivateFolder
 from jaxserve.process import check_jax
 from jaxserve.server_args import ServerArgs
+from jaxserve.text.codec import Codec
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxserve.core import Core
+    from jaxserve.media.reader import Reader
 
 DTYPE_NAMES = {"half": "float16", "float": "float32"}
 EXTRA_STOP_TOKENS = ("<|eom_id|>",)
@@ -38,12 +42,16 @@ class Started:
     """Running."""
     tokenizer: Any
     """A transformers tokenizer; None with skip_tokenizer_init."""
+    codec: Codec | None
+    """The engine's own copy of it."""
     eos_ids: frozenset[int]
     """All tokens that end a text: the model's and the tokenizer's."""
     load_format: str
     """What was found: safetensors, gguf, orbax or dummy."""
     quantization: str | None = None
     """Of the loaded weights; an Orbax folder may be quantized without the option."""
+    reader: Reader | None = None
+    """Of images in prompts; None: the engine takes none."""
     model_config: ModelFacts = dataclasses.field(kw_only=True)
     """The model's sizes."""
 
@@ -73,37 +81,53 @@ def _start(args: ServerArgs) -> Started:
             "trust_remote_code=True is ignored: jaxserve never runs a checkpoint's code",
             stacklevel=4,
         )
-    mesh = _prepare_jax(args)
-    tokenizer = None
-    if not args.skip_tokenizer_init:
-        tokenizer = converters.load_tokenizer(
-            args.tokenizer_path or args.model_path,
-            tokenizer_mode=args.tokenizer_mode,
+    # Beside the rest: most of either is waiting for files and, on a GPU, for the device.
+    with ThreadPoolExecutor(1, "jaxserve-tokenizer") as thread:
+        reading = thread.submit(_tokenizer, args)
+        mesh = _prepare_jax(args)
+        loaded = converters.load(
+            args.model_path,
+            load_format=args.load_format,
+            dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
+            quantization=args.quantization,
+            towers=args.enable_multimodal is not False,
+            placing=functools.partial(placement, mesh=replicas(mesh)[0]),
+            config_overrides=args.config_overrides,
+            context_length=args.context_length,
             revision=args.revision,
             download_dir=args.download_dir,
-            chat_template=args.chat_template,
+            seed=args.random_seed or 0,
         )
-    loaded = converters.load(
-        args.model_path,
-        load_format=args.load_format,
-        dtype=DTYPE_NAMES.get(args.dtype, args.dtype),
-        quantization=args.quantization,
-        placing=functools.partial(placement, mesh=replicas(mesh)[0]),
-        config_overrides=args.config_overrides,
-        revision=args.revision,
-        download_dir=args.download_dir,
-        seed=args.random_seed or 0,
-    )
+        tokenizer = reading.result()
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
-    loop = start_on(args, loaded, mesh)
+    codec = None if tokenizer is None else Codec(tokenizer)
+    reader = reader_of(args, loaded, codec)
+    loop = start_on(args, loaded, mesh, None if reader is None else pictures_of(reader, loaded))
     facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
     return Started(
         loop,
         tokenizer,
+        codec,
         eos_ids,
         loaded.format,
         loaded.declaration.quantization,
+        reader=reader,
         model_config=facts,
+    )
+
+
+def _tokenizer(args: ServerArgs) -> Any:
+    """The one that `args` ask for; None with skip_tokenizer_init."""
+    if args.skip_tokenizer_init:
+        return None
+    import converters
+
+    return converters.load_tokenizer(
+        args.tokenizer_path or args.model_path,
+        tokenizer_mode=args.tokenizer_mode,
+        revision=args.revision,
+        download_dir=args.download_dir,
+        chat_template=args.chat_template,
     )
 
 

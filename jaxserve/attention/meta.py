@@ -24,6 +24,10 @@ class ExtendMeta:
     """[B]: how many it has."""
     prefix_lens: jax.Array
     """[B]: tokens cached before them."""
+    reach: jax.Array | None = None
+    """[T]: the last position that each token sees, where tokens see all of their block, such as a
+    picture's (Gemma 3); None in models without, whose programs know nothing of it. See
+    `paged_prefill`."""
 
 
 @jax.tree_util.register_dataclass

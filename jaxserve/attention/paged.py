@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxserve.attention.meta import DecodeMeta, ExtendMeta
 from jaxserve.machine import Crossovers
-from jaxserve.models.layers import rms_norm
+from jaxserve.models.layers import rms_norm, scaled
 from jaxserve.models.ops import AttentionSpec, Residual
 from jaxserve.weights import kept_transposed
 from pallas_kernels import (
@@ -51,22 +51,29 @@ class PagedOps:
     fixed_tiles: bool = False
     """See `paged_prefill`."""
 
+    def joined(self, comm: jax.Array | None) -> PagedOps:
+        """These operations in a step that has `comm`, the way to other devices: here there are
+        none."""
+        del comm
+        return self
+
     def linear_in(
         self,
         stream: Residual,
         kernel: jax.Array,
         *,
-        norm: jax.Array,
+        norm: jax.Array | None,
         eps: float,
+        centred: bool = False,
         bias: jax.Array | None = None,
         act: str | None = None,
         scale: jax.Array | None = None,
     ) -> tuple[jax.Array, Residual]:
-        """See `Ops.linear_in`."""
-        if stream.pending is None:
+        """See `Ops.linear_in`. A centred norm is XLA's: the kernels have none."""
+        if stream.pending is None and not centred:
             y = self._linear(stream.x, kernel, norm=norm, eps=eps, bias=bias, act=act, scale=scale)
             return y, stream
-        x, normed = self._add_norm(stream, norm, eps)
+        x, normed = self._total_and_norm(stream, norm, eps, centred)
         return self._linear(normed, kernel, bias=bias, act=act, scale=scale), Residual(x)
 
     def linear_out(
@@ -79,22 +86,62 @@ class PagedOps:
         scale: jax.Array | None = None,
         norm: jax.Array | None = None,
         eps: float = 0.0,
+        factor: float = 1.0,
     ) -> Residual:
         """See `Ops.linear_out`."""
-        assert stream.pending is None, "a product has read this stream, and so its pending part"
-        leaves_the_sum = self._leaves_the_sum(y, kernel)
-        if norm is None and not leaves_the_sum:
-            return Residual(self._linear(y, kernel, residual=stream.x, bias=bias, scale=scale))
-        added = self._linear(y, kernel, bias=bias, scale=scale)
-        if norm is not None:
-            added = rms_norm(added, norm, eps)
-        return Residual(stream.x, added) if leaves_the_sum else Residual(stream.x + added)
+        x, pending = stream
+        options = {"bias": bias, "scale": scale, "norm": norm, "eps": eps, "factor": factor}
+        if pending is not None or self._leaves_the_sum(y, kernel):
+            return Residual(x, self._added(pending, y, kernel, **options))
+        return Residual(self._added(x, y, kernel, **options))
 
-    def norm(self, stream: Residual, scale: jax.Array, eps: float) -> jax.Array:
+    def total(self, stream: Residual) -> jax.Array:
+        """See `Ops.total`."""
+        return stream.x if stream.pending is None else stream.x + stream.pending
+
+    def all_heads(self, x: jax.Array) -> jax.Array:
+        """What `attend` returns, of all heads: [T, N * H]."""
+        return x
+
+    def own_heads(self, x: jax.Array) -> jax.Array:
+        """Of `all_heads`, those that this device has."""
+        return x
+
+    def norm(
+        self, stream: Residual, scale: jax.Array, eps: float, *, centred: bool = False
+    ) -> jax.Array:
         """See `Ops.norm`."""
-        if stream.pending is None:
-            return rms_norm(stream.x, scale, eps)
-        return self._add_norm(stream, scale, eps)[1]
+        return self._total_and_norm(stream, scale, eps, centred)[1]
+
+    def _added(
+        self,
+        onto: jax.Array | None,
+        y: jax.Array,
+        kernel: jax.Array,
+        *,
+        bias: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        norm: jax.Array | None = None,
+        eps: float = 0.0,
+        factor: float = 1.0,
+    ) -> jax.Array:
+        """onto [T, out], if there is any, with what `linear_out` adds."""
+        if norm is None and factor == 1:
+            return self._linear(y, kernel, residual=onto, bias=bias, scale=scale)
+        made = self._linear(y, kernel, bias=bias, scale=scale)
+        if norm is not None:
+            made = rms_norm(made, norm, eps)
+        made = scaled(made, factor)
+        return made if onto is None else onto + made
+
+    def _total_and_norm(
+        self, stream: Residual, norm: jax.Array | None, eps: float, centred: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """`total`, and that through a norm, if there is one."""
+        if stream.pending is not None and norm is not None and not centred:
+            return self._add_norm(stream, norm, eps)
+        x = self.total(stream)
+        return x, x if norm is None else rms_norm(x, norm, eps, centred=centred)
 
     def _add_norm(
         self, stream: Residual, scale: jax.Array, eps: float
@@ -192,6 +239,7 @@ class PagedOps:
                 meta.q_starts,
                 meta.q_lens,
                 meta.prefix_lens,
+                reach=meta.reach,
                 fixed_tiles=self.fixed_tiles,
                 **options,
             )

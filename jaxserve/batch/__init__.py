@@ -33,6 +33,7 @@ def run(
     prompt_column: str = "prompt",
     messages_column: str = "messages",
     input_ids_column: str = "input_ids",
+    image_data_column: str = "image_data",
     sampling_params_column: str = "sampling_params",
     sampling_columns: Sequence[str] | None = None,
     output_format: str = "jsonl",
@@ -63,6 +64,7 @@ def run(
         prompt=prompt_column,
         messages=messages_column,
         input_ids=input_ids_column,
+        image_data=image_data_column,
         sampling_params=sampling_params_column,
         sampling=FIELD_NAMES if sampling_columns is None else tuple(sampling_columns),
     )

@@ -40,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt-column", metavar="NAME", default="prompt")
     add("--messages-column", metavar="NAME", default="messages")
     add("--input-ids-column", metavar="NAME", default="input_ids")
+    add("--image-data-column", metavar="NAME", default="image_data")
     add("--sampling-params-column", metavar="NAME", default="sampling_params")
     add(
         "--sampling-columns",

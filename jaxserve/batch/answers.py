@@ -51,9 +51,12 @@ def described(error: BaseException) -> str:
 
 def _ask(engine: Engine, asked: Sequence[Question]) -> Sequence[Answer]:
     """All in one call, which is checked and encoded at once. It fails as a whole: then each is a
-    call of its own."""
+    call of its own, as each is at once where there are images: one that cannot be read would have
+    the others read twice."""
     if not asked:
         return []
+    if any(question.may_show for question in asked):
+        return asyncio.run(_ask_each(engine, asked))
     try:
         return _generate(engine, asked)
     except ENGINE_IS_GONE:
@@ -78,15 +81,17 @@ async def _ask_each(engine: Engine, asked: Sequence[Question]) -> list[Answer]:
 
 
 async def _ask_one(engine: Engine, question: Question) -> Answer:
-    value, params = question.value, question.params
+    value, params, images = question.value, question.params, question.images
     try:
         match question.kind:
             case "prompt":
-                return await engine.async_generate(value, params)
+                return await engine.async_generate(value, params, image_data=images)
             case "messages":
                 return await engine.async_chat(value, params)
             case "input_ids":
-                return await engine.async_generate(input_ids=value, sampling_params=params)
+                return await engine.async_generate(
+                    input_ids=value, sampling_params=params, image_data=images
+                )
     except ENGINE_IS_GONE:
         raise
     except JaxserveError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxserve import checks
@@ -32,13 +32,15 @@ class Columns:
     """A conversation, a list of {"role", "content"}, or its JSON text."""
     input_ids: str = "input_ids"
     """Token ids, a list of integers, or its JSON text."""
+    image_data: str = "image_data"
+    """Images of a prompt or of input_ids: one, a list of them, or its JSON text; null is none."""
     sampling_params: str = "sampling_params"
     """A dict over the job's parameters, or its JSON text."""
     sampling: tuple[str, ...] = FIELD_NAMES
     """Columns that are a sampling parameter each, over the row's dict; null is not given."""
 
     def __post_init__(self) -> None:
-        names = [self.prompt, self.messages, self.input_ids, self.sampling_params]
+        names = [*self.asked.values(), self.image_data, self.sampling_params]
         for name in (*names, *self.sampling):
             checks.text("a column's name", name)
         for name in names:
@@ -58,7 +60,7 @@ class Columns:
 
     def carries(self, name: str) -> bool:
         """Whether a column of the input is one of the output too: all but what is asked."""
-        return name not in (self.prompt, self.messages, self.input_ids)
+        return name not in (*self.asked.values(), self.image_data)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,6 +73,16 @@ class Question:
     """Text, messages or token ids; the engine checks them."""
     params: Mapping[str, Any]
     """Sampling parameters, checked. Rows without any of their own share one dict."""
+    images: Sequence[Any] = ()
+    """Items of `image_data`; the engine checks them. Those of messages are parts of them."""
+
+    @property
+    def may_show(self) -> bool:
+        """Whether it may have images."""
+        if self.kind != "messages" or not isinstance(self.value, list):
+            return bool(self.images)
+        contents = (x.get("content") for x in self.value if isinstance(x, Mapping))
+        return any(isinstance(content, list) for content in contents)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +113,22 @@ class Asking:
         if self.seed is not None and params.get("sampling_seed") is None:
             seed = (self.seed * SEED_STRIDE + index) % SEEDS
             params = {**params, "sampling_seed": seed}
-        return Question(kind, value, params)
+        return Question(kind, value, params, self._images(kind, values))
+
+    def _images(self, kind: Kind, values: Mapping[str, Any]) -> Sequence[Any]:
+        name = self.columns.image_data
+        given = values.get(name)
+        if _nothing(given):
+            return ()
+        if kind == "messages":
+            raise InvalidRequestError(
+                f"a row with {self.columns.messages} has its images as parts of their content, "
+                f"and none in {name}; got {checks.shown(given)}"
+            )
+        if isinstance(given, str) and given.lstrip().startswith("["):
+            given = _json_of_text(name, given)
+        items = given if isinstance(given, list) else [given]
+        return [_image(item) for item in items if not _nothing(item)]
 
     def _params(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         own: dict[str, Any] = {}
@@ -124,6 +151,14 @@ class Asking:
         SamplingParams.from_dict(params)
         check_samples(params)
         return params
+
+
+def _image(item: Any) -> Any:
+    """An item of `image_data`. Files of Hugging Face's datasets have {"bytes", "path"}, of which
+    either may be missing."""
+    if isinstance(item, Mapping) and item.keys() <= {"bytes", "path"}:
+        return item["bytes"] if item.get("bytes") is not None else item.get("path")
+    return item
 
 
 def check_samples(params: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ DECIDING = (
     *("quantization", "kv_cache_dtype", "context_length", "json_model_override_args"),
     *("chat_template", "skip_tokenizer_init", "preferred_sampling_params", "random_seed"),
     *("allow_auto_truncate", "enable_deterministic_inference"),
+    *("enable_multimodal", "mm_process_config"),
 )
 """Options of the engine that answers depend on. The others (memory, sizes, devices) may change
 from one run of a job to the next."""

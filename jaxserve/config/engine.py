@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from jaxserve.config import sizes
 from jaxserve.config.host_memory import HostMemory
+from jaxserve.config.media import MediaSizes, Pictures
 from jaxserve.config.program import ProgramConfig
+from jaxserve.config.states import States
 from jaxserve.scheduler.policy import Policy
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ class EngineConfig:
     """What changes a compiled program."""
     buckets: Buckets
     """The ladder of shapes: which programs there are. A program knows its own bucket only."""
+    states: States
+    """What of the model's inside there are programs for, of kinds of their own."""
+    max_state_bytes: int
+    """Of what a call may ask of that."""
     context_length: int
     """Most tokens of prompt and output together."""
     chunk_alignment: int
@@ -62,6 +68,8 @@ class EngineConfig:
     """None: prefill goes first, in whole prompts."""
     radix_eviction: str | None
     """Of the prefix cache; None is no prefix cache."""
+    media: MediaSizes | None
+    """Of pictures; None: the model takes none."""
     host: HostMemory | None
     """For pages that leave the device; None: they are forgotten."""
     program_folder: Path | None
@@ -69,9 +77,15 @@ class EngineConfig:
 
     @classmethod
     def resolve(
-        cls, options: Options, model: ModelConfig, machine: Machine, weight_bytes: int
+        cls,
+        options: Options,
+        model: ModelConfig,
+        machine: Machine,
+        weight_bytes: int,
+        pictures: Pictures | None = None,
     ) -> EngineConfig:
-        """Fill in what the user left open. InvalidRequestError names an option that cannot be."""
+        """Fill in what the user left open. pictures: that prompts may show; None: none.
+        InvalidRequestError names an option that cannot be."""
         context = sizes.context_length(options, model)
         page = sizes.page_size(options, machine)
         rows = sizes.max_rows(options, machine, page)
@@ -92,12 +106,20 @@ class EngineConfig:
             max_top_logprobs=options.max_top_logprobs,
             raw_logprobs=options.return_original_logprob,
         )
+        buckets = sizes.buckets(options, machine, context, rows, alignment)
+        prefill_tokens = sizes.aligned(options.max_prefill_tokens, alignment)
+        media = None
+        if pictures is not None:
+            step_tokens = min(buckets.max_tokens, prefill_tokens)
+            media = MediaSizes.of(pictures, model, context, step_tokens)
         return cls(
             program=program,
-            buckets=sizes.buckets(options, machine, context, rows, alignment),
+            buckets=buckets,
+            states=States.of(options, model.num_layers),
+            max_state_bytes=options.max_state_bytes,
             context_length=context,
             chunk_alignment=alignment,
-            max_prefill_tokens=sizes.aligned(options.max_prefill_tokens, alignment),
+            max_prefill_tokens=prefill_tokens,
             max_prefill_rows=options.prefill_max_requests,
             max_queued=options.max_queued_requests,
             overlap=not options.disable_overlap_schedule,
@@ -111,8 +133,9 @@ class EngineConfig:
             memory=machine.memory,
             log_interval=options.decode_log_interval,
             policy=Policy.of(options),
-            pace=sizes.pace(options, machine, model),
+            pace=sizes.pace(options, machine, model, media),
             radix_eviction=None if options.disable_radix_cache else options.radix_eviction_policy,
+            media=media,
             host=HostMemory.of(options),
             program_folder=Path(folder) / "whole" if machine.is_gpu and folder else None,
         )

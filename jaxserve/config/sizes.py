@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import TYPE_CHECKING
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.options import OPTIONS
-from jaxserve.packing.buckets import DECODE_ROWS, Buckets, padded_length
+from jaxserve.packing.buckets import ALIGNMENT, DECODE_ROWS, Buckets, padded_length
 from jaxserve.scheduler.pace import Pace
 
 if TYPE_CHECKING:
+    from jaxserve.config.media import MediaSizes
     from jaxserve.machine import Dispatch, Machine
     from jaxserve.models.config import ModelConfig
     from jaxserve.options import Options
@@ -114,13 +116,20 @@ def buckets(options: Options, machine: Machine, context: int, rows: int, alignme
     return Buckets.make(rows, tokens, decode_ladder(options, machine))
 
 
-def pace(options: Options, machine: Machine, model: ModelConfig) -> Pace | None:
+def pace(
+    options: Options, machine: Machine, model: ModelConfig, media: MediaSizes | None
+) -> Pace | None:
     """None where steps do not depend on who else is running: prefill goes first, in whole prompts
     or in chunks that are always the same."""
     if options.chunked_prefill_size == -1 or options.enable_deterministic_inference:
         return None
     tokens = chunk(options, machine)
-    return Pace.of(model, tokens, machine.pacing, options.enable_mixed_chunk)
+    found = Pace.of(model, tokens, machine.pacing, options.enable_mixed_chunk)
+    if media is None:
+        return found
+    # room for what has to run together, beside those that ride
+    work = max(found.work, padded_length(media.pictures.block) + found.riders * ALIGNMENT)
+    return dataclasses.replace(found, work=work, patch=media.pictures.cost)
 
 
 def steps_per_dispatch(options: Options, machine: Machine, weight_bytes: int) -> int:
@@ -129,12 +138,14 @@ def steps_per_dispatch(options: Options, machine: Machine, weight_bytes: int) ->
         return options.num_continuous_decode_steps
     if machine.dispatch is None or options.enable_deterministic_inference:
         return 1
-    return steps_to_stay_busy(weight_bytes, machine.dispatch)
+    _, devices = options.mesh_shape
+    return steps_to_stay_busy(weight_bytes, machine.dispatch, devices)
 
 
-def steps_to_stay_busy(weight_bytes: int, dispatch: Dispatch) -> int:
-    """Decode steps that the device needs in one program so as not to wait for the host, at most
-    `dispatch.most_steps`: a step takes at least the time to read the weights."""
+def steps_to_stay_busy(weight_bytes: int, dispatch: Dispatch, devices: int = 1) -> int:
+    """Decode steps that `devices` need in one program so as not to wait for the host, at most
+    `dispatch.most_steps`: a step takes at least the time to read the weights of each."""
     step_seconds = weight_bytes / dispatch.read_bandwidth
-    enough = (n for n in range(1, dispatch.most_steps) if n * step_seconds >= dispatch.seconds)
+    seconds = dispatch.seconds + (devices - 1) * dispatch.further
+    enough = (n for n in range(1, dispatch.most_steps) if n * step_seconds >= seconds)
     return next(enough, dispatch.most_steps)

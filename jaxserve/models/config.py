@@ -4,12 +4,12 @@ Face config.json (see `registry.config_from_hf`)."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 from jaxserve.errors import ModelLoadError, NotSupportedError
 from jaxserve.models import values
-from jaxserve.models.rope_config import RopeConfig
+from jaxserve.models.rope_config import FULL, NO_ROPE, SLIDING, RopeConfig, of_kind
 from jaxserve.shown import quoted
 
 __all__ = ["ModelConfig", "RopeConfig"]
@@ -48,9 +48,11 @@ class ModelConfig:
     head_dim: int
     """H; need not be D / N."""
     rms_norm_eps: float
-    """Added to the mean square, of every norm."""
+    """Added to the mean square, or to the variance, of every norm."""
     rope: RopeConfig
-    """How positions become angles."""
+    """How positions become angles, in layers that see everything where kinds of layers differ."""
+    layer_ropes: tuple[RopeConfig, ...]
+    """The same per layer."""
     max_position_embeddings: int
     """As the checkpoint states it; what RoPE scalings are relative to."""
     context_length: int
@@ -67,6 +69,18 @@ class ModelConfig:
     """RMSNorm over the head dim of q and k, before RoPE."""
     windows: tuple[int | None, ...]
     """Per layer: attend to the last w positions, the current one included; None is all."""
+    query_scale: float
+    """Multiplies the attention scores; usually 1 / sqrt(H)."""
+    score_cap: float | None
+    """c: scaled scores become c * tanh(scores / c); None leaves them."""
+    embed_scale: float
+    """The embedding's rows are multiplied by it; what makes logits of the same table is not."""
+    residual_scale: float
+    """What attention and MLP add to the stream is multiplied by it."""
+    logit_scale: float
+    """Multiplies the logits."""
+    logit_cap: float | None
+    """c: scaled logits become c * tanh(logits / c); None leaves them."""
     hidden_act: str
     """The MLP's activation: a name that `layers.activation` knows."""
     bos_token_id: int | None
@@ -81,6 +95,11 @@ class ModelConfig:
         counted each time: every device has one at least."""
         return max(self.num_kv_heads, parts)
 
+    def within(self, context: int) -> Self:
+        """For an engine whose sequences have at most `context` tokens: see `RopeConfig.within`."""
+        ropes = tuple(rope.within(context) for rope in self.layer_ropes)
+        return dataclasses.replace(self, rope=self.rope.within(context), layer_ropes=ropes)
+
     @property
     def window(self) -> int | None:
         """How many of the last positions any layer sees; None if there is one that sees all."""
@@ -88,16 +107,19 @@ class ModelConfig:
         return max(windows) if len(windows) == self.num_layers else None
 
 
-def common_fields(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def common_fields(
+    hf: Mapping[str, Any], architecture: str, ropes_by_kind: bool = False
+) -> dict[str, Any]:
     """The fields of ModelConfig from the keys that every family's config.json has. What some
     families spell or decide in their own way is here as most of them have it.
 
-    hf: with the family's defaults for absent keys; a null is a statement ("no window"). Raises
+    hf: with the family's defaults for absent keys; a null is a statement ("no window").
+    ropes_by_kind: see `Decoder`; the context that such a config states is the stretched one. Raises
     NotSupportedError for a feature that we do not have, ModelLoadError for a missing or impossible
     value.
     """
     vocab_size = values.size(hf, "vocab_size")
-    num_layers = values.size(hf, "num_hidden_layers", most=MOST_LAYERS)
+    num_layers = _num_layers(hf)
     num_heads = values.size(hf, "num_attention_heads")
     num_kv_heads = values.size(hf, "num_key_value_heads", num_heads)
     hidden_size = values.size(hf, "hidden_size")
@@ -110,9 +132,9 @@ def common_fields(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     if head_dim % 2:
         raise ModelLoadError(f"config.json: head_dim={head_dim} is odd; RoPE needs pairs")
     max_positions = values.size(hf, "max_position_embeddings")
-    rope = RopeConfig.from_hf(hf, max_positions)
-    if rope.type == "dynamic" and head_dim == 2:
-        raise ModelLoadError("config.json: head_dim=2 has no dynamic RoPE, which needs more")
+    rope = RopeConfig.from_hf(of_kind(hf, FULL) if ropes_by_kind else hf, max_positions)
+    if ropes_by_kind:
+        rope = dataclasses.replace(rope, context_factor=1.0)
     return {
         "architecture": architecture,
         "vocab_size": vocab_size,
@@ -124,6 +146,7 @@ def common_fields(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         "head_dim": head_dim,
         "rms_norm_eps": values.number(hf, "rms_norm_eps", 1e-6, least=0),
         "rope": rope,
+        "layer_ropes": (rope,) * num_layers,
         "max_position_embeddings": max_positions,
         "context_length": _context_length(hf, rope),
         "tie_word_embeddings": values.flag(hf, "tie_word_embeddings"),
@@ -132,6 +155,12 @@ def common_fields(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         "mlp_bias": False,
         "qk_norm": False,
         "windows": (None,) * num_layers,
+        "query_scale": head_dim**-0.5,
+        "score_cap": None,
+        "embed_scale": 1.0,
+        "residual_scale": 1.0,
+        "logit_scale": 1.0,
+        "logit_cap": None,
         "hidden_act": values.text(hf, "hidden_act", "silu"),
         "bos_token_id": next(iter(values.token_ids(hf, "bos_token_id", vocab_size)), None),
         "eos_token_ids": values.token_ids(hf, "eos_token_id", vocab_size),
@@ -172,17 +201,53 @@ def window_of(hf: Mapping[str, Any]) -> int | None:
 def layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Qwen's per-layer windows: `layer_types` where given, else the layers from
     `max_window_layers` on; none at all unless `use_sliding_window`."""
-    num_layers = values.size(hf, "num_hidden_layers", most=MOST_LAYERS)
     window = window_of(hf) if values.flag(hf, "use_sliding_window") else None
-    if hf.get("layer_types") is None:
-        first = hf["max_window_layers"]
-        if not isinstance(first, int) or isinstance(first, bool):
-            raise values.bad("max_window_layers", "an integer", first)
-        return tuple(window if i >= first else None for i in range(num_layers))
-    types = values.strings(hf, "layer_types")
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+    if hf.get("layer_types") is not None:
+        return _typed_windows(hf, window)
+    first = hf["max_window_layers"]
+    if not isinstance(first, int) or isinstance(first, bool):
+        raise values.bad("max_window_layers", "an integer", first)
+    return tuple(window if i >= first else None for i in range(_num_layers(hf)))
+
+
+def patterned_windows(hf: Mapping[str, Any], every: int) -> tuple[int | None, ...]:
+    """Per-layer windows of a family in which every so many layers one sees everything:
+    `layer_types` where given, else that pattern, the last layer of each round first."""
+    window = window_of(hf)
+    if hf.get("layer_types") is not None:
+        return _typed_windows(hf, window)
+    return tuple(window if (i + 1) % every else None for i in range(_num_layers(hf)))
+
+
+def _typed_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int | None, ...]:
+    types, num_layers = values.strings(hf, "layer_types"), _num_layers(hf)
+    if len(types) != num_layers or set(types) - {FULL, SLIDING}:
         raise NotSupportedError(
-            f"config.json: layer_types must be {num_layers} of 'full_attention' or "
-            f"'sliding_attention', got {len(types)}: {quoted(types)}"
+            f"config.json: layer_types must be {num_layers} of {FULL!r} or {SLIDING!r}, got "
+            f"{len(types)}: {quoted(types)}"
         )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def layer_ropes(
+    hf: Mapping[str, Any], full: RopeConfig, windows: tuple[int | None, ...]
+) -> tuple[RopeConfig, ...]:
+    """RoPE per layer where those with a window have parameters of their own, see
+    `rope_config.of_kind`. full: of the others."""
+    sliding = RopeConfig.from_hf(of_kind(hf, SLIDING), values.size(hf, "max_position_embeddings"))
+    return tuple(full if window is None else sliding for window in windows)
+
+
+def ropes_where(hf: Mapping[str, Any], rotated: Iterable[bool]) -> tuple[RopeConfig, ...]:
+    """config.json's one RoPE in the layers that rotate q and k, none in the others."""
+    rope = RopeConfig.from_hf(hf, values.size(hf, "max_position_embeddings"))
+    return tuple(rope if turns else NO_ROPE for turns in rotated)
+
+
+def cap_of(hf: Mapping[str, Any], key: str) -> float | None:
+    """A soft cap: a number above 0, or None where it is null."""
+    return None if hf[key] is None else values.number(hf, key, above=0)
+
+
+def _num_layers(hf: Mapping[str, Any]) -> int:
+    return values.size(hf, "num_hidden_layers", most=MOST_LAYERS)

@@ -6,15 +6,16 @@ Letters: T tokens, B rows, N query heads, K KV heads, H head dim, D model dim, V
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models import rope
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import MLP, Embedding, Linear, RMSNorm
+from jaxserve.models.layers import MLP, Embedding, Linear, RMSNorm, stream_norm
 from jaxserve.models.make import Make
 from jaxserve.models.ops import AttentionSpec, Ops, Residual
 from jaxserve.models.rope_config import RopeConfig
@@ -26,8 +27,10 @@ class Attention(nnx.Module):
 
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     """Of the norms over the heads of q and k."""
-    out_norm: RMSNorm | None = None
-    """Norm of what goes into the stream, where a family has one."""
+    out_norm_class: ClassVar[type[RMSNorm] | None] = None
+    """Of a norm of what goes into the stream, where a family has one."""
+    whole_norm: Callable[[jax.Array], jax.Array] | None = None
+    """Norm of q and k over all their heads, [T, (N + 2K) * H], where a family has one."""
 
     def __init__(self, config: ModelConfig, index: int, make: Make):
         """index: of the layer."""
@@ -37,9 +40,10 @@ class Attention(nnx.Module):
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
+            scale=config.query_scale,
             window=config.windows[index],
             eps=config.rms_norm_eps,
+            soft_cap=config.score_cap,
         )
         dim, width = config.hidden_size, heads * config.head_dim
         kv_width = kv_heads * config.head_dim
@@ -52,11 +56,13 @@ class Attention(nnx.Module):
             return self.norm(config.head_dim, make, eps=config.rms_norm_eps)
 
         self.q_norm, self.k_norm = head_norm(), head_norm()
+        self.out_norm = stream_norm(self.out_norm_class, config, make)
+        self.factor = config.residual_scale
 
     def __call__(
         self,
         stream: Residual,
-        norm: RMSNorm,
+        norm: RMSNorm | None,
         cos: jax.Array,
         sin: jax.Array,
         cache: Any,
@@ -65,6 +71,8 @@ class Attention(nnx.Module):
     ) -> tuple[Residual, Any]:
         """The stream [T, D] with attention(norm(stream)) added, new cache. cos, sin [T, H/2]."""
         qkv, stream = self.qkv.read(stream, ops, norm)  # [T, (N + 2K) * H]
+        if self.whole_norm is not None:
+            qkv = self.whole_norm(qkv)
         out, cache = ops.attend(
             qkv,
             cos,
@@ -75,7 +83,7 @@ class Attention(nnx.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weights(),
             k_norm=None if self.k_norm is None else self.k_norm.weights(),
         )
-        return self.o.write(out, ops, stream, self.out_norm), cache
+        return self.o.write(out, ops, stream, self.out_norm, self.factor), cache
 
 
 class FeedForward(Protocol):
@@ -83,7 +91,7 @@ class FeedForward(Protocol):
 
     def __init__(self, config: ModelConfig, index: int, make: Make): ...
 
-    def __call__(self, stream: Residual, ops: Ops, norm: RMSNorm) -> Residual:
+    def __call__(self, stream: Residual, ops: Ops, norm: RMSNorm | None) -> Residual:
         """See `MLP`."""
         ...
 
@@ -95,17 +103,17 @@ class Layer(nnx.Module):
     """Of the first half."""
     feed_forward: ClassVar[type[FeedForward]] = MLP
     """Of the second half."""
-    norm: ClassVar[type[RMSNorm]] = RMSNorm
-    """Of the norms before both."""
+    norm: ClassVar[type[RMSNorm] | None] = RMSNorm
+    """Of the norms before both; None: both read the stream as it is."""
     rope: RopeConfig
-    """What the layer's cos and sin are made from; a family may choose it by the layer."""
+    """What the layer's cos and sin are made from."""
 
     def __init__(self, config: ModelConfig, index: int, make: Make):
         """index: of the layer."""
-        self.rope = config.rope
-        self.input_norm = self.norm(config.hidden_size, make, eps=config.rms_norm_eps)
+        self.rope = config.layer_ropes[index]
+        self.input_norm = stream_norm(self.norm, config, make)
         self.attn = self.attention(config, index, make)
-        self.post_norm = self.norm(config.hidden_size, make, eps=config.rms_norm_eps)
+        self.post_norm = stream_norm(self.norm, config, make)
         self.mlp = self.feed_forward(config, index, make)
 
     def __call__(
@@ -116,13 +124,23 @@ class Layer(nnx.Module):
         return self.mlp(stream, ops, self.post_norm), cache
 
 
+Watch = Callable[[int, Residual], object]
+"""Told, while a model is traced, what layer i reads of the stream [T, D]: 0 the embeddings."""
+
+
 class Decoder(nnx.Module):
     """Decoder-only transformer. Its parameters are the paths of `registry.declare(...).specs`."""
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
     """A family whose mathematics need more than ModelConfig has adds fields in a subclass."""
     hf_defaults: ClassVar[Mapping[str, Any]] = {}
-    """What transformers assumes for keys that an old config.json leaves out."""
+    """What transformers assumes for keys that an old config.json leaves out, and as `default_theta`
+    its base of RoPE where that is not 10,000."""
+    ropes_by_kind: ClassVar[bool] = False
+    """Layers with a window have RoPE parameters of their own, see `rope_config.of_kind`."""
+    rotates_part: ClassVar[bool] = False
+    """A config may say that a part of each head is rotated; the family's conversion table puts the
+    rotated pairs where `rope.rotate` has them."""
     embedding: ClassVar[type[Embedding]] = Embedding
     """Of the input; an untied output projection is an `Embedding`."""
     layer: ClassVar[type[Layer]] = Layer
@@ -133,7 +151,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, make: Make):
         self.config = config
         tied = config.tie_word_embeddings
-        self.embed = self.embedding(config.vocab_size, config.hidden_size, make, cut=tied)
+        self.embed = self.embedding(
+            config.vocab_size, config.hidden_size, make, cut=tied, scale=config.embed_scale
+        )
         self.layers = nnx.List([self.layer(config, i, make) for i in range(config.num_layers)])
         self.final_norm = self.norm(config.hidden_size, make, eps=config.rms_norm_eps)
         self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, make)
@@ -145,31 +165,55 @@ class Decoder(nnx.Module):
         return {}
 
     def __call__(
-        self, token_ids: jax.Array, positions: jax.Array, cache: Any, meta: Any, ops: Ops
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        cache: Any,
+        meta: Any,
+        ops: Ops,
+        watch: Watch | None = None,
     ) -> tuple[jax.Array, Any]:
         """token_ids, positions [T] int32 -> hidden [T, D] after the final norm, new cache."""
-        return self.run(self.embed(token_ids), positions, cache, meta, ops)
+        return self.run(self.embed(token_ids), positions, cache, meta, ops, watch)
 
     def run(
-        self, embedded: jax.Array, positions: jax.Array, cache: Any, meta: Any, ops: Ops
+        self,
+        embedded: jax.Array,
+        positions: jax.Array,
+        cache: Any,
+        meta: Any,
+        ops: Ops,
+        watch: Watch | None = None,
+        added: Sequence[jax.Array] = (),
     ) -> tuple[jax.Array, Any]:
         """embedded [T, D], positions [T] int32 -> hidden [T, D] after the final norm, new cache.
 
-        embedded: `embed(token_ids)`, or what stands in a token's place. `cache` goes through
-        `ops.attend` of each layer with `meta`; the model reads neither.
+        embedded: `embed(token_ids)`, or what stands in a token's place. positions: or [3, T], see
+        `rope.cos_sin`. `cache` goes through `ops.attend` of each layer with `meta`; the model reads
+        neither. added: [T, D] each, what comes to the stream behind the first layers, one each
+        (deepstack); zeros for text.
         """
         angles = self.angles(positions)
         stream = Residual(embedded)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if watch is not None:
+                watch(index, stream)
             stream, cache = layer(stream, *angles[layer.rope], cache, meta, ops)
-        return ops.norm(stream, self.final_norm.weights(), self.final_norm.eps), cache
+            if index < len(added):
+                stream = Residual(stream.x + added[index], stream.pending)
+        norm = self.final_norm
+        return ops.norm(stream, norm.weights(), norm.eps, centred=norm.centred), cache
 
     def angles(self, positions: jax.Array) -> dict[RopeConfig, tuple[jax.Array, jax.Array]]:
-        """cos, sin [T, H/2] float32 of every `rope` that a layer asks for, each made once."""
+        """positions [T] or [3, T] -> cos, sin [T, H/2] float32 of every `rope` that a layer asks
+        for, each made once."""
         wanted = dict.fromkeys(layer.rope for layer in self.layers)
         return {each: rope.cos_sin(each, self.config.head_dim, positions) for each in wanted}
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, D] after the final norm -> [B, V] float32."""
         table = self.embed if self.lm_head is None else self.lm_head
-        return table.logits(hidden)
+        logits, cap = table.logits(hidden), self.config.logit_cap
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -3,6 +3,7 @@ export and tests."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,11 +14,23 @@ from jaxserve.models.layers import activation, rms_norm
 from jaxserve.models.ops import AttentionSpec, Residual
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseMeta:
+    """Which of the T tokens see each other, beyond that each sees itself and those before it."""
+
+    segments: jax.Array | None = None
+    """[T] int32: the segment of each token, for sequences packed side by side, which do not see
+    each other; None is one sequence."""
+    reach: jax.Array | None = None
+    """[T] int32: the last of the T tokens that each one sees, counted from 0: the last of its block
+    where blocks see all of themselves (a picture's, in Gemma 3), or itself. None is itself."""
+
+
 class DenseOps:
     """The `Ops` of a model that sees all its tokens at once; memory O(N T^2).
 
-    meta: segment of each token, [T] int32, for sequences packed side by side; None is one sequence.
-    `cache` passes through.
+    meta: `DenseMeta`, or its segments alone; None is one sequence. `cache` passes through.
     """
 
     def linear_in(
@@ -25,14 +38,16 @@ class DenseOps:
         stream: Residual,
         kernel: jax.Array,
         *,
-        norm: jax.Array,
+        norm: jax.Array | None,
         eps: float,
+        centred: bool = False,
         bias: jax.Array | None = None,
         act: str | None = None,
         scale: jax.Array | None = None,
     ) -> tuple[jax.Array, Residual]:
         """See `Ops.linear_in`."""
-        y = product(rms_norm(stream.x, norm, eps), kernel, bias, scale)
+        x = stream.x if norm is None else rms_norm(stream.x, norm, eps, centred=centred)
+        y = product(x, kernel, bias, scale)
         if act is not None:
             gate, up = jnp.split(y, 2, axis=-1)
             y = activation(act)(gate) * up
@@ -48,16 +63,23 @@ class DenseOps:
         scale: jax.Array | None = None,
         norm: jax.Array | None = None,
         eps: float = 0.0,
+        factor: float = 1.0,
     ) -> Residual:
         """See `Ops.linear_out`."""
         added = product(y, kernel, bias, scale)
         if norm is not None:
             added = rms_norm(added, norm, eps)
-        return Residual((added + stream.x).astype(stream.x.dtype))
+        return Residual((added * factor + stream.x).astype(stream.x.dtype))
 
-    def norm(self, stream: Residual, scale: jax.Array, eps: float) -> jax.Array:
+    def total(self, stream: Residual) -> jax.Array:
+        """See `Ops.total`."""
+        return stream.x
+
+    def norm(
+        self, stream: Residual, scale: jax.Array, eps: float, *, centred: bool = False
+    ) -> jax.Array:
         """See `Ops.norm`."""
-        return rms_norm(stream.x, scale, eps)
+        return rms_norm(stream.x, scale, eps, centred=centred)
 
     def attend(
         self,
@@ -65,23 +87,27 @@ class DenseOps:
         cos: jax.Array,
         sin: jax.Array,
         cache: Any,
-        meta: jax.Array | None,
+        meta: DenseMeta | jax.Array | None,
         spec: AttentionSpec,
         *,
         q_norm: jax.Array | None = None,
         k_norm: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """See `Ops.attend`. Softmax in float32."""
+        if not isinstance(meta, DenseMeta):
+            meta = DenseMeta(meta)
         q, k, v = split_heads(qkv, cos, sin, spec, q_norm, k_norm)
         tokens = q.shape[0]
         grouped = q.reshape(tokens, spec.num_kv_heads, -1, spec.head_dim)
         scores = jnp.einsum("tkgh,skh->kgts", grouped, k, preferred_element_type=jnp.float32)
         distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
         visible = distance >= 0
+        if meta.reach is not None:
+            visible = jnp.arange(tokens) <= meta.reach[:, None]
         if spec.window is not None:
             visible &= distance < spec.window
-        if meta is not None:
-            visible &= meta[:, None] == meta
+        if meta.segments is not None:
+            visible &= meta.segments[:, None] == meta.segments
         scores = scores * spec.scale
         if spec.soft_cap is not None:
             scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)

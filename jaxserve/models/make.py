@@ -16,7 +16,7 @@ class Make:
     """What a model's constructor is given, and gives to its parts."""
 
     dtype: jnp.dtype
-    """Of every parameter, the quantized kernels and their scales excepted."""
+    """Of every parameter, the quantized kernels, their scales and float32 norms excepted."""
     rngs: nnx.Rngs | None = None
     """Source of random weights (training from scratch); None starts from zeros, for a declaration,
     which needs shapes only."""

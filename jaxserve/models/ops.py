@@ -56,15 +56,18 @@ class Ops(Protocol):
         stream: Residual,
         kernel: jax.Array,
         *,
-        norm: jax.Array,
+        norm: jax.Array | None,
         eps: float,
+        centred: bool = False,
         bias: jax.Array | None = None,
         act: str | None = None,
         scale: jax.Array | None = None,
     ) -> tuple[jax.Array, Residual]:
-        """The stream, RMS-normalized with weights norm [in] (Zhang and Sennrich 2019), times
-        kernel: [T, out]; and the stream as it goes on.
+        """The stream, RMS-normalized with weights norm [in] (Zhang and Sennrich 2019) or as it is
+        where that is None, times kernel: [T, out]; and the stream as it goes on.
 
+        centred: each token's mean is taken out first, which makes the norm a LayerNorm without bias
+        (Ba et al. 2016). Several products may read one stream, as it went on from the one before.
         act: a gated MLP's activation: kernel is gate columns, then up columns, and the result is
         act(gate) * up, [T, out / 2] (Shazeer 2020).
         """
@@ -80,16 +83,25 @@ class Ops(Protocol):
         scale: jax.Array | None = None,
         norm: jax.Array | None = None,
         eps: float = 0.0,
+        factor: float = 1.0,
     ) -> Residual:
-        """The stream with y [T, in] times kernel added to it.
+        """The stream with y [T, in] times kernel added to it. Two products may write to a stream
+        one after the other without one that reads it between them (a parallel block).
 
         norm [out]: the product, bias included, is RMS-normalized with these weights and eps before
-        it is added (Gemma 2).
+        it is added (Gemma 2). factor: what is added is multiplied by it (Granite).
         """
         ...
 
-    def norm(self, stream: Residual, scale: jax.Array, eps: float) -> jax.Array:
-        """The stream, RMS-normalized with weights scale [D]: [T, D], behind the last layer."""
+    def total(self, stream: Residual) -> jax.Array:
+        """The stream with what is pending of it, [T, D]: for who looks at it between layers."""
+        ...
+
+    def norm(
+        self, stream: Residual, scale: jax.Array, eps: float, *, centred: bool = False
+    ) -> jax.Array:
+        """The stream, RMS-normalized with weights scale [D]: [T, D], behind the last layer.
+        centred: see `linear_in`."""
         ...
 
     def attend(

@@ -9,26 +9,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.typing import PathParts
 
-from jaxserve.errors import ModelLoadError, NotSupportedError
+from jaxserve.errors import NotSupportedError
 from jaxserve.models import values
-from jaxserve.models.config import ModelConfig, common_fields
+from jaxserve.models.cohere2 import Cohere2
+from jaxserve.models.config import ModelConfig, common_fields, layer_ropes
+from jaxserve.models.declared import Declared, structure_of
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.gemma2 import Gemma2
+from jaxserve.models.gemma3 import Gemma3
+from jaxserve.models.glm import Glm, Glm4
+from jaxserve.models.granite import Granite
 from jaxserve.models.llama import Llama
 from jaxserve.models.make import Make
 from jaxserve.models.mistral import Mistral
+from jaxserve.models.olmo2 import Olmo2
+from jaxserve.models.olmo3 import Olmo3
+from jaxserve.models.phi3 import Phi3
 from jaxserve.models.qwen2 import Qwen2
 from jaxserve.models.qwen3 import Qwen3
+from jaxserve.models.rope_config import NO_ROPE
+from jaxserve.models.smollm3 import SmolLM3
+from jaxserve.models.vision.families import text_of, tower_of
+from jaxserve.models.vision.tower import Tower, TowerConfig
 from jaxserve.shown import quoted
 
 _FAMILIES: tuple[tuple[str, str, type[Decoder]], ...] = (
     # architecture in config.json, its model_type, class
+    ("Cohere2ForCausalLM", "cohere2", Cohere2),
+    ("Gemma2ForCausalLM", "gemma2", Gemma2),
+    ("Gemma3ForCausalLM", "gemma3_text", Gemma3),
+    ("Glm4ForCausalLM", "glm4", Glm4),
+    ("GlmForCausalLM", "glm", Glm),
+    ("GraniteForCausalLM", "granite", Granite),
     ("LlamaForCausalLM", "llama", Llama),
     ("MistralForCausalLM", "mistral", Mistral),
+    ("Olmo2ForCausalLM", "olmo2", Olmo2),
+    ("Olmo3ForCausalLM", "olmo3", Olmo3),
+    ("Phi3ForCausalLM", "phi3", Phi3),
     ("Qwen2ForCausalLM", "qwen2", Qwen2),
     ("Qwen3ForCausalLM", "qwen3", Qwen3),
+    ("SmolLM3ForCausalLM", "smollm3", SmolLM3),
+    # with a tower beside it: see vision.families
+    ("Gemma3ForConditionalGeneration", "gemma3", Gemma3),
+    ("Idefics3ForConditionalGeneration", "idefics3", Llama),
+    ("LlavaForConditionalGeneration", "llava", Llama),
+    ("Qwen2VLForConditionalGeneration", "qwen2_vl", Qwen2),
+    ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", Qwen2),
+    ("Qwen3VLForConditionalGeneration", "qwen3_vl", Qwen3),
+    ("SmolVLMForConditionalGeneration", "smolvlm", Llama),
 )
 
 
@@ -71,50 +100,49 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     architecture = architecture_of(hf)
     cls = family(architecture)
-    hf = {**cls.hf_defaults, **hf}
-    return cls.config_class(**(common_fields(hf, architecture) | cls.config_fields(hf)))
+    hf = {**cls.hf_defaults, **text_of(hf, architecture)}
+    fields = common_fields(hf, architecture, cls.ropes_by_kind) | cls.config_fields(hf)
+    if cls.ropes_by_kind:
+        fields |= {"layer_ropes": layer_ropes(hf, fields["rope"], fields["windows"])}
+    config = cls.config_class(**fields)
+    for rope in config.layer_ropes:
+        rope.check(config.head_dim)
+        if rope != NO_ROPE and rope.partial != 1 and not cls.rotates_part:
+            raise NotSupportedError(
+                f"partial_rotary_factor={rope.partial:g} is not supported for {architecture}, "
+                "only 1"
+            )
+    return config
+
+
+def tower_config_from_hf(hf: Mapping[str, Any], config: ModelConfig) -> TowerConfig | None:
+    """The tower's sizes from the same dict; None for a model of text only.
+
+    config: what `config_from_hf` made of it. Raises NotSupportedError, ModelLoadError as that does.
+    """
+    cls = tower_of(config.architecture)
+    return None if cls is None else cls.read_config(hf, config)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Declaration:
-    """A model without its arrays."""
+class Declaration(Declared[ModelConfig, Decoder]):
+    """A decoder without its arrays."""
 
-    config: ModelConfig
-    """Sizes, of the family's own `config_class`."""
-    dtype: jnp.dtype
-    """Of every parameter, the quantized kernels and their scales excepted."""
     quantization: str | None
     """A scheme of models.quantization."""
     parts: int
     """Devices that the model is cut over; the parameters are those of one of them."""
     axis: str | None
     """Their mesh axis."""
-    graphdef: nnx.GraphDef[Decoder]
-    """The module's structure."""
-    specs: Mapping[str, jax.ShapeDtypeStruct]
-    """Shape and dtype of each parameter by dotted path, in the order in which the engine passes
-    them as a flat tuple."""
-    keys: tuple[PathParts, ...]
-    """The nnx key of each path of `specs`."""
 
     @functools.cached_property
     def scales(self) -> Mapping[str, str]:
         """Path of each quantized kernel -> path of its scale."""
         return {path: f"{path}_scale" for path in self.specs if f"{path}_scale" in self.specs}
 
-    def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
-        """The module with `params` (arrays or tracers) in place. Works inside jit.
 
-        Raises ModelLoadError unless the paths are exactly those of `specs`.
-        """
-        if params.keys() != self.specs.keys():
-            missing = sorted(self.specs.keys() - params.keys())
-            extra = sorted(params.keys() - self.specs.keys())
-            raise ModelLoadError(f"cannot bind parameters: missing {missing}, unexpected {extra}")
-        leaves = [
-            (key, nnx.Param(params[path])) for key, path in zip(self.keys, self.specs, strict=True)
-        ]
-        return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
+class TowerDeclaration(Declared[TowerConfig, Tower]):
+    """A tower without its arrays. Towers are neither quantized nor cut."""
 
 
 def declare(
@@ -125,21 +153,25 @@ def declare(
     parts: int = 1,
     axis: str | None = None,
 ) -> Declaration:
-    """The parameters of a model and how to bind them; allocates nothing.
+    """The parameters of a model's decoder and how to bind them; allocates nothing.
 
     parts, axis: the model as one of so many devices along a mesh axis has it, see `Make`.
-    dtype: of every parameter. quantization: a scheme of models.quantization; kernels of the layers'
-    linear parts are then int8 or float8_e4m3fn, with a parameter `kernel_scale` beside each.
+    dtype: of every parameter, see `Declaration`. quantization: a scheme of models.quantization;
+    kernels of the layers' linear parts are then int8 or float8_e4m3fn, with a parameter
+    `kernel_scale` beside each.
     Raises NotSupportedError for an unknown architecture or scheme.
     """
     cls = family(config.architecture)
     dtype = jnp.dtype(dtype)
     make = Make(dtype, None, quantization, parts, axis)
-    shapes = nnx.eval_shape(lambda: cls(config, make))
-    graphdef, state = nnx.split(shapes)
-    flat = nnx.to_flat_state(state)
-    keys = tuple(key for key, _ in flat)
-    specs = {
-        ".".join(map(str, key)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in flat
-    }
-    return Declaration(config, dtype, quantization, parts, axis, graphdef, specs, keys)
+    structure = structure_of(lambda: cls(config, make))
+    return Declaration(config, dtype, structure, quantization, parts, axis)
+
+
+def declare_tower(config: TowerConfig, dtype: jax.typing.DTypeLike) -> TowerDeclaration:
+    """The same of a model's tower: every device has all of it, in `dtype`."""
+    cls = tower_of(config.architecture)
+    if cls is None:
+        raise NotSupportedError(f"architecture {config.architecture!r} has no tower")
+    dtype = jnp.dtype(dtype)
+    return TowerDeclaration(config, dtype, structure_of(lambda: cls(config, Make(dtype))))

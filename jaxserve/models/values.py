@@ -62,6 +62,14 @@ def number(
     return float(value)
 
 
+def numbers(hf: Mapping[str, Any], key: str, *, above: float) -> tuple[float, ...]:
+    """A list of numbers, each as `number` takes them."""
+    value = hf.get(key)
+    if not isinstance(value, (list, tuple)):
+        raise bad(key, "a list of numbers", value)
+    return tuple(number({key: each}, key, above=above) for each in value)
+
+
 def flag(hf: Mapping[str, Any], key: str, default: bool = False) -> bool:
     """True or false; an absent key or null takes the default. ("false" would be true in Python.)"""
     value = hf.get(key)

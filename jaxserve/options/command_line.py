@@ -52,8 +52,8 @@ def _settings(option: Option) -> dict[str, Any]:
         settings["action"] = _flag_action(option.optional)
     else:
         settings["type"] = TYPES.get(option.kind, str)
-    if option.kind == "integers":
-        settings["nargs"] = "+"
+    if option.kind in ("integers", "strings"):
+        settings["nargs"] = "+" if option.kind == "integers" else "*"
     return settings
 
 

@@ -27,7 +27,17 @@ MESH_AXES = ("data", "tensor")
 """Of the option `mesh`: replicas, and the parts that each layer is cut into."""
 
 Kind = Literal[
-    "text", "path", "dtype", "level", "flag", "integer", "number", "integers", "json", "mesh"
+    "text",
+    "path",
+    "dtype",
+    "level",
+    "flag",
+    "integer",
+    "number",
+    "integers",
+    "strings",
+    "json",
+    "mesh",
 ]
 
 
@@ -43,8 +53,8 @@ class Option:
     """`dataclasses.MISSING`: it must be given."""
     kind: Kind
     """path: or os.PathLike. dtype: a name, or a type object of NumPy, JAX or PyTorch. level: a name
-    in any case. integers: a list. json: a JSON object, as text or dict. mesh: a JAX object, which
-    no command line has."""
+    in any case. integers, strings: a list. json: a JSON object, as text or dict. mesh: a JAX
+    object, which no command line has."""
     help: str
     """One sentence, without a full stop."""
     low: float | None = None
@@ -112,7 +122,9 @@ class Option:
             case "number":
                 return checks.number(name, value, self.low, self.high)
             case "integers":
-                return _integers(name, value)
+                return _integers(name, value, _whole(self.low))
+            case "strings":
+                return checks.strings(name, value)
             case "json":
                 return self._json_object(value)
             case "mesh":
@@ -184,12 +196,12 @@ def _whole(bound: float | None) -> int | None:
     return None if bound is None else int(bound)
 
 
-def _integers(name: str, value: Any) -> tuple[int, ...]:
+def _integers(name: str, value: Any, low: int | None) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not value:
-        raise InvalidRequestError(
-            f"{name} must be a list of positive integers, got {checks.shown(value)}"
-        )
-    return tuple(checks.integers(name, value, 1, checks.MOST_STRINGS))
+        kind = "positive integers" if low == 1 else "integers"
+        raise InvalidRequestError(f"{name} must be a list of {kind}, got {checks.shown(value)}")
+    least = -LARGEST_SIZE if low is None else low
+    return tuple(checks.integers(name, value, least, checks.MOST_STRINGS))
 
 
 def _mesh(name: str, value: Any) -> Any:

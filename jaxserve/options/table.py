@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from jaxserve.options.decoding import DecodingOptions
+from jaxserve.options.media import MediaOptions
 from jaxserve.options.option import Option, described, option
 from jaxserve.options.upstream_values import ATTENTION_BACKENDS, LOAD_FORMATS, QUANTIZATIONS
 from jaxserve.sampling_params import SamplingParams
 
 
 @dataclasses.dataclass(init=False, repr=False, eq=False)
-class Options:
+class Options(MediaOptions, DecodingOptions):
     """What a reader of options finds, in normal form. None means "decided by the engine"."""
 
     # Model and tokenizer.
@@ -135,7 +137,7 @@ class Options:
     num_continuous_decode_steps: int | None = option(
         "integer",
         None,
-        "decode steps in one program; None: 1 on CPU, up to 4 for small models on GPU",
+        "decode steps in one program; None: 1 on CPU, up to 4 on GPU where steps are short",
         low=1,
         high=8,
     )
@@ -208,7 +210,11 @@ class Options:
         ignored=ATTENTION_BACKENDS,
     )
     cuda_graph_bs: tuple[int, ...] | None = option(
-        "integers", None, "the decode batch sizes compiled", spellings=("cuda_graph_bs_decode",)
+        "integers",
+        None,
+        "the decode batch sizes compiled",
+        low=1,
+        spellings=("cuda_graph_bs_decode",),
     )
     cuda_graph_max_bs: int | None = option(
         "integer",
@@ -311,7 +317,12 @@ class Options:
         return data, tensor
 
 
-OPTIONS: Mapping[str, Option] = MappingProxyType(described(Options))
+def _own_first(options: Mapping[str, Option]) -> dict[str, Option]:
+    """In the order of the documentation; `model_path` is first."""
+    return dict(sorted(options.items(), key=lambda item: item[0] not in Options.__annotations__))
+
+
+OPTIONS: Mapping[str, Option] = MappingProxyType(_own_first(described(Options)))
 ALIASES: Mapping[str, str] = MappingProxyType(
     {alias: name for name, option in OPTIONS.items() for alias in option.spellings}
 )

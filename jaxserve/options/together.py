@@ -28,6 +28,18 @@ def check_together(options: Options) -> None:
             "enable_hierarchical_cache=True keeps cached prefixes in host memory, and "
             "disable_radix_cache=True keeps none"
         )
+    if options.hidden_state_layers and not (
+        options.enable_return_hidden_states or options.return_hidden_states_mode
+    ):
+        raise InvalidRequestError(
+            f"hidden_state_layers={list(options.hidden_state_layers)} needs "
+            "enable_return_hidden_states=True"
+        )
+    if options.enable_return_hidden_states and options.return_hidden_states_mode == "last":
+        raise InvalidRequestError(
+            "enable_return_hidden_states=True allows all positions, and "
+            "return_hidden_states_mode='last' only one"
+        )
     if options.enable_deterministic_inference:
         _check_deterministic(options)
 

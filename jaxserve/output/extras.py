@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
-import numpy as np
-
 
 class Values(Protocol):
     """The values of consecutive tokens: a list, or several of one length as one object."""
@@ -69,12 +67,17 @@ class Reported:
 
     __slots__ = ("_arrays", "_opened", "_step")
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], step: int | None = None) -> None:
+    def __init__(self, arrays: Mapping[str, Any], step: int | None = None) -> None:
         """arrays: by name, [n, B, ...] of n steps by row, of which `step` is read, or (None)
-        [T, ...] by packed token."""
+        [T, ...] by packed token; or what is there of them (`output.picked`)."""
         self._arrays = arrays
         self._step = step
         self._opened: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        """That is read."""
+        return self._step or 0
 
     def of(self, extra: Extra[Any]) -> Any:
         """The array that `extra` reads, opened once for all rows."""
@@ -100,12 +103,23 @@ class Extra(abc.ABC, Generic[V]):
     """Token ids that the device looks at in its row. At most one extra of a request has any."""
     wide: bool = False
     """It needs the programs with more columns, see `config.WIDE_TOP`."""
+    picked: ClassVar[bool] = False
+    """Its payload is of the model's inside: rows are gathered, of prompts too, by no program of its
+    own (`step.picking`)."""
+    bulky: bool = False
+    """Its caller is to be told of its values every few tokens, streaming or not, so that they are
+    not all converted when the request has ended."""
+    at_end: bool = False
+    """It reads one row: that of the token with which the request ends, when it has ended. (Its
+    payload stays on the device, and nobody looks at its request's tokens one by one.)"""
 
     def __init__(self, prompt: range = range(0)) -> None:
         """prompt: its positions whose rows are read. They must run, whatever is cached."""
         self.prompt = prompt
         self.complete = False
         """The prompt's values are there, or there are none."""
+        self.place: tuple[int, int] | None = None
+        """Of an extra that is read `at_end`: step and row of the newest token."""
         self._output = self.empty()
         self._prompt = self.empty()  # of the chunks read so far
         self._news: V | None = None
@@ -117,7 +131,7 @@ class Extra(abc.ABC, Generic[V]):
         """Values of no tokens."""
 
     @staticmethod
-    def open(array: np.ndarray) -> Any:
+    def open(array: Any) -> Any:
         """What `values` reads of a step's array: done once for all of its rows."""
         return array
 
@@ -141,16 +155,36 @@ class Extra(abc.ABC, Generic[V]):
         prompt = self.prompt
         return not self.complete and start < prompt.stop and stop > prompt.start
 
+    def prompt_positions(self, start: int, stop: int) -> range:
+        """Those of start..stop-1 that are still to be read."""
+        if not self.wants_prompt(start, stop):
+            return range(0)
+        return range(max(start, self.prompt.start), min(stop, self.prompt.stop))
+
+    def reads_sample(self, stop: int) -> bool:
+        """Whether it reads the row of an extend step that samples behind `stop` tokens."""
+        del stop
+        return not self.at_end
+
     def read(self, reported: Reported, row: int) -> None:
         """The value of the token that row `row` of a step has sampled."""
-        self._output.extend(self.values(reported.of(self), row, 1))
+        if self.at_end:
+            self.place = reported.step, row
+        else:
+            self._output.extend(self.values(reported.of(self), row, 1))
+
+    def read_end(self, arrays: Mapping[str, Any]) -> None:
+        """The value of the last token, of arrays [n, B, ...] by name in which its row is there."""
+        assert self.place is not None
+        step, row = self.place
+        self._output.extend(self.values(Reported(arrays, step).of(self), row, 1))
 
     def read_prompt(self, reported: Reported, start: int, stop: int, packed_start: int) -> None:
         """Those of the wanted positions among start..stop-1, packed from row `packed_start`."""
-        if self.wants_prompt(start, stop):
-            first, last = max(start, self.prompt.start), min(stop, self.prompt.stop)
-            rows = self.values(reported.of(self), packed_start + first - start, last - first)
-            self._prompt.extend(rows)
+        positions = self.prompt_positions(start, stop)
+        if positions:
+            first = packed_start + positions.start - start
+            self._prompt.extend(self.values(reported.of(self), first, len(positions)))
 
     def end_prompt(self, leader: Extra[V] | None) -> None:
         """All of the prompt has run, in this request's rows or, of a fork, its leader's."""
@@ -184,6 +218,12 @@ class ExtraSpec(abc.ABC):
 
     def check(self, prompt_len: int) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InvalidRequestError for what a prompt of `prompt_len` tokens cannot have."""
+
+    def num_bytes(self, prompt_len: int, new_tokens: int) -> int:
+        """Most that a request returns of it, with so many tokens: of what `max_state_bytes`
+        bounds."""
+        del prompt_len, new_tokens
+        return 0
 
     @abc.abstractmethod
     def extra(self, prompt_len: int) -> Extra[Any]:

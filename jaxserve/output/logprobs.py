@@ -137,8 +137,8 @@ class LogprobExtra(Extra[Logprobs]):
         prompt = view.prompt_ids[len(view.prompt_ids) - len(given) :]
         output = view.output_ids[first : len(out)]
         entries: dict[str, Any] = {
-            "input_token_logprobs": _tuples(zip(given.token, prompt, strict=True), view),
-            "output_token_logprobs": _tuples(zip(out.token[first:], output, strict=True), view),
+            "input_token_logprobs": tuples(zip(given.token, prompt, strict=True), view),
+            "output_token_logprobs": tuples(zip(out.token[first:], output, strict=True), view),
             "output_token_logprobs_length": len(out) - first,
         }
         if self.spec.top:
@@ -151,10 +151,11 @@ class LogprobExtra(Extra[Logprobs]):
 
 
 def _positions(positions: Iterable[TopLogprobs], view: View) -> list[list[LogprobTuple] | None]:
-    return [None if pairs is None else _tuples(pairs, view) for pairs in positions]
+    return [None if pairs is None else tuples(pairs, view) for pairs in positions]
 
 
-def _tuples(pairs: Iterable[tuple[float | None, int]], view: View) -> list[LogprobTuple]:
+def tuples(pairs: Iterable[tuple[float | None, int]], view: View) -> list[LogprobTuple]:
+    """As results tell them: with the token's text, where the call wants that."""
     text = view.text
     if text is None:
         return [(logprob, token, None) for logprob, token in pairs]

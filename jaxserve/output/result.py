@@ -104,6 +104,8 @@ class Output:
             "total_retractions": retractions,
             "response_sent_to_client_ts": time.time(),
         }
+        if request.media is not None:
+            meta["image_tokens"] = request.media.tokens
         if request.dp_rank is not None:
             meta["dp_rank"] = request.dp_rank
         if self._extras:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxserve.packing.media import Encoding
+from jaxserve.packing.parts import Part, parts_of
 from jaxserve.packing.sequence import Sequence
 from jaxserve.packing.slots import Rows
 from jaxserve.packing.wanted import Wanted
@@ -40,12 +42,14 @@ class ExtendBatch:
 
     tokens: bucket T of packed tokens. row_bucket: bucket B of rows.
     page_copies: (source, destination) pages to copy after the step, for forks.
+    encodings: pictures to put on the device before it.
     """
 
     rows: tuple[ExtendRow, ...]
     tokens: int
     row_bucket: int
     page_copies: tuple[tuple[int, int], ...] = ()
+    encodings: tuple[Encoding, ...] = ()
 
     @property
     def wanted(self) -> Wanted:
@@ -66,6 +70,16 @@ class ExtendBatch:
     def sampled(self) -> list[tuple[int, Sequence]]:
         """(row number, sequence) of the rows whose sampled token counts."""
         return [(i, row.sequence) for i, row in enumerate(self.rows) if row.samples]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The rows that are drawn by programs of their own."""
+        return parts_of(((i, s.request) for i, s in self.sampled), all_or_none=False)
+
+    @property
+    def guided(self) -> tuple[int, ...]:
+        """The numbers of the rows with guides that sample."""
+        return tuple([i for i, sequence in self.sampled if sequence.request.guides])
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -97,6 +111,16 @@ class DecodeBatch:
     def wanted(self) -> Wanted:
         """As of an ExtendBatch."""
         return self.rows.wanted
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All rows, if one is drawn by a program of its own."""
+        return self.rows.parts
+
+    @property
+    def guided(self) -> tuple[int, ...]:
+        """As of an ExtendBatch."""
+        return self.rows.guided
 
 
 Batch = ExtendBatch | DecodeBatch

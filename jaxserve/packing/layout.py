@@ -58,7 +58,7 @@ class RowFields(NamedTuple):
     next_tokens: Any = -1
     """Successor of the row's last token, -1: unknown."""
     wants_prompt: Any = 0
-    """1: an extra reads some of its tokens."""
+    """1: an extra reads some of its tokens by a program (not their hidden states)."""
     carried: Any = 0
     """1: its token is the slot's last sample, whatever `tokens` says."""
 

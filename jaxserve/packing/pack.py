@@ -30,16 +30,18 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
         last_rows.append(last)
         if row.leader >= 0:
             leader = last_rows[row.leader]
+            sample_at = -1 if sequence.request.apart else leader
             of_row = RowFields(
-                slot, layout.tokens, new_lengths=stop, sample_at=leader, fresh=row.fresh
+                slot, layout.tokens, new_lengths=stop, sample_at=sample_at, fresh=row.fresh
             )
         elif row.carried:
-            of_row = RowFields(slot, at, length, start, stop, at, carried=1)
+            sample_at = -1 if sequence.request.apart else at
+            of_row = RowFields(slot, at, length, start, stop, sample_at, carried=1)
         else:
             for field, view in per_token:
                 view[..., at : at + length] = field.write(sequence, start, stop)
-            wanted = 1 if extras and read_of_prompt(row) else 0
-            sample_at, follows = last, -1
+            wanted = 1 if extras and _wants_prompt_program(row) else 0
+            sample_at, follows = -1 if sequence.request.apart else last, -1
             if not row.samples:
                 sample_at, follows = -1, sequence.tokens(stop, stop + 1)[0]
             of_row = RowFields(slot, at, length, start, stop, sample_at, row.fresh, follows, wanted)
@@ -53,10 +55,24 @@ def pack_extend(batch: ExtendBatch, layout: ExtendLayout, padding_slot: int) -> 
     return packed
 
 
+def pack_nobody(layout: ExtendLayout, padding_slot: int) -> np.ndarray:
+    """The packed vector of a step that changes nothing but `padding_slot`."""
+    packed = pack_extend(ExtendBatch((), layout.tokens, layout.rows), layout, padding_slot)
+    fields, *_ = layout.rows_of(packed)
+    # every token is some row's, which starts at or before it: here the first one's, of no tokens
+    fields[0, RowFields._fields.index("q_starts")] = 0
+    return packed
+
+
 def read_of_prompt(row: ExtendRow) -> set[str]:
     """The payloads that extras read of the prompt tokens in `row`, which runs some."""
     extras = row.sequence.request.extras
     return {extra.name for extra in extras if extra.wants_prompt(row.start, row.stop)}
+
+
+def _wants_prompt_program(row: ExtendRow) -> bool:
+    extras = row.sequence.request.extras
+    return any(not x.picked and x.wants_prompt(row.start, row.stop) for x in extras)
 
 
 class SparseArrays(NamedTuple):

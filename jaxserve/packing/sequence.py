@@ -22,7 +22,9 @@ class Sequence:
     most_kv <= total_tokens + in_flight; the first lease.count pages are also the prefix cache's.
     rank: less goes first, whatever the arrival. reused: tokens found in the prefix cache when it
     was admitted. dropped: leading pages that were given back because no token to come sees them;
-    their numbers stay in `pages`, and nobody reads them. Only without a lease.
+    their numbers stay in `pages`, and nobody reads them. Only without a lease. media_rows: where on
+    the device the pictures are whose tokens run (scheduler.stage), [prompt_len] int32, -1 for text;
+    None: there is none.
     """
 
     request: Request
@@ -34,6 +36,7 @@ class Sequence:
     lease: Lease = dataclasses.field(default_factory=Lease)
     reused: int = 0
     dropped: int = 0
+    media_rows: np.ndarray | None = None
     _prompt_bytes: bytes | None = None
     _prompt_keys: bytes | None = None
 

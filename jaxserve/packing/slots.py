@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxserve.packing.parts import Part, parts_of
 from jaxserve.packing.wanted import Wanted
 from jaxserve.request import Request
 
@@ -24,7 +25,8 @@ class Rows:
     step to step: made anew when one comes or goes.
 
     slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots. watched: one of them
-    streams. wanted: beside tokens.
+    streams. wanted: beside tokens. parts: by the programs that draw; () is the usual one for all.
+    guided: the numbers of rows with guides.
     """
 
     sequences: tuple[Sequence, ...]
@@ -36,6 +38,8 @@ class Rows:
     all_simple: bool
     wanted: Wanted
     watched: bool
+    parts: tuple[Part, ...]
+    guided: tuple[int, ...]
 
 
 class Slots:
@@ -104,7 +108,7 @@ class Slots:
         self.simple[slot] = (
             len(stops) <= MAX_STOPS
             and request.stop_matcher is None
-            and not request.extras
+            and all(extra.at_end for extra in request.extras)
             and not request.stream_interval
             and request.max_new_tokens > 0
         )
@@ -133,6 +137,8 @@ class Slots:
             all_simple=bool(simple.all()),
             wanted=Wanted.of(s.request for s in sequences),
             watched=any(s.request.stream_interval for s in sequences),
+            parts=parts_of(((i, s.request) for i, s in enumerate(sequences)), all_or_none=True),
+            guided=tuple([i for i, s in enumerate(sequences) if s.request.guides]),
         )
 
     def advance(self, slots: np.ndarray, steps: int) -> None:

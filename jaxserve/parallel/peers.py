@@ -20,13 +20,17 @@ from jax.sharding import Mesh
 from jaxserve.parallel import access
 from jaxserve.parallel.mesh import TENSOR, first_device
 from pallas_kernels import available_implementations, current_device
-from pallas_kernels.all_reduce import mosaic_one_shot, workspace
+from pallas_kernels.all_reduce import workspace
 from pallas_kernels.all_reduce.probe import Probe, probe
 
 logger = logging.getLogger(__name__)
 SELF_TEST_SECONDS = 120.0
 """Of the self-test at most, three programs' compilation included."""
 T = TypeVar("T")
+
+
+class PeersError(RuntimeError):
+    """A device has given up waiting for another one: nothing that they compute now is right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,9 @@ def unfit(mesh: Mesh, size: int, dtype: Any) -> str | None:
     if "mosaic_one_shot" not in available_implementations("all_reduce", dtype):
         kind = current_device().kind
         return f"the kernels are for Hopper GPUs and 16 bits, not {kind}, {jnp.dtype(dtype).name}"
+    # Pallas takes half a second to import, and most engines never get here.
+    from pallas_kernels.all_reduce import mosaic_one_shot
+
     try:
         mosaic_one_shot.plan(1, size, ranks, dtype)
     except NotImplementedError as refused:

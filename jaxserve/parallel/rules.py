@@ -23,6 +23,7 @@ _OF_LAYERS = {
     "attn.qkv.kernel": _LAST_OF_TWO,
     "attn.qkv.kernel_scale": _FIRST,
     "attn.qkv.bias": _FIRST,
+    "attn.whole_norm.scale": _FIRST,
     "attn.o.kernel": _FIRST,
     "mlp.gate_up.kernel": _LAST_OF_THREE,
     "mlp.gate_up.kernel_scale": _LAST_OF_TWO,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxserve.apart import Apart
 from jaxserve.errors import EngineDeadError, EngineShutdownError
 from jaxserve.inbox import stop_error
 from jaxserve.leftovers import Leftovers
@@ -187,6 +188,11 @@ class Replicas(Uncopyable):
         if failure is not None and not answers:
             raise failure
         return answers
+
+    @property
+    def apart(self) -> Apart:
+        """As `EngineLoop.apart`, of all replicas that run."""
+        return Apart([replica.loop for replica in self._alive()])
 
     def start_profile(self, spec: ProfileSpec) -> None:
         """As `EngineLoop.start_profile`: JAX's profiler traces all of the process. Steps are

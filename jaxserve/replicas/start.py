@@ -20,25 +20,28 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from converters import LoadedModel
+    from jaxserve.config.media import Pictures
     from jaxserve.core import Core
     from jaxserve.server_args import ServerArgs
 
 
-def start_on(args: ServerArgs, loaded: LoadedModel, mesh: Mesh) -> Core:
-    """One loop, or one for each row of `mesh`. loaded: with parameters on its first row.
+def start_on(
+    args: ServerArgs, loaded: LoadedModel, mesh: Mesh, pictures: Pictures | None = None
+) -> Core:
+    """One loop, or one for each row of `mesh`. loaded: with parameters on its first row. pictures:
+    that prompts may show; None: none.
 
     Everything is read and compiled once: the parameters go from device to device, the first replica
     compiles (or loads) its programs, the others load them, all at the same time.
     """
     rows = rows_of(mesh)
     if len(rows) == 1:
-        return EngineLoop.start(args, loaded, rows[0])
+        return EngineLoop.start(args, loaded, rows[0], pictures)
     started = time.perf_counter()
-    copies = [dataclasses.replace(loaded, params=moved(loaded.params, row)) for row in rows[1:]]
-    models = [loaded, *copies]
+    models = [loaded, *(_moved(loaded, row) for row in rows[1:])]
     shared = Shared(list(mesh.devices.flat))
     replicas = [Replica(rank, list(row.devices.flat)) for rank, row in enumerate(rows)]
-    first = EngineLoop.start(args, loaded, rows[0], shared, replicas[0])
+    first = EngineLoop.start(args, loaded, rows[0], pictures, shared, replicas[0])
     replicas[0].run_by(first)
     settings = Settings.here()
 
@@ -62,3 +65,11 @@ def start_on(args: ServerArgs, loaded: LoadedModel, mesh: Mesh) -> Core:
         len(replicas),
     )
     return Replicas(router, replicas, time.perf_counter() - started)
+
+
+def _moved(loaded: LoadedModel, row: Mesh) -> LoadedModel:
+    """A copy on another row of the mesh."""
+    tower = loaded.tower
+    if tower is not None:
+        tower = dataclasses.replace(tower, params=moved(tower.params, row))
+    return dataclasses.replace(loaded, params=moved(loaded.params, row), tower=tower)

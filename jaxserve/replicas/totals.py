@@ -8,6 +8,7 @@ from typing import Any
 COUNTED = (
     "pages_moved_out",
     "pages_moved_in",
+    "images_encoded",
     "late_compiles",
     "programs_untimed",
     "compile_seconds",
@@ -41,7 +42,7 @@ PRESENT = (
     "last_gen_throughput",
 )
 """Now: sums over those that run."""
-EQUAL = ("page_size", "num_continuous_decode_steps", "context_length")
+EQUAL = ("page_size", "num_continuous_decode_steps", "context_length", "all_reduce")
 """The same for all."""
 LADDERS = ("decode_buckets", "extend_buckets")
 """Those that every replica has."""

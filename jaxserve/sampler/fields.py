@@ -43,6 +43,7 @@ FIELDS = (
     Field("seed", np.int32, 0, "request.seed_bits"),
     Field("sample_index", np.int32, 0, "request.sample_index"),
     Field("prompt_len", np.int32, 0, "prompt_len"),
+    Field("position_delta", np.int32, 0, "request.position_delta"),
     Field("num_bias", np.int32, 0, "request.num_bias"),
     Field("wants_logprob", np.int32, 0),
     Field("num_top", np.int32, 0),

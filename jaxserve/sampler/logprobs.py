@@ -32,6 +32,11 @@ class TokenLogprobs(NamedTuple):
         return jnp.concatenate([top, bits, self.top_ids], axis=1)
 
 
+def chosen_logprobs(packed: jax.Array) -> jax.Array:
+    """[B] float32: `chosen` of what `TokenLogprobs.pack` has packed."""
+    return jax.lax.bitcast_convert_type(packed[:, 1], jnp.float32)
+
+
 def token_logprobs(
     logits: jax.Array, tokens: jax.Array, named_ids: jax.Array, top: int, wants_top: jax.Array
 ) -> TokenLogprobs:
@@ -55,6 +60,13 @@ def token_logprobs(
     neutral = (jnp.zeros((rows, top)), jnp.zeros((rows, top), jnp.int32))
     top_values, top_ids = jax.lax.cond(wants_top, best, lambda: neutral)
     return TokenLogprobs(at(tokens[:, None])[:, 0], top_values, top_ids, at(named_ids))
+
+
+def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """[B] float32: log_softmax of the model's own logits [B, V] at `tokens` [B]; never -inf."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    found = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.maximum(found, jnp.finfo(jnp.float32).min)
 
 
 def prompt_logprobs(rows: PromptRows) -> jax.Array:

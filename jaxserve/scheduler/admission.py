@@ -11,6 +11,7 @@ from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.cache.window import Window
 from jaxserve.packing.sequence import Sequence
 from jaxserve.packing.slots import Rows, Slots
+from jaxserve.scheduler.stage import Stage
 
 
 class Admission:
@@ -20,6 +21,7 @@ class Admission:
         self,
         pages: PrefixCache,
         slots: Slots,
+        stage: Stage,
         page_size: int,
         conservativeness: float = 1.0,
         alignment: int = 1,
@@ -28,6 +30,7 @@ class Admission:
     ):
         self._pages = pages
         self._slots = slots
+        self._stage = stage
         self._page_size = page_size
         self._unit = max(page_size, alignment)
         """Cached prefixes end at multiples of so many tokens. (`alignment` is a multiple of the
@@ -54,6 +57,13 @@ class Admission:
         """How long its cached prefix is."""
         return self._pages.tree.length(sequence.request.namespace, self._known(sequence))
 
+    def to_run(self, sequence: Sequence, enough: int) -> int:
+        """Tokens of a waiting sequence that are not cached; if all are at most `enough`, all."""
+        total = sequence.total_tokens
+        if total <= enough:
+            return total
+        return total - self.cached_pages(sequence) * self._page_size
+
     def has_room(self, sequence: Sequence) -> bool:
         """Whether `admit` would succeed."""
         room = self._find_room(sequence)
@@ -73,6 +83,8 @@ class Admission:
         if self._pages.host is not None:
             unit = self._unit // self._page_size
             found = self._pages.find_on_host(lease, self._reusable(sequence), own, unit)
+            whole = self._whole(sequence, (len(shared) + len(found)) * self._page_size)
+            found = found[: whole // self._page_size - len(shared)]
         new = self._pages.allocate(own)
         if found:
             self._pages.load(found, new[: len(found)])
@@ -165,6 +177,7 @@ class Admission:
         for the last output's: the step that computes its KV may not have run. (None of the outputs,
         where they are to be decoded again.)"""
         sequence.drain()
+        self._stage.leave(sequence)
         keys = b""
         if self._pages.enabled and not sequence.dropped:
             outputs = self._slots.kept(sequence.request)
@@ -212,11 +225,18 @@ class Admission:
 
     def _known(self, sequence: Sequence) -> bytes:
         """The keys to look for in the cache: as many as are there, where not any page will do."""
-        keys = self._reusable(sequence)
-        if self._unit == self._page_size:
+        keys, media = self._reusable(sequence), sequence.request.media
+        if self._unit == self._page_size and (media is None or media.reach is None):
             return keys
         cached = self._pages.tree.length(sequence.request.namespace, keys) * self._page_size
-        return keys[: 4 * (cached - cached % self._unit)]
+        return keys[: 4 * self._whole(sequence, cached)]
+
+    def _whole(self, sequence: Sequence, cached: int) -> int:
+        """How many of its `cached` leading tokens need not run: whole pages, units and blocks."""
+        media, count = sequence.request.media, cached - cached % self._unit
+        while media is not None and (uncut := media.uncut(count)) < count:
+            count = uncut - uncut % self._unit
+        return count
 
     def _take_slot(self, sequence: Sequence, cached: int, on_host: int = 0) -> None:
         """cached: leading tokens that need not run. on_host: those of them in host memory."""

@@ -33,6 +33,8 @@ class Pace:
     """Tokens that the attention kernel works on at once: fewer cost as much."""
     reach: float = math.inf
     """Tokens of context that a rider may have."""
+    patch: float = 0.0
+    """What a patch of a picture costs, in its tower."""
 
     @classmethod
     def of(cls, model: ModelConfig, tokens: int, machine: Pacing, mixed: bool | None) -> Pace:

@@ -9,6 +9,7 @@ from jaxserve.packing.buckets import ALIGNMENT, Buckets, padded_length
 from jaxserve.packing.sequence import Sequence
 from jaxserve.packing.slots import Rows
 from jaxserve.scheduler.pace import Pace
+from jaxserve.scheduler.stage import Stage
 
 
 class ExtendPlanner:
@@ -20,17 +21,19 @@ class ExtendPlanner:
     def __init__(
         self,
         buckets: Buckets,
+        stage: Stage,
         max_tokens: int,
         max_prompts: int | None,
         alignment: int = 1,
         pace: Pace | None = None,
         riders: int = 0,
     ):
-        """max_tokens: packed, of the step. max_prompts: sequences with tokens to run, None is any
-        number. pace: where given, the step is also limited to its work. riders: running sequences
-        for which room is kept."""
+        """stage: of prompts' pictures. max_tokens: packed, of the step. max_prompts: sequences with
+        tokens to run, None is any number. pace: where given, the step is also limited to its work.
+        riders: running sequences for which room is kept."""
         self._buckets = buckets
         self._pace = pace
+        self._stage = stage
         self._kept = riders * ALIGNMENT
         most = buckets.max_extend_rows - riders
         self._max_rows = most if max_prompts is None else min(most, max_prompts)
@@ -69,7 +72,7 @@ class ExtendPlanner:
     def add(self, sequence: Sequence, share: float = 1.0) -> None:
         """Pack as many of the sequence's unscheduled tokens as fit into `share` of the step, and as
         its pages reach to, and count them as scheduled. At least a few are, whatever the work: the
-        longest context gets on."""
+        longest context gets on. (None, where there is no room for the pictures of the next.)"""
         start, total = sequence.most_kv, sequence.total_tokens
         reach = stop = min(total, sequence.capacity)
         if not self.fits(sequence, share):
@@ -77,7 +80,11 @@ class ExtendPlanner:
         self._full = stop < reach and share == 1
         if stop < total:
             stop -= stop % self._alignment
+        if sequence.request.media is not None:
+            stop = self._with_pictures(sequence, start, stop, reach)
         count = stop - start
+        if not count:
+            return
         self._rows.append(
             ExtendRow(
                 sequence,
@@ -92,6 +99,21 @@ class ExtendPlanner:
         self._packed += padded_length(count)
         self._work += padded_length(count) + self._attending(start, count)
         sequence.most_kv = stop
+
+    def _with_pictures(self, sequence: Sequence, start: int, stop: int, reach: int) -> int:
+        """How far it can run, given the pictures in its tokens' places."""
+        stage, pace, most_patches = self._stage, self._pace, math.inf
+        before = stage.patches
+        if pace is not None and pace.patch:
+            most_patches = before + self._spare_work() / pace.patch
+        most = min(reach, start + self._max_tokens - self._packed)
+        covered = stage.cover(sequence, start, stop, most, most_patches)
+        if covered < min(stop, sequence.total_tokens):
+            covered = max(start, covered - covered % self._alignment)
+        stage.ran(sequence, covered)
+        if pace is not None:
+            self._work += pace.patch * (stage.patches - before)
+        return covered
 
     def completes(self, sequence: Sequence) -> bool:
         """Whether everything known of the sequence is scheduled, so that it can sample."""
@@ -126,6 +148,11 @@ class ExtendPlanner:
             self._packed += ALIGNMENT
 
     @property
+    def blocked(self) -> bool:
+        """Whether there is no room for somebody's next picture."""
+        return self._stage.blocked
+
+    @property
     def empty(self) -> bool:
         return not self._rows
 
@@ -136,7 +163,7 @@ class ExtendPlanner:
         while self._buckets.extend_rows(tokens) < len(rows):
             tokens = self._buckets.extend_tokens(tokens + 1)
         row_bucket = self._buckets.extend_rows(tokens)
-        return ExtendBatch(rows, tokens, row_bucket, tuple(self._copies))
+        return ExtendBatch(rows, tokens, row_bucket, tuple(self._copies), self._stage.take())
 
     def _spare_work(self, share: float = 1.0) -> float:
         return share * self._max_work - self._work

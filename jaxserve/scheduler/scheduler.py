@@ -35,6 +35,7 @@ from jaxserve.scheduler.preempt import Preemption
 from jaxserve.scheduler.prefill import ExtendPlanner
 from jaxserve.scheduler.running import Running
 from jaxserve.scheduler.scheduling import Scheduling
+from jaxserve.scheduler.stage import Stage
 
 PASSING = 0.5
 """The share of a step that shorter prompts may take from one that needs several."""
@@ -77,9 +78,12 @@ class Scheduler:
         """Progress of everything admitted."""
         self.running = Running(self.slots)
         """Decoding."""
+        self.stage = Stage(scheduling.media_rows)
+        """Of prompts' pictures."""
         self.admission = Admission(
             self.pages,
             self.slots,
+            self.stage,
             self.page_size,
             self.policy.conservativeness,
             scheduling.chunk_alignment,
@@ -148,6 +152,7 @@ class Scheduler:
             self.waiting.add(sequence)
         self.slots.reset()
         self.pages.reset()
+        self.stage.reset()
         self.prefilling.clear()
         self.running.clear()
         self._preemption.reset()
@@ -156,6 +161,7 @@ class Scheduler:
     def forget_prefixes(self) -> None:
         """Empty the prefix cache. What is admitted keeps its pages, for itself."""
         self.pages.clear()
+        self.stage.forget()
         for sequence in self.live.values():
             sequence.lease = sequence.lease.none()
 
@@ -171,6 +177,7 @@ class Scheduler:
         DrainNeeded: pages are short and somebody who could give some has a step in flight.
         """
         batch = None
+        self.stage.begin_step()
         if not (self._decode_is_next and self.running):
             batch = self._schedule_extend()
         if batch is None:
@@ -192,6 +199,7 @@ class Scheduler:
         riders = mixing.riders(expectant, pace)
         planner = ExtendPlanner(
             self._ready().buckets,
+            self.stage,
             scheduling.extend_tokens,
             scheduling.max_prefill_rows,
             scheduling.chunk_alignment,
@@ -234,7 +242,7 @@ class Scheduler:
         for sequence in list(islice(self.waiting, PASSING_WINDOW)):
             if not (self.slots.available and planner.has_room(PASSING)):
                 return
-            if sequence.admitted or self._to_run(sequence, most) > most:
+            if sequence.admitted or self.admission.to_run(sequence, most) > most:
                 continue
             if not self.admission.admit(sequence):
                 return
@@ -242,18 +250,11 @@ class Scheduler:
             if not self._extend(sequence, planner, PASSING):
                 self.prefilling.append(sequence)
 
-    def _to_run(self, sequence: Sequence, enough: int) -> int:
-        """Tokens of a waiting sequence that are not cached; if all are at most `enough`, all."""
-        total = sequence.total_tokens
-        if total <= enough:
-            return total
-        return total - self.admission.cached_pages(sequence) * self.page_size
-
     def _extend_waiting(self, planner: ExtendPlanner) -> None:
         """Admit and pack waiting sequences, up to the first for which there is no room."""
         if self.policy.schedule == "lpm":
             self.waiting.prefer(self.admission.cached_pages)
-        while self.waiting and planner.has_room():
+        while self.waiting and planner.has_room() and not planner.blocked:
             sequence = self.waiting.first()
             if not self.admission.admit(sequence):
                 self._refused = self._circumstances
@@ -279,7 +280,8 @@ class Scheduler:
             steps = 1
         steps = steps if self.running.drop_complete(steps) >= steps else 1
         rows, new_pages, ready = self.rows, [], self._ready()
-        if steps > 1 and ready.buckets.decode_rows(len(rows.slots)) not in ready.several:
+        bucket = ready.buckets.decode_rows(len(rows.slots))
+        if steps > 1 and (rows.parts or bucket not in ready.several):
             steps = 1
         starved = self.admission.grow(rows, new_pages, steps)
         if starved and steps > 1:

@@ -40,6 +40,8 @@ class Scheduling:
     replays: bool = False
     """A retracted sequence decodes its outputs again, and only prompts are cached, because what an
     extend step computes for an output is not bitwise what a decode step does."""
+    media_rows: int = 0
+    """Tokens' rows of pictures that the device has room for; 0: the model takes no pictures."""
     pending: int = 1024
     """Outputs that a slot keeps before they move into its request's list."""
 
@@ -63,4 +65,5 @@ class Scheduling:
             pace=config.pace,
             chunk_alignment=config.chunk_alignment,
             replays=config.program.deterministic,
+            media_rows=0 if config.media is None else config.media.rows,
         )

@@ -74,9 +74,12 @@ class Catalogue:
         self._programs: dict[str, Program] = {}
         self._mesh = mesh
         for program in programs:
-            if program.kind in self._programs:
+            if not self.add(program):
                 raise ValueError(f"two programs are called {program.kind!r}")
-            self._programs[program.kind] = program
+
+    def add(self, program: Program) -> bool:
+        """One more, from any thread; False: there is one of its kind, and it stays."""
+        return self._programs.setdefault(program.kind, program) is program
 
     def __getitem__(self, kind: str) -> Program:
         return self._programs[kind]

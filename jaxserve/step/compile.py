@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import threading
 import time
@@ -19,6 +18,7 @@ from jaxserve.parallel.mesh import first_device
 from jaxserve.step.catalogue import Lowerable, ProgramKey
 from jaxserve.step.shared import Turns
 from jaxserve.step.stored import StoredPrograms
+from jaxserve.step.tracing import named, without_garbage_collection
 from jaxserve.step.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,8 @@ class Programs:
         self.closed.set()
         self._compiled.clear()
 
-    def __call__(self, key: ProgramKey, *args: Any) -> Any:
-        """Run the program on arrays of its exact shapes."""
+    def program(self, key: ProgramKey) -> Any:
+        """The executable, which is about to be queued."""
         self._used = time.monotonic()
         program = self._compiled.get(key)
         if program is None:
@@ -102,7 +102,11 @@ class Programs:
             with self._fresh(), self._notice.shown([_name(key)]):
                 program = self._compile(key, late=self._complete)
             self.engine_seconds += time.perf_counter() - started
-        return program(*args)
+        return program
+
+    def present(self) -> list[tuple[ProgramKey, Any]]:
+        """Those that are there, with their executables."""
+        return list(self._compiled.items())
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -141,17 +145,23 @@ class Programs:
             Workers.finish(Workers(load, self._missing(keys), threads))
 
     def build(
-        self, keys: Iterable[ProgramKey], threads: int, choices: Iterable[ProgramKey] = ()
+        self,
+        keys: Iterable[ProgramKey],
+        threads: int,
+        choices: Iterable[ProgramKey] = (),
+        *,
+        at_rest: bool = True,
     ) -> None:
         """Compile `keys` in parallel (XLA compiles outside the interpreter lock), the first ones
         first. choices: programs that are compiled for what XLA learns by it, and forgotten; one
-        after the other beside `keys`, as XLA times one program at a time."""
+        after the other beside `keys`, as XLA times one program at a time. at_rest: XLA may time
+        kernels, because nothing else uses the device."""
         missing = self._missing(keys)
         notice = self._notice.shown([_name(key) for key in missing])
         with self._fresh(), notice as ready:
 
             def make(key: ProgramKey) -> None:
-                self._compile(key)
+                self._compile(key, at_rest=at_rest)
                 ready()
 
             with self._on_device():
@@ -285,10 +295,10 @@ class Programs:
 
     def _lower(self, key: ProgramKey, lowerable: Lowerable) -> Any:
         function, abstract, donated = lowerable
-        program = jax.jit(_named(function, _name(key)), donate_argnums=donated)
+        program = jax.jit(named(function, _name(key)), donate_argnums=donated)
         # Python, so one at a time at best: in turn, XLA has work after the first program; side by
         # side, all threads end late and together
-        with self._lowering, _without_garbage_collection():
+        with self._lowering, without_garbage_collection():
             return program.lower(*abstract)
 
     def _xla(self, lowered: Any, options: Options) -> Any:
@@ -319,28 +329,5 @@ def _memory_beside_arguments(program: Any) -> int:
     return int(analysis.temp_size_in_bytes + max(results, 0))
 
 
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Cycles stay for as long as the block takes. Tracing makes so many objects that looking for
-    them is a sixth of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _name(key: ProgramKey) -> str:
     return f"{key[0]}_{key[1]}"
-
-
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The function under its program's name, which traces and dumps show."""
-
-    def program(*args: Any) -> Any:
-        return function(*args)
-
-    program.__name__ = name
-    return program

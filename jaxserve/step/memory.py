@@ -67,6 +67,8 @@ class Memory:
     def _size(self, program_bytes: int, most: int | None = None) -> None:
         state = jax.eval_shape(self.make_state)
         others = program_bytes + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        if self.config.media is not None:
+            others += self.config.media.bytes
         pages = self.config.num_pages or min(
             count_pages(self.config, self._part, self.cache_dtype, each, self.weight_bytes, others)
             for each in self._devices

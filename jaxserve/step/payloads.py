@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxserve.config.states import HIDDEN, LAYERS, LOGITS, NO_STATES, STATE_NAMES, States
 from jaxserve.packing.wanted import Wanted
-from jaxserve.sampler.logprobs import prompt_logprobs
+from jaxserve.sampler.logprobs import prompt_logprobs, raw_logprobs
 from jaxserve.sampler.state import RowParams, SparseRows
 
 
@@ -29,6 +30,8 @@ class Drawn(NamedTuple):
     """[B] int32."""
     logprobs: jax.Array
     """[B, X] int32: packed, see sampler.logprobs; of the rows that want them."""
+    layers: jax.Array | None = None
+    """[B, C, D]: hidden states of the inner layers that the programs report."""
 
 
 class PromptRows(NamedTuple):
@@ -57,7 +60,7 @@ class Payload:
 
     name: str
     """As `Extra.name` has it."""
-    sampled: Callable[[Drawn], jax.Array]
+    sampled: Callable[[Drawn], Any]
     """[B, ...], by row."""
     prompt: Callable[[PromptRows], jax.Array] | None = None
     """[N, ...], by packed token; None: it says nothing of prompts."""
@@ -65,7 +68,18 @@ class Payload:
     """All step programs report it."""
 
 
-PAYLOADS = (Payload("logprobs", lambda drawn: drawn.logprobs, prompt_logprobs, usual=True),)
+PAYLOADS = (
+    Payload("logprobs", lambda drawn: drawn.logprobs, prompt_logprobs, usual=True),
+    Payload("raw_logprobs", lambda drawn: raw_logprobs(drawn.logits, drawn.tokens)),
+)
+
+STATES: Mapping[str, Callable[[Drawn], jax.Array | None]] = {
+    HIDDEN: lambda drawn: drawn.hidden,
+    LAYERS: lambda drawn: drawn.layers,
+    LOGITS: lambda drawn: drawn.logits,
+}
+"""Payloads that an engine has where `config.States` names them, all of them in one set of
+programs. Of them rows are copied that somebody asked for, see step.picking."""
 
 
 class Variant(NamedTuple):
@@ -75,31 +89,38 @@ class Variant(NamedTuple):
     """Of payloads that are not usual."""
     wide: bool = False
     """With the columns of `config.WIDE_TOP`."""
+    states: States = NO_STATES
+    """Of the model's inside."""
 
     @classmethod
-    def of(cls, wanted: Wanted) -> Variant:
-        """The programs for a batch."""
-        if not wanted.names:
+    def of(cls, wanted: Wanted, states: States = NO_STATES, always: bool = False) -> Variant:
+        """The programs for a batch in an engine with `states`. always: they report them, so that
+        no row's numbers depend on what others ask for."""
+        if not (wanted.names or always):
             return USUAL
         names = (each.name for each in PAYLOADS if each.name in wanted.names and not each.usual)
-        return cls(tuple(names), wanted.wide)
+        inside = states if always or not wanted.names.isdisjoint(STATE_NAMES) else NO_STATES
+        return cls(tuple(names), wanted.wide, inside)
 
     @classmethod
-    def all(cls) -> list[Variant]:
-        """USUAL first."""
+    def all(cls, states: States = NO_STATES) -> list[Variant]:
+        """Of an engine with `states`. USUAL first."""
         rare = [each.name for each in PAYLOADS if not each.usual]
-        sets = (names for n in range(len(rare) + 1) for names in itertools.combinations(rare, n))
-        return [cls(names, wide) for names in sets for wide in (False, True)]
+        sets = [names for n in range(len(rare) + 1) for names in itertools.combinations(rare, n)]
+        inside = dict.fromkeys((NO_STATES, states))
+        return [cls(*each) for each in itertools.product(sets, (False, True), inside)]
 
     @property
     def ending(self) -> str:
         """Of the kinds of its programs: "decode" and this."""
-        return "".join([f"_{name}" for name in self.names]) + ("_wide" if self.wide else "")
+        names = "".join([f"_{name}" for name in self.names])
+        return names + self.states.ending + ("_wide" if self.wide else "")
 
     @property
     def payloads(self) -> tuple[Payload, ...]:
         """The payloads that its programs report."""
-        return tuple(each for each in PAYLOADS if each.usual or each.name in self.names)
+        found = (each for each in PAYLOADS if each.usual or each.name in self.names)
+        return (*found, *(Payload(name, STATES[name]) for name in self.states.names))
 
 
 USUAL = Variant()

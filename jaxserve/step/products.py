@@ -33,7 +33,8 @@ class GivenAttention:
 
     def __init__(self, ops: PagedOps, attended: tuple[jax.Array, ...]) -> None:
         """attended: [T, N * H] of each layer."""
-        self.linear_in, self.linear_out, self.norm = ops.linear_in, ops.linear_out, ops.norm
+        self.linear_in, self.linear_out = ops.linear_in, ops.linear_out
+        self.total, self.norm = ops.total, ops.norm
         self._attended = attended
 
     def attend(

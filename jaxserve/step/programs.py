@@ -17,13 +17,16 @@ from jaxserve.cache.host_pool import BLOCK
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import Declaration, declare
-from jaxserve.packing.layout import ExtendLayout
+from jaxserve.packing.layout import TOKEN_FIELDS, ExtendLayout
+from jaxserve.packing.media import MEDIA, POSITIONS, REACH
 from jaxserve.parallel.mesh import TENSOR, first_device, replicated
 from jaxserve.sampler.sampler import Sampler
-from jaxserve.step import pages, products, prompt, step
+from jaxserve.step import pages, products, prompt, state_programs, step
 from jaxserve.step.catalogue import Catalogue, Program, ProgramKey
+from jaxserve.step.hook import Hook
 from jaxserve.step.memory import Memory
 from jaxserve.step.payloads import PAYLOADS, USUAL, PromptRows, Variant
+from jaxserve.step.picture_programs import TowerFacts, picture_programs
 from jaxserve.step.xla_options import chooses_by_timing
 from jaxserve.weights import Kept, kept
 from pallas_kernels import decode_implementation
@@ -41,6 +44,10 @@ class Facts:
     kept: Kept
     """The parameters as programs take them."""
     mesh: Mesh
+    comm: jax.ShapeDtypeStruct | None
+    """Of a step's argument of that name; None on a mesh whose devices do without."""
+    tower: TowerFacts | None
+    """Of a model that takes pictures."""
 
     @property
     def model(self) -> ModelConfig:
@@ -63,6 +70,14 @@ class Facts:
         """One of which every device has a part."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
+    @property
+    def media(self) -> jax.ShapeDtypeStruct | None:
+        """The device's buffer of pictures; None: the model takes none."""
+        if self.tower is None:
+            return None
+        tower = self.tower
+        return self.array(tower.sizes.rows, tower.declaration.config.width, dtype=self.dtype)
+
     @functools.cached_property
     def params(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Abstract, in the order in which `kept.bind` takes them."""
@@ -76,8 +91,9 @@ class Facts:
         found = kept(declaration, self.config.program.crossovers)
         return dataclasses.replace(self, declaration=declaration, kept=found)
 
-    def step_model(self, variant: Variant) -> step.StepModel:
-        """The model over a cache of the present size, in programs that report `variant`."""
+    def step_model(self, variant: Variant, hooks: tuple[Hook, ...] = ()) -> step.StepModel:
+        """The model over a cache of the present size, in programs that report `variant`. hooks: in
+        the model."""
         program = self.config.program
         of_one = CutOps if self.mesh.size > 1 else PagedOps
         ops = of_one(
@@ -91,7 +107,16 @@ class Facts:
         sampler = Sampler(
             top, program.raw_logprobs, program.other_kernels, fixed_split=program.deterministic
         )
-        return step.StepModel(self.kept.bind, ops, sampler, program.page_size, variant.payloads)
+        return step.StepModel(
+            self.kept.bind,
+            ops,
+            sampler,
+            program.page_size,
+            variant.payloads,
+            variant.states.layers,
+            hooks,
+            shifted=bool(self.model.rope.sections),
+        )
 
     def decodes_with_mosaic(self, rows: int) -> bool:
         """Whether a decode step of `rows` rows has a Mosaic kernel. (Being wrong about it only
@@ -107,9 +132,12 @@ class Facts:
 
     def layout(self, tokens: int) -> ExtendLayout:
         """Of the extend program of `tokens` tokens."""
-        return ExtendLayout(
-            tokens, self.config.buckets.extend_rows(tokens), self.config.program.table_width
-        )
+        rows, fields = self.config.buckets.extend_rows(tokens), TOKEN_FIELDS
+        if self.tower is not None:
+            fields += (MEDIA,)
+            fields += (POSITIONS,) * bool(self.model.rope.sections)
+            fields += (REACH,) * bool(self.tower.sizes.pictures.block)
+        return ExtendLayout(tokens, rows, self.config.program.table_width, fields)
 
     def packed(self, tokens: int) -> jax.ShapeDtypeStruct:
         """The vector of the extend program of `tokens` tokens."""
@@ -143,17 +171,21 @@ class Facts:
 
 
 def engine_programs(facts: Facts) -> Catalogue:
-    """Every program that a batch can need. Those of requests that want what is not usual are
-    compiled when they are first wanted."""
-    usual, *rare = Variant.all()
+    """Every program that a batch can need. Those of requests that want what is not usual, and that
+    the engine was not started for, are compiled when they are first wanted."""
+    beforehand = {v: step_programs(facts, v) for v in state_programs.beforehand(facts)}
+    *_, reporting = beforehand.values()
+    rare = [each for each in Variant.all(facts.config.states) if each not in beforehand]
     later = [each for variant in rare for each in step_programs(facts, variant)]
     later += prompt_programs(facts, wide=True)
     return Catalogue(
         mesh=facts.mesh,
         programs=[
-            *step_programs(facts, usual),
+            *(each for steps in beforehand.values() for each in steps),
             *prompt_programs(facts, wide=False),
+            *state_programs.picking_programs(facts, *reporting),
             *page_programs(facts),
+            *([] if facts.tower is None else picture_programs(facts, facts.tower)),
             *choosing_programs(facts),
             *(dataclasses.replace(each, buckets=()) for each in later),
         ],
@@ -174,7 +206,7 @@ def step_programs(facts: Facts, variant: Variant) -> list[Program]:
         Program(
             "extend" + ending,
             extend,
-            {**state, "packed": facts.packed},
+            {**state, "packed": facts.packed, "comm": facts.comm, "media": facts.media},
             donated=("cache", "progress", "sampled", "row_params"),
             buckets=buckets.extend[::-1],
             first=buckets.first.extend,
@@ -187,7 +219,7 @@ def step_programs(facts: Facts, variant: Variant) -> list[Program]:
         Program(
             kind + ending,
             decode(steps),
-            {**state, "rows": lambda rows: facts.array(2, rows)},
+            {**state, "rows": lambda rows: facts.array(2, rows), "comm": facts.comm},
             donated=("cache", "progress", "sampled"),
             buckets=buckets.decode[::-1],
             first=buckets.first.decode if steps == 1 else buckets.decode[-1:],

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jaxserve.cache.host import Copies, scatter_targets
-from jaxserve.cache.host_pool import COPYING_BYTES
 from jaxserve.cache.pool import cache_dtype
 from jaxserve.config import EngineConfig
+from jaxserve.config.states import HIDDEN, LAYERS, STATE_NAMES
 from jaxserve.folders import PrivateFolder
+from jaxserve.output.picked import Picked, Places
 from jaxserve.packing import pack
 from jaxserve.packing.batch import Batch, DecodeBatch, ExtendBatch
 from jaxserve.packing.buckets import Ready
-from jaxserve.parallel.mesh import bytes_on_each, first_device, replicated
+from jaxserve.parallel.mesh import abstract, bytes_on_each, first_device, replicated
+from jaxserve.parallel.peers import PeersError, connect
 from jaxserve.step import step
 from jaxserve.step.catalogue import ProgramKey
+from jaxserve.step.chain_steps import ChainSteps, DrawnParts
 from jaxserve.step.compile import Programs
+from jaxserve.step.first_runs import FirstRuns
 from jaxserve.step.memory import Memory
-from jaxserve.step.pages import COPY_WIDTH
+from jaxserve.step.page_steps import PageSteps
 from jaxserve.step.payloads import Variant
+from jaxserve.step.picking import Picker
+from jaxserve.step.picture_programs import tower_facts
+from jaxserve.step.picture_steps import PictureSteps
 from jaxserve.step.precompile import Precompilation
 from jaxserve.step.programs import Facts, engine_programs
-from jaxserve.step.result import Prepared, StepResult
+from jaxserve.step.result import Part, Prepared, StepResult
 from jaxserve.step.shared import Shared
+from jaxserve.step.state_programs import largest
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WideIds
 from jaxserve.step.xla_options import xla_options
@@ -40,6 +48,9 @@ if TYPE_CHECKING:
 phase = jax.profiler.TraceAnnotation
 """Names a phase of the loop in a profiler's trace; costs next to nothing without one."""
 
+FOR_GOOD = ("params", "tower", "comm")
+"""Of the arrays that the device keeps, those that outlive a failed step."""
+
 
 class Runner:
     """One model on one mesh. Not thread-safe: the engine thread calls it."""
@@ -52,8 +63,11 @@ class Runner:
         self._declaration = cut_over(loaded.declaration, mesh)
         crossovers = config.program.crossovers
         params, self._kept = arrange(self._declaration, loaded.params, crossovers, mesh)
-        self._arrays: dict[str, Any] = {"params": params}
+        self._tower, tower = tower_facts(loaded.tower, config.media)
+        self._peers = connect(mesh, self.model_config.hidden_size, loaded.declaration.dtype)
+        self._arrays: dict[str, Any] = {"params": params, "tower": tower, "comm": self._peers.comm}
         """What the device keeps, by the names that programs have for it."""
+        self._first_runs = FirstRuns(self._peers, self._queue, self._drain, self._neutral)
         self.dtype = loaded.declaration.dtype
         self._mesh = mesh
         self._replicated = replicated(mesh)
@@ -63,15 +77,24 @@ class Runner:
             self.model_config,
             cache_dtype(config.program.kv_cache_dtype, self.dtype),
             mesh,
-            bytes_on_each(params),
+            bytes_on_each((*params, *tower)),
             None if shared is None else shared.devices,
         )
+        self._picker = Picker(self._run)
+        self._always = bool(config.states.names) and config.program.deterministic
         self._declare_programs()
         self._precompilation.first()
         if config.program.platform != "cpu":
             self._fit_pool()
         self.host = self.memory.make_host_pool()
+        self.pages = PageSteps(self.memory, self.host, self._run, self._arrays)
+        self.pictures = PictureSteps(self._facts, self._run, self._arrays, self.programs)
+        self.chains = ChainSteps(
+            self._facts, self._catalogue, self.programs, self._run, self._arrays
+        )
         self.reset()
+        if self._peers.comm is not None:
+            self._run_once()
         self._precompilation.rest()
 
     @property
@@ -90,9 +113,13 @@ class Runner:
 
     def _declare_programs(self) -> None:
         """For a pool of the present size."""
-        facts = Facts(self._declaration, self.memory, self._kept, self._mesh)
+        comm = self._peers.comm
+        way = None if comm is None else abstract(comm, comm.sharding)
+        facts = Facts(self._declaration, self.memory, self._kept, self._mesh, way, self._tower)
+        self._facts = facts
         quantized = self._declaration.quantization is not None
         self._layout = functools.cache(facts.layout)
+        self._largest = largest(facts)
         self._catalogue = engine_programs(facts)
         self.programs = Programs(
             self._catalogue.lowerable,
@@ -105,11 +132,8 @@ class Runner:
 
     def _fit_pool(self) -> None:
         """Make sure that the largest programs' temporaries fit beside the pool."""
-        buckets = self.config.buckets
-        largest: list[ProgramKey] = [("extend", buckets.max_tokens), ("decode", buckets.decode[-1])]
-        if self.config.program.steps_per_dispatch > 1:
-            largest.append(("decode_many", buckets.decode[-1]))
-        if self.memory.make_room(max(map(self.programs.memory, largest))):
+        needed = (self.programs.memory(key) + kept for key, kept in self._largest.items())
+        if self.memory.make_room(max(needed)):
             self.programs.close()
             self._declare_programs()
             self._precompilation.first()
@@ -143,6 +167,8 @@ class Runner:
         with jax.default_device(first_device(self._mesh)):
             self._arrays["cache"] = self.memory.make_cache()
             self._arrays.update(self.memory.make_state()._asdict())
+        self.chains.reset()
+        self.pictures.reset()
         self._upload: tuple[np.ndarray, jax.Array] | None = None
         _, width = self.config.program.logprob_columns(wide=True)
         self._wide_ids = WideIds(self.config.program.max_rows, width, self._replicated)
@@ -154,12 +180,50 @@ class Runner:
     def _run(self, key: ProgramKey, **given: Any) -> Any:
         """Queue a program. Its arguments are `given` or among the arrays that the device keeps,
         whose new states replace the donated ones. Returns the rest of its results."""
-        program = self._catalogue[key[0]]
-        arrays = self._arrays
+        executable = self.programs.program(key)
+        self._first_runs.before(key, executable, given)
+        return self._queue(key, executable, given)
+
+    def _queue(self, key: ProgramKey, executable: Any, given: Mapping[str, Any]) -> Any:
+        program, arrays = self._catalogue[key[0]], self._arrays
         arguments = [given[x] if x in given else arrays[x] for x in program.arguments]
-        updated, output = self.programs(key, *arguments)
+        updated, output = executable(*arguments)
         arrays.update(zip(program.donated, updated, strict=True))
         return output
+
+    def _neutral(self, key: ProgramKey) -> dict[str, Any]:
+        """What a step is given in which nobody takes part; {} for what is no step."""
+        kind, bucket = key
+        names, slot = self._catalogue[kind].arguments, self.config.program.max_rows
+        if "comm" not in names:
+            return {}
+        if "rows" in names:
+            batch = np.full((2, bucket), slot, np.int32)
+            batch[1] = -1
+            return {"rows": batch}
+        return {"packed": pack.pack_nobody(self._layout(bucket), slot)}
+
+    def _drain(self) -> None:
+        """Until the device has nothing to do: steps have the cache one after the other."""
+        jax.block_until_ready(self._arrays["cache"])
+
+    def _run_once(self) -> None:
+        """The steps that are there, so that no request waits for a first run."""
+        for key, executable in self.programs.present():
+            if self._neutral(key):
+                self._first_runs.before(key, executable, {})
+
+    def check_peers(self) -> None:
+        """Raises PeersError if a device has given up waiting for another one, after which no result
+        is right. Waits for what is queued."""
+        error = self._peers.error()
+        if error is not None:
+            raise PeersError(error)
+
+    @property
+    def all_reduce(self) -> str:
+        """How the devices of the mesh sum, and why so."""
+        return f"{self._peers.form}: {self._peers.reason}"
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -167,52 +231,80 @@ class Runner:
         """Everything the host does for a batch before the device is involved."""
         program = self.config.program
         if isinstance(batch, DecodeBatch):
+            batch = self.chains.resized(batch) if batch.parts else batch
             return Prepared(batch, pack.pack_decode(batch, program.max_rows))
         packed = pack.pack_extend(batch, self._layout(batch.tokens), program.max_rows)
+        capacity = program.bias_capacity, program.max_logprob_ids
         fresh = (row.sequence for row in batch.rows if row.fresh)
-        lists = (
-            (s.slot, pack.pack_sparse(s.request, program.bias_capacity, program.max_logprob_ids))
-            for s in fresh
-        )
-        return Prepared(batch, packed, tuple((slot, x) for slot, x in lists if x is not None))
+        lists = ((s.slot, pack.pack_sparse(s.request, *capacity)) for s in fresh)
+        sparse = tuple((slot, x) for slot, x in lists if x is not None)
+        pictures = self.pictures.prepare(batch.encodings)
+        return Prepared(batch, packed, sparse, self.chains.entries(batch), pictures)
 
     def dispatch(self, prepared: Prepared) -> StepResult:
         """Queue the step on the device, and start copying its results back."""
         batch = prepared.batch
-        wanted = batch.wanted
-        variant = Variant.of(wanted)
+        wanted, states = batch.wanted, self.config.states
+        variant = Variant.of(wanted, states, self._always)
         if isinstance(batch, DecodeBatch):
-            output, prompts = self._decode(batch, prepared.upload, variant), {}
+            drawn, prompts = self._decode(batch, prepared.upload, variant), {}
         else:
+            self.pictures.queue(prepared.pictures)
             for slot, lists in prepared.sparse:
                 self._run(("install_sparse", 0), slot=np.int32(slot), **lists._asdict())
-            output, prompts = self._extend(batch, prepared.upload, variant)
-        payloads = {name: output.payloads[name] for name in wanted.names}
-        result = StepResult(batch, output.tokens, payloads, prompts)
+            if prepared.chained is not None:
+                self.chains.begin(prepared.chained)
+            drawn, prompts = self._extend(batch, prepared.upload, variant)
+        names = wanted.names - STATE_NAMES
+        parts = tuple(
+            Part(rows, output.tokens, {name: output.payloads[name] for name in names})
+            for rows, output in drawn.parts
+        )
+        kept = {name: drawn.inside[name] for name in wanted.names & STATE_NAMES}
+        picked = self._picker.sampled(batch, kept)
+        result = StepResult(batch, parts, prompts, picked=picked, kept=kept)
         for array in result.arrays:
             array.copy_to_host_async()
         return result
 
-    def _decode(self, batch: DecodeBatch, upload: np.ndarray, variant: Variant) -> step.StepOutput:
+    def pick_ends(self, result: StepResult, places: Places) -> dict[str, Picked]:
+        """Rows of what a result has kept, on their way to the host. See `output.ends`."""
+        picked = self._picker.ends(result.batch, result.kept, places)
+        for array in (piece for each in picked.values() for piece in each.pieces):
+            array.copy_to_host_async()
+        return picked
+
+    def _decode(self, batch: DecodeBatch, upload: np.ndarray, variant: Variant) -> DrawnParts:
         if self._upload is None or not np.array_equal(self._upload[0], upload):
             self._upload = (upload, jax.device_put(upload, self._replicated))
+        named = self._named(batch, variant)
+        if batch.parts:
+            return self.chains.decode(batch, self._upload[1], variant, named)
         kind = "decode" if batch.steps == 1 else "decode_many"
         key = (kind + variant.ending, batch.row_bucket)
-        return self._run(key, rows=self._upload[1], **self._named(batch, variant))
+        return DrawnParts.of_all(self._run(key, rows=self._upload[1], **named))
 
     def _extend(
         self, batch: ExtendBatch, packed: np.ndarray, variant: Variant
-    ) -> tuple[step.StepOutput, dict[str, jax.Array]]:
-        """The output, and what extras want of the prompts."""
+    ) -> tuple[DrawnParts, dict[str, jax.Array | Picked]]:
+        """The outputs, and what extras want of the prompts."""
         # The call itself takes a NumPy array to the device in a fifth of device_put's time.
-        named, key = self._named(batch, variant), ("extend" + variant.ending, batch.tokens)
-        output, hidden = self._run(key, packed=packed, **named)
-        for start in range(0, len(batch.page_copies), COPY_WIDTH):
-            self._copy_pages(batch.page_copies[start : start + COPY_WIDTH])
+        variant = self.chains.reporting(batch, variant)
+        hooked = self.chains.hooks.of(batch, self._layout(batch.tokens).rows)
+        kind, named = "extend" + variant.ending + hooked.ending, self._named(batch, variant)
+        key = (kind, batch.tokens)
+        output, hidden = self._run(key, packed=packed, **named, **hooked.given)
+        drawn = DrawnParts.of_all(output)
+        if batch.parts:
+            drawn = drawn.and_then(self.chains.extend(batch, hidden, output.layers, variant, named))
+        self.pages.fork(batch.page_copies)
         names = set().union(*(pack.read_of_prompt(row) for row in batch.rows))
         ending = Variant(wide=variant.wide).ending
-        return output, {
-            name: self._run(
+        inside = {HIDDEN: hidden, LAYERS: output.layers}
+        return drawn, {
+            name: self._picker.prompts(batch, name, inside[name])
+            if name in inside
+            else self._run(
                 (f"prompt_{name}{ending}", batch.tokens), packed=packed, hidden=hidden, **named
             )
             for name in sorted(names)
@@ -225,29 +317,6 @@ class Runner:
         ids = self._wide_ids.of(batch)
         return {"sparse": self._arrays["sparse"]._replace(logprob_ids=ids)}
 
-    def _copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
-        sources = np.zeros(COPY_WIDTH, np.int32)
-        targets = np.full(COPY_WIDTH, self.num_pages, np.int32)
-        sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
-        self._run(("copy_pages", COPY_WIDTH), sources=sources, targets=targets)
-
-    def copy(self, copies: Copies) -> None:
-        """Queue copies of pages to the host and back, before the next step: the device reads what
-        is evicted before anybody writes there. With a host tier only."""
-        assert self.host is not None
-        width = self.memory.block_pages
-        for block, evicted in copies.out:
-            pages = np.zeros(width, np.int32)
-            pages[: len(evicted)] = evicted
-            self.host.store(block, self._run(("gather_pages", width), pages=pages))
-        at_once = max(COPYING_BYTES // self.host.block_bytes, 1)
-        for number, (block, wanted) in enumerate(copies.into, 1):
-            content = self.host.load(block)
-            for pages in scatter_targets(wanted, width, self.num_pages):
-                self._run(("scatter_pages", width), pages=pages, content=content)
-            if number % at_once == 0:  # what was copied lies there twice until it is written
-                self.cache.k.block_until_ready()
-
     def close(self) -> None:
         """Free the device arrays."""
         self.programs.close()
@@ -258,6 +327,6 @@ class Runner:
 
     def _free(self) -> None:
         """Give the cache back before a new one is made: the device may not hold two."""
-        kept = [value for name, value in self._arrays.items() if name != "params"]
+        kept = [value for name, value in self._arrays.items() if name not in FOR_GOOD]
         for array in jax.tree.leaves(kept):
             array.delete()

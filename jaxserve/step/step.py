@@ -19,8 +19,12 @@ from jaxserve.attention.paged import Cache, PagedOps
 from jaxserve.packing.layout import ExtendArrays, ExtendLayout, RowFields
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
+from jaxserve.step.hook import Hook
+from jaxserve.step.hooked import HookState, TappedOps, Taps, Tokens
 from jaxserve.step.payloads import Drawn, Payload
+from jaxserve.step.pictures import Embedded, Shown, embed
 from jaxserve.step.state import Progress
+from jaxserve.step.watched import Watched
 
 if TYPE_CHECKING:
     from jaxserve.models.decoder import Decoder
@@ -38,6 +42,13 @@ class StepModel:
     """S, tokens."""
     payloads: tuple[Payload, ...]
     """What its steps report."""
+    layers: tuple[int, ...] = ()
+    """The inner layers among it, see `config.States`."""
+    hooks: tuple[Hook, ...] = ()
+    """In the model, for rows that have them."""
+    shifted: bool = False
+    """Whether generated tokens are rotated to their places and something more, see
+    `Request.position_delta`."""
 
 
 class StepOutput(NamedTuple):
@@ -48,6 +59,8 @@ class StepOutput(NamedTuple):
     """[n, B] int32."""
     payloads: dict[str, jax.Array]
     """By name, [n, B, ...]."""
+    layers: jax.Array | None = None
+    """Of an extend step that reports inner layers [T, C, D], by packed token."""
 
 
 def report(model: StepModel, drawn: Drawn) -> StepOutput:
@@ -79,11 +92,13 @@ def locate(rows: RowFields, tokens: int) -> Packed:
     return Packed(owner, offset, offset < rows.q_lens[owner])
 
 
-def rotary_positions(batch: ExtendArrays, positions: jax.Array, carried: jax.Array) -> jax.Array:
-    """Where each packed token is rotated to: its place, or what a layout with `positions` gives (of
-    carried tokens nothing)."""
+def rotary_positions(
+    batch: ExtendArrays, positions: jax.Array, carried: jax.Array, deltas: jax.Array
+) -> jax.Array:
+    """Where each packed token is rotated to: its place, or what a layout with `positions` gives; of
+    carried tokens the place and `deltas`."""
     given = batch.per_token.get("positions")
-    return positions if given is None else jnp.where(carried, positions, given)
+    return positions if given is None else jnp.where(carried, positions + deltas, given)
 
 
 def cache_slots(
@@ -102,6 +117,99 @@ def cache_slots(
     return jnp.where(valid, live, num_slots + jnp.arange(rows.shape[0], dtype=jnp.int32))
 
 
+class DecodeRows(NamedTuple):
+    """The B rows of a decode step."""
+
+    slots: jax.Array
+    """[B] int32: R for padding."""
+    live: jax.Array
+    """[B] bool: no padding."""
+    first: jax.Array
+    """[B] int32: the position that each row's next token has."""
+    table: jax.Array
+    """[R+1, W] int32: all page tables, with the pages that rows begin now."""
+    page_table: jax.Array
+    """[B, W] int32: the rows' own."""
+
+    def after(self, progress: Progress, steps: int) -> Progress:
+        """When each row has run `steps` tokens."""
+        lengths = jnp.where(self.live, self.first + steps, 0)
+        return Progress(progress.lengths.at[self.slots].set(lengths), self.table)
+
+
+class Seen(NamedTuple):
+    """What a model makes of one token for each of B rows."""
+
+    hidden: jax.Array
+    """[B, D] after the final norm."""
+    logits: jax.Array
+    """[B, V] float32."""
+    layers: jax.Array | None
+    """[B, C, D] of the inner layers that are reported; None: of none."""
+
+
+def decode_rows(model: StepModel, progress: Progress, upload: jax.Array) -> DecodeRows:
+    """The rows of `upload`, see `decode_steps`."""
+    slots, new_pages = upload
+    num_rows = progress.lengths.shape[0]
+    first = progress.lengths[slots]
+    begins = jnp.where(new_pages >= 0, slots, num_rows)
+    begun = (first + (model.page_size - 1)) // model.page_size
+    table = progress.page_table.at[begins, begun].set(new_pages, mode="drop")
+    return DecodeRows(slots, slots < num_rows - 1, first, table, table[slots])
+
+
+def forward(
+    model: StepModel,
+    module: Decoder,
+    ops: PagedOps,
+    rows: DecodeRows,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    row_params: RowParams,
+    taps: Taps | None = None,
+) -> tuple[Seen, Cache]:
+    """One token [B] for each row, at `positions` [B]: what comes of it, new cache."""
+    slots = cache_slots(
+        rows.page_table,
+        jnp.arange(rows.slots.shape[0]),
+        positions,
+        rows.live,
+        model.page_size,
+        num_slots=cache.k.shape[0] * model.page_size,
+    )
+    meta = DecodeMeta(slots, rows.page_table, jnp.where(rows.live, positions + 1, 0))
+    rotated = positions
+    if model.shifted:
+        rotated = positions + row_params.column("position_delta", rows.slots)
+    begun = embed(module, tokens)
+    hidden, layers, cache = run_model(model, module, ops, begun, rotated, cache, meta, taps)
+    return Seen(hidden, module.logits(hidden), layers), cache
+
+
+def run_model(
+    model: StepModel,
+    module: Decoder,
+    ops: PagedOps,
+    begun: Embedded,
+    positions: jax.Array,
+    cache: Cache,
+    meta: DecodeMeta | ExtendMeta,
+    taps: Taps | None,
+) -> tuple[jax.Array, jax.Array | None, Cache]:
+    """T tokens at `positions`: hidden [T, D], the inner layers that are reported [T, C, D], the new
+    cache. taps: hooks."""
+    watched = Watched(ops, model.layers)
+    x, tapped = begun.x, ops
+    if taps is not None:
+        x, tapped = taps.touch("embed", x), TappedOps(ops, taps)
+    hidden, cache = module.run(x, positions, cache, meta, tapped, watched, begun.added)
+    if taps is not None:
+        hidden = taps.touch("final_norm", hidden)
+    return hidden, watched.stacked(hidden), cache
+
+
 def decode_steps(
     model: StepModel,
     steps: int,
@@ -112,52 +220,39 @@ def decode_steps(
     row_params: RowParams,
     sparse: SparseRows,
     upload: jax.Array,
+    comm: jax.Array | None = None,
 ) -> tuple[tuple[Cache, Progress, Sampled], StepOutput]:
     """`steps` tokens for each of B rows, one after the other: at most S, so that a row begins one
     page at most.
 
     upload [2, B] int32: slots (R for padding), and the page each row begins with these tokens (-1
-    for none). Returns (the cache, progress and carry as updated), the output.
+    for none). comm: see `PagedOps.joined`. Returns (the cache, progress and carry as updated), the
+    output.
     """
-    rows, new_pages = upload
-    num_rows = progress.lengths.shape[0]
-    live = rows < num_rows - 1
-    first = progress.lengths[rows]
-    begins = jnp.where(new_pages >= 0, rows, num_rows)
-    begun = (first + (model.page_size - 1)) // model.page_size
-    table = progress.page_table.at[begins, begun].set(new_pages, mode="drop")
-    page_table = table[rows]
-    module = model.bind(params)
+    rows = decode_rows(model, progress, upload)
+    module, ops = model.bind(params), model.ops.joined(comm)
 
     def one_step(
         carry: tuple[Cache, Sampled], positions: jax.Array
     ) -> tuple[tuple[Cache, Sampled], StepOutput]:
         cache, sampled = carry
-        slots = cache_slots(
-            page_table,
-            jnp.arange(rows.shape[0]),
-            positions,
-            live,
-            model.page_size,
-            num_slots=cache.k.shape[0] * model.page_size,
-        )
-        lengths = jnp.where(live, positions + 1, 0)
-        meta = DecodeMeta(slots, page_table, lengths)
-        hidden, cache = module(sampled.last_tokens[rows], positions, cache, meta, model.ops)
-        logits = module.logits(hidden)
-        sampled, *drawn = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
-        return (cache, sampled), report(model, Drawn(hidden, logits, *drawn))
+        tokens = sampled.last_tokens[rows.slots]
+        seen, cache = forward(model, module, ops, rows, tokens, positions, cache, row_params)
+        lengths = jnp.where(rows.live, positions + 1, 0)
+        slots, logits = rows.slots, seen.logits
+        sampled, *drawn = model.sampler(logits, sampled, slots, lengths, row_params, sparse)
+        drawn = Drawn(seen.hidden, logits, *drawn, layers=seen.layers)
+        return (cache, sampled), report(model, drawn)
 
     carry = (cache, sampled)
     if steps == 1:
-        carry, output = one_step(carry, first)
+        carry, output = one_step(carry, rows.first)
         output = one_of_many(output)
     else:
-        positions = first + jnp.arange(steps, dtype=jnp.int32)[:, None]
+        positions = rows.first + jnp.arange(steps, dtype=jnp.int32)[:, None]
         carry, output = jax.lax.scan(one_step, carry, positions)
     cache, sampled = carry
-    lengths = progress.lengths.at[rows].set(jnp.where(live, first + steps, 0))
-    return (cache, Progress(lengths, table), sampled), output
+    return (cache, rows.after(progress, steps), sampled), output
 
 
 def extend_step(
@@ -170,11 +265,18 @@ def extend_step(
     row_params: RowParams,
     sparse: SparseRows,
     packed: jax.Array,
+    comm: jax.Array | None = None,
+    media: jax.Array | None = None,
+    hooked: jax.Array | None = None,
+    *states: HookState,
 ) -> tuple[tuple[Cache, Progress, Sampled, RowParams], tuple[StepOutput, jax.Array]]:
     """Run T packed tokens of up to B rows.
 
-    packed: one int32 vector, see ExtendLayout. Returns (the cache, progress, carry and row
-    parameters as updated), (the output, and hidden [T, D] for `prompt.prompt_payload`).
+    packed: one int32 vector, see ExtendLayout. comm: see `PagedOps.joined`. media: see
+    `pictures.Shown`, for a layout that says which rows stand where. hooked [B] int32: the number of
+    each row's hook, 0 for none; states: what the device keeps for hooks 1, 2, ... Returns (the
+    cache, progress, carry and row parameters as updated), (the output, and hidden [T, D] for
+    `prompt.prompt_payload`).
     """
     batch = layout.unpack(packed)
     num_rows = progress.lengths.shape[0]
@@ -205,20 +307,34 @@ def extend_step(
         model.page_size,
         num_slots=cache.k.shape[0] * model.page_size,
     )
+    reach = batch.per_token.get("reach")
+    if reach is not None:
+        reach = jnp.where(valid & ~carried, reach, positions)
     meta = ExtendMeta(
         cache_positions,
         batch.page_table,
         batch.rows.q_starts,
         batch.rows.q_lens,
         batch.rows.prefix_lens,
+        reach,
     )
-    module = model.bind(params)
-    rotated = rotary_positions(batch, positions, carried)
-    hidden, cache = module(tokens, rotated, cache, meta, model.ops)
-    last_hidden = hidden[jnp.maximum(batch.rows.sample_at, 0)]
+    module, ops = model.bind(params), model.ops.joined(comm)
+    deltas = row_params.column("position_delta", slots[owner])
+    rotated = rotary_positions(batch, positions, carried, deltas)
+    shown = None
+    if media is not None:
+        shown = Shown(media, jnp.where(valid & ~carried, batch.per_token["media"], 0) - 1)
+    taps = None
+    if hooked is not None:
+        whose = Tokens(jnp.where(valid, hooked[owner], 0), slots[owner], positions)
+        taps = Taps(model.hooks, states, whose)
+    begun = embed(module, tokens, shown)
+    hidden, inner, cache = run_model(model, module, ops, begun, rotated, cache, meta, taps)
+    last = jnp.maximum(batch.rows.sample_at, 0)
+    last_hidden, last_inner = jax.tree.map(lambda x: x[last], (hidden, inner))
     logits = module.logits(last_hidden)
     rows = jnp.where(batch.rows.sample_at >= 0, slots, num_rows - 1)
     sampled = Sampled(sampled.last_tokens, counts)
     sampled, *drawn = model.sampler(logits, sampled, rows, lengths, row_params, sparse)
-    output = one_of_many(report(model, Drawn(last_hidden, logits, *drawn)))
-    return (cache, progress, sampled, row_params), (output, hidden)
+    output = one_of_many(report(model, Drawn(last_hidden, logits, *drawn, layers=last_inner)))
+    return (cache, progress, sampled, row_params), (output._replace(layers=inner), hidden)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
-from jaxserve.process import Home, end_despite
+from jaxserve.process import Home, end_despite, interrupt
 
 Job = TypeVar("Job")
-LEAVING_SECONDS = 0.5
+LEAVING_SECONDS = 1.0
 """How long the end of the program waits for jobs that are under way."""
+LOOK_SECONDS = 0.05
+
+
+class Left(BaseException):
+    """Ends a job that is in Python code (a trace) when the program ends."""
 
 
 class Workers(Generic[Job]):
@@ -89,21 +95,34 @@ class Workers(Generic[Job]):
                 raise error
 
     def _work(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                job = self._waiting.popleft()
-                try:
-                    self._do(job)
-                except Exception as error:
-                    self._errors.append((job, error))
-        with self._lock:
-            self._working -= 1
-            if not self._working:
-                atexit.unregister(self._leave)
+        with contextlib.suppress(Left):
+            with contextlib.suppress(IndexError, Left):
+                while True:
+                    job = self._waiting.popleft()
+                    try:
+                        self._do(job)
+                    except Exception as error:
+                        self._errors.append((job, error))
+            with self._lock:
+                self._working -= 1
+                if not self._working:
+                    atexit.unregister(self._leave)
 
     def _leave(self) -> None:
-        """At the end of the program."""
+        """At the end of the program. A thread that is in Python code must be out of it before: the
+        interpreter would unwind it through C++ code of JAX that calls Python, and crash (3.12)."""
         self.stop()
-        self.wait(LEAVING_SECONDS)
-        if self.busy and not self._home.left and not end_despite():
+        if self._home.left:
+            return
+        said, sys.unraisablehook = sys.unraisablehook, lambda what: None
+        deadline = time.monotonic() + LEAVING_SECONDS
+        while self._alive() and time.monotonic() < deadline:
+            for thread in self._alive():  # again: what C calls in Python may lose it, and say so
+                interrupt(thread, Left)
+            self.wait(LOOK_SECONDS)
+        sys.unraisablehook = said
+        if self._alive() and not end_despite():
             self.wait()
+
+    def _alive(self) -> list[threading.Thread]:
+        return [thread for thread in self._threads if thread.is_alive()]

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import checks
-from jaxserve.errors import InvalidRequestError, NotSupportedError
+from jaxserve.errors import InvalidRequestError
+from jaxserve.text.parts import Part, joined, parts_of
 
 if TYPE_CHECKING:
     from jaxserve.text.template import Template
@@ -40,6 +41,12 @@ MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 """Put behind a message that is to be continued, to find its end. Its space tells whether the
 template strips messages."""
 
+PROBE_TEXT = "a b"
+PROBE = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROBE_TEXT}]},
+]
+"""A message that tells whether a template knows parts of a content."""
+
 
 def is_batch(messages: Any) -> bool:
     """Whether `messages` is a list of conversations. Raises InvalidRequestError if it is neither
@@ -60,20 +67,26 @@ class ChatPrompts:
     Templates are compiled when they are first used."""
 
     def __init__(
-        self, templates: str | Mapping[str, str] | None, special_tokens: Mapping[str, str]
+        self,
+        templates: str | Mapping[str, str] | None,
+        special_tokens: Mapping[str, str],
+        marker: str | None = None,
     ) -> None:
         """templates: Jinja text, or several by name; None if the tokenizer has none.
         special_tokens: texts of the tokenizer's special tokens by role (`bos_token`), which
-        templates read."""
+        templates read. marker: what stands for an image in a prompt of the model
+        (`Family.marker_text`); None: the model sees none."""
         named = templates if isinstance(templates, Mapping) else {"default": templates}
         self._sources = {name: source for name, source in named.items() if source}
         self._special_tokens = dict(special_tokens)
+        self._marker = marker
         self._compiled: dict[str, Template] = {}
+        self._taking_parts: dict[str, bool] = {}
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ChatPrompts:
+    def of(cls, tokenizer: Any, marker: str | None = None) -> ChatPrompts:
         """What a transformers tokenizer says now; later changes to it do not count."""
-        return cls(getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map)
+        return cls(getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map, marker)
 
     def render(
         self,
@@ -88,12 +101,17 @@ class ChatPrompts:
         variables of the template, such as `enable_thinking`; `add_generation_prompt=False` ends
         with the last message, `continue_final_message=True` (or the name of a field) within it.
 
-        Parts of the type "text" are joined; a tool call's arguments may be JSON text. Raises
-        InvalidRequestError (without a template, for other messages and variables, and when the
-        template refuses them) and NotSupportedError (images and other media).
+        Parts of the type "text" are joined; a tool call's arguments may be JSON text. Of a model
+        that sees images, a template that knows parts gets them (images without their data:
+        `parts.images_of` has that), and one that knows strings only gets the marker in their place.
+        Raises InvalidRequestError (without a template, for other messages and variables, and when
+        the template refuses them) and NotSupportedError (images and other media that the model
+        does not see).
         """
         variables = _variables(template_kwargs)
-        messages = [_message(message) for message in conversation]
+        template = self._template(tools is not None)
+        with_parts = self._takes_parts(template)
+        messages = [_message(message, self._marker, with_parts) for message in conversation]
         continued = variables.pop("continue_final_message", False)
         if continued:
             if variables.get("add_generation_prompt"):
@@ -104,7 +122,7 @@ class ChatPrompts:
             variables["add_generation_prompt"] = False
             field = "content" if continued is True else continued
             final = _mark_final(messages, field)
-        text = self._template(tools is not None).render(
+        text = template.render(
             {
                 "add_generation_prompt": True,
                 "documents": None,
@@ -134,6 +152,23 @@ class ChatPrompts:
         if name not in self._compiled:
             self._compiled[name] = Template(source)
         return self._compiled[name]
+
+    def _takes_parts(self, template: Template) -> bool:
+        """Whether a template writes the parts of a content, rather than what Python says of a list:
+        found by trying, once."""
+        marker, source = self._marker, template.source
+        if marker is None:
+            return False
+        if source not in self._taking_parts:
+            variables = {**self._special_tokens, "messages": PROBE, "tools": None}
+            try:
+                text = template.render({**variables, "add_generation_prompt": False})
+            except InvalidRequestError:
+                text = ""
+            self._taking_parts[source] = (
+                marker in text and PROBE_TEXT in text and "type" not in text
+            )
+        return self._taking_parts[source]
 
 
 def plain(name: str, value: Any) -> Any:
@@ -205,11 +240,12 @@ def _tools(given: Any) -> list[Any]:
     return schemas
 
 
-def _message(given: Message) -> dict[str, Any]:
-    """A message as templates expect it: its content a string, nothing that is None."""
+def _message(given: Message, marker: str | None, with_parts: bool) -> dict[str, Any]:
+    """A message as templates expect it: its content a string, or parts; nothing that is None."""
     message = {key: value for key, value in given.items() if value is not None}
     if "content" in message:
-        message["content"] = _content(message["content"])
+        parts = parts_of(message["content"], images=marker is not None)
+        message["content"] = parts if with_parts else joined(parts, marker or "")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"])
     message = plain("messages", message)
@@ -217,34 +253,6 @@ def _message(given: Message) -> dict[str, Any]:
     if reasoning:
         message = {"thinking": reasoning[0], **message, "reasoning_content": reasoning[0]}
     return message
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list | tuple):
-        raise InvalidRequestError(
-            "messages: content must be a string or a list of parts, got " + checks.shown(content)
-        )
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if not isinstance(kind, str):
-            raise InvalidRequestError(
-                "messages: a part of content must be a dict with the key 'type', got "
-                + checks.shown(part)
-            )
-        if kind != "text":
-            raise NotSupportedError(
-                f"messages: content of the type {kind!r} is not supported, only 'text' is"
-            )
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequestError(
-                "messages: a part of the type 'text' must have a string 'text', got "
-                + checks.shown(part)
-            )
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _tool_calls(calls: Any) -> list[Any]:
@@ -277,6 +285,10 @@ def _arguments(text: str) -> Any:
 def _mark_final(messages: list[dict[str, Any]], field: Any) -> str:
     """Puts MARK behind the field of the last message; what stood there."""
     final = messages[-1].get(field) if isinstance(field, str) else None
+    if isinstance(final, list) and final and "text" in final[-1]:  # parts of a content
+        part: Part = final[-1]
+        text, part["text"] = part["text"], part["text"] + MARK
+        return text
     if not isinstance(final, str):
         raise InvalidRequestError(
             f"continue_final_message={checks.shown(field)}: the last message has no such text, got "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jaxserve.checks import encodable
 from jaxserve.errors import InvalidRequestError, ModelLoadError, RequestFailedError, is_panic
@@ -19,10 +19,20 @@ SPLITTING = frozenset(("ByteLevel", "Split", "Digits", "Metaspace"))
 """Pre-tokenizers that lose no character (`Split` unless it is told to)."""
 
 
+class Serialized(NamedTuple):
+    """A tokenizer as a library in another language reads it."""
+
+    json: str
+    """A tokenizer.json."""
+    tokens: int
+    """One more than its largest id."""
+
+
 class _Backend(Protocol):
     def encode(self, texts: list[str], special: bool) -> list[list[int]]: ...
     def decode(self, ids: list[int], skip: bool, spaces: bool) -> str: ...
     def special_ids(self) -> list[int]: ...
+    def serialized(self) -> Serialized | None: ...
 
 
 class Codec:
@@ -84,6 +94,10 @@ class Codec:
         longest, lost = self._bound
         return len(text.encode(errors="replace").translate(None, lost)) // longest
 
+    def serialized(self) -> Serialized | None:
+        """What makes the same tokenizer elsewhere; None of one that is not tokenizers'."""
+        return self._backend.serialized()
+
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """The tokens that `skip_special_tokens` leaves out."""
@@ -117,6 +131,9 @@ class _Rust:
         added = self.tokenizer.get_added_tokens_decoder()
         return [token_id for token_id, token in added.items() if token.special]
 
+    def serialized(self) -> Serialized | None:
+        return _serialized(self.tokenizer)
+
 
 class _Python:
     """A copy of a tokenizer that does part of its work in Python."""
@@ -141,6 +158,17 @@ class _Python:
 
     def special_ids(self) -> list[int]:
         return self.tokenizer.all_special_ids
+
+    def serialized(self) -> Serialized | None:
+        return _serialized(getattr(self.tokenizer, "backend_tokenizer", None))
+
+
+def _serialized(backend: Any) -> Serialized | None:
+    from tokenizers import Tokenizer
+
+    if not isinstance(backend, Tokenizer):
+        return None
+    return Serialized(backend.to_str(), 1 + max(backend.get_vocab().values(), default=-1))
 
 
 def _is_plain(tokenizer: Any) -> bool:
@@ -187,7 +215,7 @@ def _token_bound(backend: Any) -> tuple[int, bytes] | None:
     if any(part["type"] == "ByteLevel" for part in splitters):
         if model.unk_token is not None:
             return None
-        lost = bytes(b for b, letter in enumerate(_byte_letters()) if letter not in vocabulary)
+        lost = bytes(b for b, letter in enumerate(byte_letters()) if letter not in vocabulary)
         longest = max(map(len, vocabulary))  # letters stand for a byte each
     elif model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         lost, longest = b"", max(len(token.encode()) for token in vocabulary)
@@ -196,7 +224,7 @@ def _token_bound(backend: Any) -> tuple[int, bytes] | None:
     return max([longest, *(len(token.content.encode()) for token in added)]), lost
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter of each byte in byte-level vocabularies (GPT-2's bytes_to_unicode): printable
     ones of Latin-1 are their own, the others follow from U+0100 on."""
     own = {*range(33, 127), *range(161, 173), *range(174, 256)}

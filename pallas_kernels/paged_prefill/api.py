@@ -21,6 +21,10 @@ def _order(device: Device, dtype: np.dtype) -> tuple[str, ...]:
     return ("triton", "xla")
 
 
+RUN_BY_MOSAIC = (64, 128)
+"""Head dims of which Mosaic's kernel has run on a GPU. Of others, and with `reach`, it has been
+interpreted and lowered, so Triton goes first until it has."""
+
 OPERATION = Operation(
     name="paged_prefill",
     implementations=(
@@ -45,10 +49,12 @@ def paged_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     first_page: jax.Array | None = None,
+    reach: jax.Array | None = None,
     fixed_tiles: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
-    """Causal attention of the new tokens of B sequences, each after its cached prefix.
+    """Attention of the new tokens of B sequences, each after its cached prefix: causal,
+    but for what `reach` adds.
 
     q [T, N, H] packs the new tokens: sequence b has rows q_starts[b] to q_starts[b] + q_lens[b], at
     positions prefix_lens[b] + i, and their keys and values are in the pages already. q_starts are
@@ -60,14 +66,21 @@ def paged_prefill(
     positions only, the token's own included. soft_cap: scores become cap * tanh(scores / cap).
     first_page [1] int32: the table's pages count from this one (0 if None): where one array holds
     the pages of all layers, those of one layer.
+    reach [T] int32: the last position that each packed token sees, for blocks of tokens that see
+    all of themselves, such as a picture's (Gemma 3; Gemma team 2025): the block's last position for
+    the tokens of a block, its own for any other. Key k is visible to the query at position p if
+    k <= reach, and with a window k > p - window. Never less than p, and a block never leaves its
+    step: reach is less than prefix_lens[b] + q_lens[b]. Rows of no sequence may hold anything. None
+    is causal: every token's own position.
     fixed_tiles: tiles hold a number of tokens that divides FIXED_TILE = 128. What a token gets is
     then bitwise the same however its sequence was cut and packed, as long as every cut is at a
-    multiple of 128. It does depend on the tile that a token is in: blocks of keys that all queries
-    of the tile see are not masked, and compilers fuse the two cases differently. All else does not
-    matter: blocks are counted from the sequence's first key, and one of which a query sees nothing
-    adds exact zeros to its sums, or what its first key then multiplies by zero.
+    multiple of 128 (and within no block). It does depend on the tile that a token is in: blocks of
+    keys that all queries of the tile see are not masked, and compilers fuse the two cases
+    differently. All else does not matter: blocks are counted from the sequence's first key, and one
+    of which a query sees nothing adds exact zeros to its sums, or what its first key then
+    multiplies by zero.
     implementation: a name, or names in order of preference ("mosaic_sm90", "triton", "xla"); None
-    is the default order of this device.
+    is the default order of this device and of the case.
 
     Returns [T, N, H] in q's dtype; rows that belong to no sequence are unspecified. Scores, softmax
     and sums are float32. Raises ValueError for arguments that do not fit together,
@@ -87,6 +100,10 @@ def paged_prefill(
     checks.check_soft_cap(soft_cap)
     if first_page is not None:
         checks.check_int32("first_page", first_page, (1,))
+    if reach is not None:
+        checks.check_int32("reach", reach, q.shape[:1])
+    if implementation is None and (reach is not None or q.shape[-1] not in RUN_BY_MOSAIC):
+        implementation = ("triton", "mosaic_sm90", "xla")
     return OPERATION(
         q,
         k_pages,
@@ -96,6 +113,7 @@ def paged_prefill(
         q_lens,
         prefix_lens,
         first_page,
+        reach,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         window=window,
         soft_cap=None if soft_cap is None else float(soft_cap),

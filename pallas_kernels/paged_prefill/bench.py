@@ -10,13 +10,21 @@ import jax.numpy as jnp
 from pallas_kernels.benchmark import Problem, random_pools, rotating_tables
 from pallas_kernels.paged_features import paged_features
 
-MODELS = {"llama-8b": (32, 8, 128), "qwen-0.5b": (14, 2, 64)}
+MODELS = {
+    "llama-8b": (32, 8, 128),
+    "qwen-0.5b": (14, 2, 64),
+    "gemma-3-4b": (8, 4, 256),
+    "phi-3-mini": (32, 32, 96),
+}
 # (model, sequences, new tokens each, prefix of each)
 SHAPES = (
     ("llama-8b", 8, 2048, 0), ("llama-8b", 16, 512, 0), ("llama-8b", 8, 512, 1536),
     ("llama-8b", 1, 8192, 0), ("llama-8b", 1, 512, 0), ("llama-8b", 64, 64, 256),
-    ("qwen-0.5b", 16, 512, 0), ("qwen-0.5b", 8, 2048, 0),
+    ("qwen-0.5b", 16, 512, 0), ("qwen-0.5b", 8, 2048, 0), ("gemma-3-4b", 16, 512, 0),
+    ("gemma-3-4b", 4, 2048, 0), ("phi-3-mini", 16, 512, 0),
 )  # fmt: skip
+PICTURE = 256  # tokens that see each other
+PICTURE_SHAPES = (("gemma-3-4b", 16, 512, 0), ("llama-8b", 16, 512, 0))
 FP8_SHAPES = (("llama-8b", 16, 512, 0), ("llama-8b", 8, 512, 1536))
 PAGE_SIZE, WIDTH = 64, 128
 
@@ -24,9 +32,10 @@ PAGE_SIZE, WIDTH = 64, 128
 def problem(
     heads: int, kv_heads: int, head_dim: int, rows: int, new: int, prefix: int, *,
     name: str, page_size: int, width: int, pool_tokens: int, calls: int, dtype: Any,
-    kv_dtype: Any = None,
+    kv_dtype: Any = None, picture: int = 0,
 ) -> Problem:  # fmt: skip
-    """kv_dtype: of the pages, as dtype if None."""
+    """kv_dtype: of the pages, as dtype if None. picture: each run of so many tokens sees all of
+    itself; 0 is causal."""
     pages, tokens = pool_tokens // page_size, rows * new
     queries = jax.ShapeDtypeStruct((tokens, heads, head_dim), dtype)
     pool = jax.ShapeDtypeStruct((pages, page_size, kv_heads, head_dim), kv_dtype or dtype)
@@ -44,14 +53,21 @@ def problem(
             jnp.full((rows,), new, jnp.int32),
             jnp.full((rows,), prefix, jnp.int32),
         )
-        return q, (*pools, *lens), tables
+        pictures = ()
+        if picture:
+            ends = (jnp.arange(new, dtype=jnp.int32) // picture + 1) * picture - 1
+            pictures = (jnp.tile(prefix + jnp.minimum(ends, new - 1), rows),)
+        return q, (*pools, *lens, *pictures), tables
 
     def step(run, q, fixed, table):
-        k_pages, v_pages, starts, lens, prefixes = fixed
-        scale = head_dim**-0.5
-        return run(q, k_pages, v_pages, table, starts, lens, prefixes, scale=scale)
+        k_pages, v_pages, starts, lens, prefixes, *pictures = fixed
+        options = {"scale": head_dim**-0.5, **({"reach": pictures[0]} if pictures else {})}
+        return run(q, k_pages, v_pages, table, starts, lens, prefixes, **options)
 
-    pairs = new * prefix + new * (new + 1) / 2  # (query, key) pairs of a sequence
+    # (query, key) pairs of a sequence
+    pairs = new * prefix + new * (new + 1) / 2
+    if picture:
+        pairs += new // picture * picture * (picture - 1) / 2
     kv_bytes = 2.0 * rows * (new + prefix) * kv_heads * head_dim * pool.dtype.itemsize
     return Problem(
         name=name,
@@ -65,15 +81,18 @@ def problem(
 
 
 def problems() -> list[Problem]:
-    """Real shapes, bfloat16, some with fp8 pages."""
+    """Real shapes, bfloat16, some with fp8 pages, some of pictures."""
     return [
         problem(
             *MODELS[model], rows, new, prefix,
-            name=f"{model} {rows} x {new} + {prefix}{' fp8' * bool(fp8)}",
+            name=f"{model} {rows} x {new} + {prefix}{name}",
             page_size=PAGE_SIZE, width=WIDTH, pool_tokens=1 << 18, calls=4, dtype=jnp.bfloat16,
-            kv_dtype=fp8,
+            kv_dtype=fp8, picture=picture,
         )
-        for shapes, fp8 in ((SHAPES, None), (FP8_SHAPES, jnp.float8_e4m3fn))
+        for name, shapes, fp8, picture in (
+            ("", SHAPES, None, 0), (" fp8", FP8_SHAPES, jnp.float8_e4m3fn, 0),
+            (" pictures", PICTURE_SHAPES, None, PICTURE),
+        )
         for model, rows, new, prefix in shapes
     ]  # fmt: skip
 
@@ -81,10 +100,12 @@ def problems() -> list[Problem]:
 def smoke() -> list[Problem]:
     return [
         problem(
-            2, 1, 64, 2, 24, 8, name=f"tiny{' fp8' * bool(fp8)}", page_size=16, width=4,
-            pool_tokens=512, calls=2, dtype=jnp.bfloat16, kv_dtype=fp8,
+            2, 1, 64, 2, 24, 8, name=f"tiny{name}", page_size=16, width=4, pool_tokens=512,
+            calls=2, dtype=jnp.bfloat16, kv_dtype=fp8, picture=picture,
         )
-        for fp8 in (None, jnp.float8_e4m3fn)
+        for name, fp8, picture in (
+            ("", None, 0), (" fp8", jnp.float8_e4m3fn, 0), (" pictures", None, 12)
+        )
     ]  # fmt: skip
 
 
@@ -101,6 +122,13 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
             for rows, block, warps, stages in shapes
         ]
     if implementation == "mosaic_sm90":
+        if features["head_dim"] > 128:
+            return [
+                {"block": 64, "stages": 2, "queries": 1, "turns": turns, "packed": packed}
+                for turns in (0, 1)
+                for packed in (1, 2, 4, 8)
+                if features["group"] % packed == 0
+            ]
         packs = {divisor for divisor in range(1, 9) if features["group"] % divisor == 0}
         stages = 4 if features["head_dim"] <= 64 else 2  # of 128 keys
         tiles = [

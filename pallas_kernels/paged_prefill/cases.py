@@ -15,7 +15,8 @@ from pallas_kernels.random_cache import random_cache
 class Case:
     """heads N, kv_heads K, head_dim H, page_size S; q_lens, prefix_lens [B]; tail: rows of padding
     after the last sequence, a multiple of 8; width: page-table columns, None for just enough;
-    fp8: pages of float8_e4m3fn."""
+    fp8: pages of float8_e4m3fn; blocks: (sequence, first of its new tokens, tokens) of each block
+    that sees all of itself, None for a call without reach."""
 
     name: str
     heads: int
@@ -29,6 +30,7 @@ class Case:
     width: int | None = None
     soft_cap: float | None = None
     fp8: bool = False
+    blocks: tuple[tuple[int, int, int], ...] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -56,11 +58,31 @@ class Case:
         lens = (np.asarray(x, np.int32) for x in (self.q_lens, self.prefix_lens))
         return (q.astype(dtype), *cache, starts[:-1], *lens)
 
+    def reach(self) -> np.ndarray | None:
+        """[T] int32; rows of no sequence hold any number."""
+        if self.blocks is None:
+            return None
+        starts = self.starts()
+        out = np.full(int(starts[-1]) + self.tail, np.iinfo(np.int32).max, np.int32)
+        out[1::2] = -1
+        for start, count, prefix in zip(starts[:-1], self.q_lens, self.prefix_lens, strict=True):
+            out[start : start + count] = prefix + np.arange(count)
+        for sequence, first, count in self.blocks:
+            assert first + count <= self.q_lens[sequence]
+            row = starts[sequence] + first
+            out[row : row + count] = self.prefix_lens[sequence] + first + count - 1
+        return out
+
     def live(self) -> np.ndarray:
         """Packed rows that belong to a sequence."""
         pairs = zip(self.starts()[:-1], self.q_lens, strict=True)
         return np.concatenate([np.arange(start, start + count) for start, count in pairs])
 
+
+MANY = ((0, 0, 20), (0, 20, 7), (0, 60, 10), (2, 0, 9), (3, 11, 64))
+"""Blocks at a start, side by side, at an end, a whole prompt, and behind a prefix."""
+WIDE = ((0, 9, 60), (1, 0, 40), (2, 3, 2))
+"""The first two are wider than the case's window."""
 
 EDGES = (
     Case("llama-8b", 32, 8, 128, 64, (20,), (50,)),
@@ -69,6 +91,8 @@ EDGES = (
     Case("one head a group", 4, 4, 64, 16, (33,), (0,)),
     Case("group of 8", 8, 1, 128, 16, (17,), (16,)),
     Case("head dim 80", 8, 2, 80, 16, (12, 8), (0, 33)),
+    Case("head dim 96", 4, 4, 96, 16, (33, 0, 7), (20, 3, 0)),
+    Case("head dim 256", 2, 1, 256, 16, (70, 9), (30, 0), 40, soft_cap=5.0, blocks=((0, 3, 60),)),
     Case("page boundaries", 4, 1, 64, 64, (63, 64, 65), (1, 0, 63)),
     Case("two warpgroups", 2, 1, 64, 16, (130, 70), (0, 5), tail=8),
     Case("window", 6, 2, 64, 16, (40, 3, 70), (50, 0, 0), window=21),
@@ -82,6 +106,10 @@ EDGES = (
     Case("soft cap", 4, 2, 64, 16, (30, 7), (9, 60), soft_cap=1.5),
     Case("soft cap window", 6, 1, 64, 16, (70,), (90,), window=40, soft_cap=2.0),
     Case("fp8", 8, 2, 64, 16, (33, 5), (20, 0), fp8=True),
+    Case("blocks", 4, 2, 64, 16, (70, 0, 9, 90, 1), (0, 5, 0, 33, 17), tail=16, blocks=MANY),
+    Case("blocks window", 6, 1, 64, 16, (80, 40, 5), (50, 0, 30), window=21, blocks=WIDE),
+    Case("blocks cap", 8, 1, 128, 16, (150,), (16,), 140, soft_cap=2.0, blocks=((0, 2, 140),)),
+    Case("blocks fp8", 8, 2, 64, 16, (33, 5), (20, 0), fp8=True, blocks=((0, 1, 30),)),
 )
 
 LARGE = (
@@ -102,7 +130,29 @@ LARGE = (
     Case("qwen-0.5b many", 14, 2, 64, 64, tuple(range(1, 200, 9)), tuple(range(23)), width=128),
     Case("group of 8", 64, 8, 128, 64, (300, 200), (0, 100), width=128),
     Case("gemma-2", 16, 8, 256, 64, (700, 50), (500, 0), window=512, width=128, soft_cap=50.0),
+    Case("phi-3-mini", 32, 32, 96, 64, (300, 1, 77), (64, 900, 0), window=512, width=128),
+    Case("gemma-2 page 16", 16, 8, 256, 16, (300, 9, 1000), (0, 70, 500), width=128),
     Case("llama cap", 32, 8, 128, 64, (400, 33), (100, 900), window=256, width=128, soft_cap=30.0),
+    Case(
+        "gemma-3 pictures", 8, 4, 256, 64, (700, 1, 300, 256), (500, 90, 0, 64), width=128,
+        blocks=((0, 10, 256), (0, 266, 256), (2, 44, 256), (3, 0, 256)),
+    ),
+    Case(
+        "gemma-3 pictures window", 8, 4, 256, 64, (700, 1, 1100), (1500, 90, 0), width=128,
+        window=1024, blocks=((0, 10, 256), (0, 266, 256), (2, 844, 256)),
+    ),
+    Case(
+        "llama pictures", 32, 8, 128, 64, (900, *(1,) * 9, 333, 256), (0, *range(800, 809), 70, 64),
+        width=128, tail=32, blocks=((0, 0, 256), (0, 300, 576), (10, 76, 257), (11, 0, 256)),
+    ),
+    Case(
+        "llama pictures window", 32, 8, 128, 64, (600, 300), (130, 0), width=128, window=100,
+        blocks=((0, 33, 256), (0, 344, 256), (1, 0, 300)),
+    ),
+    Case(
+        "qwen pictures", 14, 2, 64, 64, (513, 64, 1000), (77, 0, 1), width=128,
+        blocks=((0, 257, 256), (1, 0, 64), (2, 1, 999)),
+    ),
     Case("llama-8b fp8", 32, 8, 128, 64, (300, 100), (64, 900), width=128, fp8=True),
 )  # fmt: skip
 """Only on a device: interpreting them would take minutes."""

@@ -17,7 +17,9 @@ Three warpgroups, which run through the items without a pause between them:
     compute 1  rows 64 .. 127:  the same, over the same tiles of keys
 
     keys   0 ....................... first query ........ last query of the tile
-           |-- no mask ------------->|<---- masked ----->|     (with a window, masked below it too)
+           |-- no mask ------------->|<---- masked ----->|     (with a window, masked below it too;
+                                                                with reach, from the nearest that a
+                                                                row ends at to the farthest)
 
 Step i of a compute warpgroup does acc += P(i) V(i), then S(i+1) = q K(i+1), then makes P(i+1) of
 S(i+1). The two warpgroups take turns, so that one's softmax runs beside the other's products:
@@ -41,6 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import compat
 from pallas_kernels.device import Device, current_device
 from pallas_kernels.mosaic_ops import (
     TRANSFORMS,
@@ -55,12 +58,13 @@ from pallas_kernels.mosaic_ops import (
     scores_of,
     spread,
     start_softmax,
+    transforms,
     weigh,
     zero_outside,
 )
 from pallas_kernels.paged_decode.splits import HOPPER_CORES
 from pallas_kernels.paged_features import paged_features
-from pallas_kernels.paged_prefill.plan import FIXED_TILE, plan_work
+from pallas_kernels.paged_prefill.plan import FIXED_TILE, plan_work, tile_reach
 from pallas_kernels.softmax import TINY
 from pallas_kernels.tuning import tuned
 
@@ -68,7 +72,7 @@ ROWS = 64  # rows of a compute warpgroup
 COMPUTE = 2  # compute warpgroups
 # registers a thread: 2 x 128 x 232 + 128 x 40 is just within the 64 K of a multiprocessor
 COMPUTE_REGISTERS, LOADER_REGISTERS = 232, 40
-Q_BUFFERS = 2  # items whose queries are in shared memory
+HEAD_DIMS = (64, 96, 128, 256)
 SHARED_BYTES = 226 * 1024  # of a multiprocessor's 227 KiB; the rest is for barriers
 
 
@@ -76,18 +80,22 @@ SHARED_BYTES = 226 * 1024  # of a multiprocessor's 227 KiB; the rest is for barr
 class Sizes:
     """block: keys a step, a multiple of the page size. stages: tiles in flight, at least 2. packed:
     query heads in a tile, a divisor of the group up to 8; 0 chooses. turns: 1 alternates the
-    warpgroups. programs: 0 is one a multiprocessor."""
+    warpgroups. programs: 0 is one a multiprocessor. queries: items whose queries are in shared
+    memory; with 1 an item's are loaded when the output before has left."""
 
     block: int = 128
     stages: int = 2
     packed: int = 0
     turns: int = 1
     programs: int = 0
+    queries: int = 2
 
 
 def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     """Measured sizes for the device where there are any; a tile holds at least one page."""
     base = Sizes(stages=4) if features["head_dim"] <= 64 else Sizes()
+    if features["head_dim"] > 128:  # of more keys a step, registers spill
+        base = Sizes(block=64, queries=1)
     sizes = dataclasses.replace(base, **tuned(device, "paged_prefill", "mosaic_sm90", features))
     if features["page_size"] <= sizes.block:
         return sizes
@@ -109,6 +117,7 @@ def paged_prefill(
     q_lens: jax.Array,
     prefix_lens: jax.Array,
     first_page: jax.Array | None = None,
+    reach: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -126,15 +135,15 @@ def paged_prefill(
     if sizes is None:
         features = {"tokens": tokens, **paged_features(q, k_pages)}
         sizes = default_sizes(device, features)
-    block, stages = sizes.block, sizes.stages
-    check_case(dtype, k_pages.dtype, page_size, head_dim, block)
+    block, stages, queries = sizes.block, sizes.stages, sizes.queries
+    check_case(dtype, k_pages.dtype, page_size, head_dim, block, HEAD_DIMS)
     packed = sizes.packed or choose_packed(group)
     if packed > 8 or group % packed or stages < 2:
         raise NotImplementedError(
             f"{packed} of {group} query heads in a tile, {stages} stages: needs a divisor of the "
             "group up to 8, and 2 stages"
         )
-    shared = (Q_BUFFERS * COMPUTE * ROWS + 2 * stages * block) * head_dim * dtype.itemsize
+    shared = (queries * COMPUTE * ROWS + 2 * stages * block) * head_dim * dtype.itemsize
     if shared > SHARED_BYTES:
         raise NotImplementedError(
             f"{stages} stages of {block} keys: {shared} bytes of shared memory, of {SHARED_BYTES}"
@@ -146,17 +155,17 @@ def paged_prefill(
         raise NotImplementedError(f"tiles of {tile} tokens do not divide {FIXED_TILE}")
     units = heads // packed  # items a tile of tokens
     work, used = plan_work(
-        q_starts, q_lens, prefix_lens, tokens, tile=tile, block=block, window=window
+        q_starts, q_lens, prefix_lens, tokens, tile=tile, block=block, window=window, reach=reach
     )
+    limits = () if reach is None else (_rows_reach(reach, work, tile, packed),)
     cores = sizes.programs or device.cores or HOPPER_CORES
     programs = min(cores, work.shape[0] * units)
     turns = bool(sizes.turns)
 
-    def body(
-        q_ref, k_ref, v_ref, table_ref, first_page_ref, work_ref, used_ref, out_ref,
-        q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free, q_full, q_free, turn,
-        staging=None,
-    ):  # fmt: skip
+    def body(q_ref, k_ref, v_ref, table_ref, first_page_ref, work_ref, used_ref, *refs):
+        limits_ref, refs = refs[: len(limits)], refs[len(limits) :]
+        out_ref, q_tiles, k_tiles, v_tiles, k_full, v_full, *refs = refs
+        k_free, v_free, q_full, q_free, turn, *staging = refs
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
         items = used_ref[0] * units
         whole = lax.div(items, i32(programs))
@@ -167,26 +176,28 @@ def paged_prefill(
         rounds = whole + (place(whole) < items - whole * programs).astype(jnp.int32)
 
         def item(number):
-            """(first query head, packed row, tokens left, position, sequence) of an item."""
+            """(first query head, packed row, tokens left, position, sequence) of an item; with
+            reach also the least and the greatest of it, and the row of limits."""
             index = number * programs + place(number)
             row = jnp.minimum(lax.div(index, i32(units)), work.shape[0] - 1)
             unit = lax.rem(index, i32(units))
-            return (unit * packed, *(work_ref[row, field] for field in range(4)))
+            fields = (work_ref[row, field] for field in range(work.shape[1]))
+            return (unit * packed, *fields, *(row for _ in limits))
 
-        def key_range(left, position):
+        def key_range(left, position, bounds):
             """(first tile of keys, tiles, lowest key seen, one past the sequence's last key)."""
             lowest = jnp.maximum(position - (window - 1), 0) if window else i32(0)
             first = lax.div(lowest, i32(block))
-            end = position + jnp.minimum(left, tile)
+            end = bounds[1] + 1 if bounds else position + jnp.minimum(left, tile)
             return first, ceil_div(end, block) - first, lowest, position + left
 
         def q_slot(number, which):
-            return lax.rem(number, i32(Q_BUFFERS)) * COMPUTE + which
+            return lax.rem(number, i32(queries)) * COMPUTE + which
 
         @pl.when(warpgroup < COMPUTE)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            mine = None if staging is None else staging.at[warpgroup]
+            mine = staging[0].at[warpgroup] if staging else None
 
             def take_turn():
                 if turns:
@@ -197,11 +208,15 @@ def paged_prefill(
                     plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
             def one_item(number, carry):
-                done, head, row, left, position, *_sequence = carry
+                done, head, row, left, position, _sequence, *bounds = carry
                 following = item(number + 1)  # early: the loads from memory take a while
-                first, blocks, lowest, sequence_end = key_range(left, position)
+                first, blocks, lowest, sequence_end = key_range(left, position, bounds)
                 q_tile = q_tiles.at[q_slot(number, warpgroup)]
                 base = warpgroup * own  # of this warpgroup's tokens
+                limit = None
+                if bounds:
+                    of_rows = limits_ref[0].at[bounds[2], warpgroup]
+                    limit = compat.mosaic_load(of_rows, WGMMA.reduce(1))
 
                 def slot_of(i):
                     return lax.rem(done + i, i32(stages))
@@ -214,7 +229,7 @@ def paged_prefill(
                         )
                         key = (first + i) * block + iota(1)
                         query = position + base + (iota(0) & (own - 1))
-                        seen = key <= query
+                        seen = key <= (query if limit is None else spread(limit, key.shape))
                         if window:
                             seen &= key > query - window
                     weights, top, total, shrink = weigh(
@@ -240,22 +255,28 @@ def paged_prefill(
                     weights, top, total, shrink = soften(i + 1, top, total, masked, scores)
                     return weights, top, total, acc * spread(shrink, acc.shape)
 
+                def free_last():
+                    @pl.when(number > 0)
+                    def _():  # by now the last item's output has left its buffer
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        plgpu.barrier_arrive(q_free.at[q_slot(number - 1, warpgroup)])
+
+                if queries == 1:
+                    free_last()
                 plgpu.barrier_wait(q_full.at[q_slot(number, warpgroup)])
                 plgpu.barrier_wait(k_full.at[slot_of(0)])
                 scores = scores_of(q_tile, k_tiles.at[slot_of(0)], ROWS, block)
                 plgpu.barrier_arrive(k_free.at[slot_of(0)])
 
-                @pl.when(number > 0)
-                def _():  # by now the last item's output has left its buffer
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(q_free.at[q_slot(number - 1, warpgroup)])
-
+                if queries > 1:
+                    free_last()
                 top, total, acc = start_softmax(ROWS, head_dim)
                 weights, top, total, _shrink = soften(i32(0), top, total, True, scores)
 
                 # step i masks tile i + 1. Tiles below free_end are seen whole by every row
                 last = blocks - 1
-                free_end = jnp.clip(lax.div(position + 1, i32(block)) - first - 1, 0, last)
+                nearest = bounds[0] if bounds else position
+                free_end = jnp.clip(lax.div(nearest + 1, i32(block)) - first - 1, 0, last)
                 free_begin = i32(0)
                 carry = weights, top, total, acc
                 masked, free = (functools.partial(step, masked=flag) for flag in (True, False))
@@ -316,13 +337,13 @@ def paged_prefill(
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
             def one_item(number, done):
-                head, row, left, position, sequence = item(number)
-                first, blocks, _lowest, sequence_end = key_range(left, position)
+                head, row, left, position, sequence, *bounds = item(number)
+                first, blocks, _lowest, sequence_end = key_range(left, position, bounds)
                 last_page = jnp.maximum(ceil_div(sequence_end, page_size) - 1, 0)
                 kv_head = lax.div(head, i32(group))
                 for which in range(COMPUTE):
                     slot = q_slot(number, which)
-                    pl.when(number >= Q_BUFFERS)(
+                    pl.when(number >= queries)(
                         functools.partial(plgpu.barrier_wait, q_free.at[slot])
                     )
                     rows = pl.ds(pl.multiple_of(row + which * own, 8), own)
@@ -363,7 +384,7 @@ def paged_prefill(
                 plgpu.barrier_wait(k_free.at[lax.rem(i, i32(stages))])
                 plgpu.barrier_wait(v_free.at[lax.rem(i, i32(stages))])
 
-            @pl.loop(jnp.maximum(rounds - Q_BUFFERS, 0), rounds)
+            @pl.loop(jnp.maximum(rounds - queries, 0), rounds)
             def _(number):
                 for which in range(COMPUTE):
                     plgpu.barrier_wait(q_free.at[q_slot(number, which)])
@@ -371,10 +392,10 @@ def paged_prefill(
     if first_page is None:
         first_page = jnp.zeros(1, jnp.int32)
     scratch: list[Any] = [
-        plgpu.SMEM((Q_BUFFERS * COMPUTE, ROWS, head_dim), dtype, transforms=TRANSFORMS),
+        plgpu.SMEM((queries * COMPUTE, ROWS, head_dim), dtype, transforms=transforms(head_dim)),
         *ring(stages, block, head_dim, dtype, pages, readers=COMPUTE),
-        plgpu.Barrier(num_arrivals=packed, num_barriers=Q_BUFFERS * COMPUTE),
-        plgpu.Barrier(num_barriers=Q_BUFFERS * COMPUTE),
+        plgpu.Barrier(num_arrivals=packed, num_barriers=queries * COMPUTE),
+        plgpu.Barrier(num_barriers=queries * COMPUTE),
         plgpu.Barrier(num_barriers=COMPUTE),
     ]
     options: dict[str, Any] = {}
@@ -391,4 +412,12 @@ def paged_prefill(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **options,
-    )(q, k_pages, v_pages, page_table, first_page, work, used)
+    )(q, k_pages, v_pages, page_table, first_page, work, used, *limits)
+
+
+def _rows_reach(reach: jax.Array, work: jax.Array, tile: int, packed: int) -> jax.Array:
+    """[n, COMPUTE, ROWS]: the reach of each row of each warpgroup's tile; rows without a token see
+    the first key."""
+    tokens = tile_reach(reach, work[:, 0], work[:, 1], tile).reshape(-1, COMPUTE, tile // COMPUTE)
+    rows = jnp.tile(tokens, packed)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, ROWS - rows.shape[-1])))

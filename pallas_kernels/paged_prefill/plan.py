@@ -32,20 +32,33 @@ def plan_tiles(q_lens: jax.Array, total: int, tile: int) -> tuple[jax.Array, jax
 
 def plan_work(
     q_starts: jax.Array, q_lens: jax.Array, prefix_lens: jax.Array, total: int, *,
-    tile: int, block: int, window: int | None,
+    tile: int, block: int, window: int | None, reach: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(work [n, 4], used [1]): the tiles of plan_tiles, most blocks of keys first.
+    """(work [n, 4 or 6], used [1]): the tiles of plan_tiles, most blocks of keys first.
 
     A row is (packed row of the tile's first token, tokens from there to the sequence's end, that
-    token's position, sequence); the first `used` rows are tiles, the rest is unspecified. Programs
-    that take the heavy tiles first end together, since the light ones fill the gaps.
+    token's position, sequence), and with reach [T] the least and the greatest of its tokens; the
+    first `used` rows are tiles, the rest is unspecified. Programs that take the heavy tiles first
+    end together, since the light ones fill the gaps.
     """
     sequence, offset = plan_tiles(q_lens, total, tile)
     known = jnp.maximum(sequence, 0)
     left, position = q_lens[known] - offset, prefix_lens[known] + offset
     lowest = jnp.maximum(position - (window - 1), 0) if window else jnp.zeros_like(position)
     end = position + jnp.minimum(left, tile)
+    bounds = ()
+    if reach is not None:
+        limits = tile_reach(reach, q_starts[known] + offset, left, tile)
+        bounds = limits.min(axis=1), limits.max(axis=1)
+        end = bounds[1] + 1
     blocks = (end + (block - 1)) // block - lowest // block
     order = jnp.argsort(jnp.where(sequence >= 0, -blocks, 1), stable=True)
-    work = jnp.stack([q_starts[known] + offset, left, position, known], axis=1)
+    work = jnp.stack([q_starts[known] + offset, left, position, known, *bounds], axis=1)
     return work[order], jnp.sum(sequence >= 0, dtype=jnp.int32)[None]
+
+
+def tile_reach(reach: jax.Array, first_row: jax.Array, left: jax.Array, tile: int) -> jax.Array:
+    """[n, tile]: reach [T] of the tokens of tiles, see plan_work; behind a sequence's end that of
+    its last token."""
+    token = jnp.clip(jnp.arange(tile, dtype=jnp.int32), 0, jnp.maximum(left, 1)[:, None] - 1)
+    return reach[jnp.minimum(first_row[:, None] + token, reach.shape[0] - 1)]

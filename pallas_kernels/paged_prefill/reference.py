@@ -21,6 +21,7 @@ def paged_prefill(
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
+    reach: Any = None,
 ) -> np.ndarray:
     """See pallas_kernels.paged_prefill. Returns float32 [T, N, H], zeros in rows of no sequence."""
     q, k_pages, v_pages = (np.asarray(x) for x in (q, k_pages, v_pages))
@@ -35,10 +36,10 @@ def paged_prefill(
         where = page_table[row, at // page_size], at % page_size
         k, v = k_pages[where].astype(np.float32), v_pages[where].astype(np.float32)
         query_at = (prefix + np.arange(count))[:, None]
-        seen = at <= query_at
+        rows = slice(start, start + count)
+        seen = at <= (query_at if reach is None else np.asarray(reach)[rows, None])
         if window:
             seen &= at > query_at - window
-        rows = slice(start, start + count)
         by = head_dim**-0.5 if scale is None else scale
         out[rows] = attend(q[rows].astype(np.float32), k, v, seen, by, soft_cap)
     return out

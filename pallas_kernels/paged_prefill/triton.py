@@ -8,7 +8,7 @@ a block of K and V is read once for the G query heads that share it:
     keys of the sequence   0 ............ first query ........ last query of the tile
                            |--block--|--block--|--block--|--block--|
     all rows see all of it |<-- no mask ------>|
-    causal (or window) edge                    |<---- masked ----->|
+    causal (or window) edge                    |<---- masked ----->|   (reach: to the farthest)
 
     per block: page_table -> page ids -> K [block, H] -> scores [rows, block] -> softmax, online
                page ids -> V [block, H]  -> acc [rows, H] float32 (registers)
@@ -47,6 +47,8 @@ from pallas_kernels.triton_ops import (
 )
 from pallas_kernels.tuning import tuned
 
+MAX_INT32 = jnp.iinfo(jnp.int32).max
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -60,7 +62,8 @@ class Sizes:
 
 
 def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
-    """Measured sizes for the device where there are any."""
+    """Measured sizes for the device where there are any. Of head dim 256, 128 x 64 spills 6.5 kB
+    with 4 warps and 0.8 kB with 8, 64 x 32 nothing (Triton 3.6, ptxas for sm_90a)."""
     if features["itemsize"] == 4:  # true float32 products do without tensor cores
         base = Sizes(rows=64, block=32, num_warps=4, num_stages=2)
     elif features["head_dim"] > 128:
@@ -72,9 +75,10 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
 
 def _kernel(
     q_ref, k_ref, v_ref, table_ref, start_ref, len_ref, prefix_ref, first_page_ref,
-    sequence_ref, offset_ref, out_ref, *, group, rows, tokens_a_tile, width, block, scale, window,
+    sequence_ref, offset_ref, *refs, group, rows, tokens_a_tile, width, block, scale, window,
     soft_cap,
 ):  # fmt: skip
+    *reach_ref, out_ref = refs
     head, number = pl.program_id(0), pl.program_id(1)
     head_dim = q_ref.shape[-1]
     sequence = sequence_ref[number]
@@ -97,12 +101,17 @@ def _kernel(
         q = plt.load(q_ref.at[at], mask=mask, other=0.0)
         q, factor = scaled_queries(q, k_ref, scale)
         room = headroom(q.dtype)
-        at_query = prefix + local
+        at_query = limit = prefix + local  # limit: the last key that each row sees
 
         first_query = prefix + offset
         end = prefix + jnp.minimum(offset + tokens_a_tile, count)  # one past the last query
-        last_block = ceil_div(end, block)
-        free_end = lax.div(first_query + 1, jnp.int32(block))  # blocks below: seen by all rows
+        nearest, farthest = first_query, end
+        if reach_ref:
+            limit = plt.load(reach_ref[0].at[start + local], mask=mine, other=0)
+            nearest = jnp.min(jnp.where(mine, limit, MAX_INT32))
+            farthest = jnp.max(limit) + 1
+        last_block = ceil_div(farthest, block)
+        free_end = lax.div(nearest + 1, jnp.int32(block))  # blocks below: seen by all rows
         if window:
             first_block = lax.div(jnp.maximum(first_query - window + 1, 0), jnp.int32(block))
             free_begin = ceil_div(jnp.maximum(end - window, 0), block)
@@ -113,7 +122,7 @@ def _kernel(
         def step(i, carry, *, masked):
             top, total, acc = carry
             tokens = i * block + jnp.arange(block, dtype=jnp.int32)
-            live = tokens < end if masked else None
+            live = tokens < farthest if masked else None
             if masked and window:
                 live &= tokens > first_query - window
             k = load_tokens(
@@ -122,7 +131,7 @@ def _kernel(
             scores = base2_scores(dot(q, k, 1), factor, soft_cap)
             if masked:
                 key, query = row(tokens, rows), column(at_query, block)
-                seen = key <= query
+                seen = key <= (column(limit, block) if reach_ref else query)
                 if window:
                     seen &= key > query - window
                 scores = jnp.where(seen, scores, NEG)
@@ -160,6 +169,7 @@ def paged_prefill(
     q_lens: jax.Array,
     prefix_lens: jax.Array,
     first_page: jax.Array | None = None,
+    reach: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -186,10 +196,18 @@ def paged_prefill(
     if fixed_tiles:
         tokens_a_tile = min(1 << (tokens_a_tile.bit_length() - 1), FIXED_TILE)
     sequence, offset = plan_tiles(q_lens, tokens, tokens_a_tile)
+    arrays = (q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens, first_page)
+    reaches = () if reach is None else (reach,)
     return triton_call(
         functools.partial(
-            _kernel, group=group, rows=sizes.rows, tokens_a_tile=tokens_a_tile,
-            width=pl.next_power_of_2(head_dim), block=sizes.block, scale=scale, window=window,
+            _kernel,
+            group=group,
+            rows=sizes.rows,
+            tokens_a_tile=tokens_a_tile,
+            width=pl.next_power_of_2(head_dim),
+            block=sizes.block,
+            scale=scale,
+            window=window,
             soft_cap=soft_cap,
         ),
         name="paged_prefill",
@@ -198,6 +216,4 @@ def paged_prefill(
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
         interpret=interpret,
-    )(
-        q, k_pages, v_pages, page_table, q_starts, q_lens, prefix_lens, first_page, sequence, offset
-    )  # fmt: skip
+    )(*arrays, sequence, offset, *reaches)

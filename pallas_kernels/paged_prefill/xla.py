@@ -1,7 +1,7 @@
 """Paged prefill attention in plain XLA: the CPU engine's path, and the fallback everywhere.
 
 One program for all lengths. The outer loop walks the live query tiles (a tile is `tile` rows of one
-sequence), the inner loop walks that tile's blocks of keys up to its causal end:
+sequence), the inner loop walks that tile's blocks of keys up to the last that it sees:
 
     for tile in live tiles:   q [tile, N, H] -> [K, G*tile, H]
         for block of pages:   K, V [block, K, H] -> online softmax
@@ -31,6 +31,7 @@ def paged_prefill(
     q_lens: jax.Array,
     prefix_lens: jax.Array,
     first_page: jax.Array | None = None,
+    reach: jax.Array | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -55,6 +56,7 @@ def paged_prefill(
     ends = jnp.cumsum(tiles)
     # a slice at the last rows would be clamped, that is moved: room for one tile more
     padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
+    limits = None if reach is None else jnp.pad(reach, (0, tile))
 
     def one_tile(number: jax.Array, out: jax.Array) -> jax.Array:
         row = jnp.searchsorted(ends, number, side="right", method="compare_all")
@@ -62,18 +64,24 @@ def paged_prefill(
         offset = (number - (ends[row] - tiles[row])) * tile
         begin = q_starts[row] + offset
         position = prefix_lens[row] + offset  # of the tile's first query
-        end = prefix_lens[row] + jnp.minimum(offset + tile, q_lens[row])
+        end = prefix_lens[row] + jnp.minimum(offset + tile, q_lens[row])  # one past the last key
         queries = lax.dynamic_slice_in_dim(padded, begin, tile).astype(jnp.float32) * scale
         queries = queries.reshape(tile, kv_heads, group, head_dim).transpose(1, 2, 0, 3)
         queries = queries.reshape(kv_heads, group * tile, head_dim)
         at_query = jnp.tile(position + jnp.arange(tile, dtype=jnp.int32), group)[:, None]
+        limit = at_query  # the last key that each query sees
+        if limits is not None:
+            of_tokens = lax.dynamic_slice_in_dim(limits, begin, tile)
+            mine = offset + jnp.arange(tile, dtype=jnp.int32) < q_lens[row]
+            end = jnp.max(jnp.where(mine, of_tokens, 0)) + 1
+            limit = jnp.tile(of_tokens, group)[:, None]
 
         def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
             table = lax.dynamic_slice(page_table, (row, i * pages), (1, pages))[0]
             at = i * block + jnp.arange(block, dtype=jnp.int32)
             written = at < end
-            live = (at <= at_query) & written  # [G*tile, block]
+            live = (at <= limit) & written  # [G*tile, block]
             if window:
                 live &= at > at_query - window
                 written &= at > position - window

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.sample import noise
+from pallas_kernels.sample.adjust import adjust
 from pallas_kernels.sample.api import Drawn, SampleRows, SlotLists
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -25,27 +26,6 @@ HIGHEST = float(jnp.finfo(jnp.float32).max)
 def clean(logits: jax.Array) -> jax.Array:
     """NaN becomes the lowest value, infinities the ends of the float32 range."""
     return jnp.nan_to_num(logits, nan=LOWEST, neginf=LOWEST)
-
-
-def apply_penalties(logits: jax.Array, counts: jax.Array, rows: SampleRows) -> jax.Array:
-    """Frequency, presence, then repetition penalty of logits [B, V] with counts [B, V]."""
-    seen = counts > 0
-    lowered = rows.frequency[:, None] * counts.astype(jnp.float32)
-    logits = logits - lowered - jnp.where(seen, rows.presence[:, None], 0.0)
-    factor = jnp.where(seen, rows.repetition[:, None], 1.0)
-    return jnp.where(logits < 0, logits * factor, logits / factor)
-
-
-def apply_bias(
-    logits: jax.Array, rows: SampleRows, slots: SlotLists, biased: jax.Array
-) -> jax.Array:
-    """Add the entries that are in force; biased [B] bool."""
-    entry = jnp.arange(slots.bias_ids.shape[1])
-    active = biased[:, None] & (entry < rows.num_bias[:, None])
-    active &= rows.position[:, None] < slots.bias_until[rows.slot]
-    columns = jnp.where(active, slots.bias_ids[rows.slot], logits.shape[1])
-    values = jnp.where(active, slots.bias_values[rows.slot], 0.0)
-    return logits.at[jnp.arange(logits.shape[0])[:, None], columns].add(values, mode="drop")
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
@@ -94,19 +74,9 @@ def sample(
     batch, vocab = logits.shape
     live = rows.live != 0
     greedy = rows.top_k == 1
-    penalized = live & ((rows.frequency != 0) | (rows.presence != 0) | (rows.repetition != 1))
-    biased = live & (rows.num_bias > 0)
     filtered = live & ~greedy & ((rows.top_k < vocab) | (rows.top_p < 1) | (rows.min_p > 0))
 
-    def penalize(x: jax.Array) -> jax.Array:
-        lowered = apply_penalties(x, slots.counts[rows.slot], rows)
-        return jnp.where(penalized[:, None], lowered, x)
-
-    logits = lax.cond(jnp.any(penalized), penalize, lambda x: x, logits)
-    logits = lax.cond(
-        jnp.any(biased), lambda x: apply_bias(x, rows, slots, biased), lambda x: x, logits
-    )
-    logits = clean(logits)
+    logits = clean(adjust(logits, rows, slots))
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     inverse = 1.0 / jnp.where(greedy, 1.0, rows.temperature)
     scaled = jnp.clip(logits * inverse[:, None], LOWEST, HIGHEST)

@@ -78,7 +78,8 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "max_new_tokens": (0, 1, 8), "min_new_tokens": (0,), "n": (1, 2), "sampling_seed": (3, -7),
     "stream_interval": (1, 4), "ignore_eos": (True, False), "skip_special_tokens": (False,),
     "no_stop_trim": (True,), "spaces_between_special_tokens": (True,), "custom_params": (None, {}),
-    "json_schema": (None, ""), "regex": (None,),
+    "json_schema": (None, "", {"type": "integer"}, "["), "regex": (None, "a{2,5}", "("),
+    "ebnf": ("", 'root ::= "a" root?'), "structural_tag": (None, "{}"),
 }  # fmt: skip
 """Sampling parameters, and values that they may have."""
 STRANGE = (
@@ -193,7 +194,8 @@ class Calls:
             ("token_ids_logprob", [3, 4]), ("rid", "r1"), ("priority", 1), ("cache_salt", "s"),
             ("return_text_in_logprobs", True), ("return_prompt_token_ids", True),
             ("image_data", [[]]), ("lora_path", None), ("session_params", None),
-            ("return_hidden_states", False), ("routed_dp_rank", 0), ("external_trace_header", None),
+            ("return_hidden_states", False), ("return_logits", "last"), ("routed_dp_rank", 0),
+            ("external_trace_header", None),
             ("no_such_argument", 1),
         ):  # fmt: skip
             if pick.random() < 0.03:

@@ -78,11 +78,12 @@ def implementation(
     return functools.partial(getattr(home, operation), **options)
 
 
-def refuses(name: str, case: Any, dtype: str) -> bool:
-    """What this suite says an attention implementation cannot do."""
+def refuses(name: str, case: Any, dtype: str, head_dims: tuple[int, ...] = (64, 128)) -> bool:
+    """What this suite says an attention implementation cannot do. head_dims: that the operation's
+    Mosaic kernels take."""
     if not name.startswith("mosaic"):
         return False
-    odd = case.head_dim not in (64, 128) or case.page_size % 8 != 0
+    odd = case.head_dim not in head_dims or case.page_size % 8 != 0
     return dtype == "float32" or odd or case.fp8
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jaxserve.step import shared
-
 CPUS, GPUS = 8, 2
 
 
@@ -18,12 +16,3 @@ def pytest_collection_modifyitems(items):
         if item.path.parent.name == "mesh" and there < wanted:
             reason = f"needs {wanted} devices, not {there} (make mesh-tests)"
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once():
-    """Replicas of all engines of this process find each other's programs."""
-    folder = shared.MemoryFolder()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "MemoryFolder", lambda: folder)
-        yield folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -10,9 +11,11 @@ import pytest
 import jaxserve
 from jaxserve.errors import EngineDeadError, RequestFailedError
 from tests import inside
+from tests.marks import long_but
 from tests.mesh.test_replicas import OPTIONS, PROMPTS, SEEDED, logprobs, ranks
 from tests.prompts import GREEDY, ids, text
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 CALL = {
     "input_ids": [*PROMPTS, text(3, 300)],
     "sampling_params": {**SEEDED, "max_new_tokens": 60, "n": 2},
@@ -62,7 +65,7 @@ def failed(info):
     return [part["status"] == "failed" for part in info["replicas"]]
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 5, 17, 40])
+@pytest.mark.parametrize("steps", long_but([0, 1, 2, 5, 17, 40], 0, 2, 17))
 def test_its_requests_go_on_elsewhere(engine, expected, steps):
     before = engine.get_server_info()["generated_tokens"]
     loop = break_down(engine, 1, steps)
@@ -97,11 +100,10 @@ def test_on_another_row_of_parts(folder, expected):
     assert [len(part["devices"]) for part in info["replicas"]] == [2, 2]
 
 
-def streamed(engine, params, begun):
-    """The chunks of six streams; `begun` is set when each has one."""
+def streamed(engine, params, begun, prompts=PROMPTS[:6]):
+    """The chunks of a stream each; `begun` is set when each has one."""
     streams = [
-        engine.generate(input_ids=prompt, sampling_params=params, stream=True)
-        for prompt in PROMPTS[:6]
+        engine.generate(input_ids=prompt, sampling_params=params, stream=True) for prompt in prompts
     ]
     chunks = [[next(stream)] for stream in streams]
     begun.set()
@@ -225,9 +227,10 @@ def test_calls_while_replicas_fail_one_by_one(folder):
                 engine.generate(input_ids=PROMPTS[0], sampling_params=SEEDED)
                 load = inside.replicas(engine)[rank]
                 if load._thread.is_alive():
-                    engine.generate(
-                        input_ids=PROMPTS[0], sampling_params=SEEDED, routed_dp_rank=rank
-                    )
+                    with contextlib.suppress(EngineDeadError):  # it may fail before or with this
+                        engine.generate(
+                            input_ids=PROMPTS[0], sampling_params=SEEDED, routed_dp_rank=rank
+                        )
         for caller in callers:
             caller.join(60)
         assert not failures and failed(engine.get_server_info()) == [True, False, True, True]

@@ -12,6 +12,7 @@ import jaxserve
 from tests.mesh.test_replica_failures import break_down
 from tests.mesh.test_replicas import OPTIONS, PROMPTS, SEEDED
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 ENGINES, CALLERS, CALLS = 25, 8, 12
 ENDLESS = {**SEEDED, "max_new_tokens": 400}
 

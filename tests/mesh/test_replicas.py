@@ -13,10 +13,13 @@ from prometheus_client import generate_latest
 
 import jaxserve
 from jaxserve.errors import EngineShutdownError, InvalidRequestError, ProfileError
+from jaxserve.step.shared import Shared
 from tests import inside
+from tests.marks import long_but
 from tests.mesh.cases import CASES, LONG, OPTIONS, PROMPTS, SEEDED, logprobs
 from tests.prompts import GREEDY, ids, text
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 MODES = {
     "tight": {
         "max_total_tokens": 640, "max_running_requests": 8, "enable_hierarchical_cache": True,
@@ -59,7 +62,7 @@ def test_the_tokens_of_one_engine(engine, expected, name):
             np.testing.assert_allclose(logprobs(mine), logprobs(other), atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", long_but(MODES, "tight"))
 def test_in_every_mode(folder, mode):
     """Retraction and host memory; one shape of programs."""
     options = {**OPTIONS, **MODES[mode]}
@@ -205,13 +208,15 @@ def test_other_methods(folder, expected, method):
             assert set(ranks(results)) == {0, 1}
 
 
-def test_each_program_is_compiled_once(folder, caplog, compiled_once):
-    """By one replica, and loaded by the other three, on any mesh."""
+def test_each_program_is_compiled_once(folder, caplog, monkeypatch):
+    """By one replica, and loaded by the other three, on any mesh. Nothing is kept on disk."""
+    real = Shared.folder
+    monkeypatch.setattr(Shared, "folder", lambda self, path: real(self, None))
     caplog.set_level("INFO", logger="jaxserve")
     devices = [[jax.devices()[number]] for number in (6, 1, 4, 3)]
     mesh = jax.sharding.Mesh(np.array(devices), ("data", "tensor"))
-    options = {**OPTIONS, "max_total_tokens": 1536, "max_running_requests": 2, "precompile": True}
-    compiled_once._files.clear()
+    sizes = {"max_total_tokens": 1536, "max_running_requests": 2}
+    options = {**OPTIONS, **sizes, "precompile": True, "wait_until_compiled": True}
     with jaxserve.Engine(folder, mesh=mesh, log_level="info", **options) as engine:
         results = [
             engine.generate(input_ids=PROMPTS[3], sampling_params=GREEDY, routed_dp_rank=rank)

@@ -9,10 +9,11 @@ import jax
 import pytest
 
 import jaxserve
+from tests.kernels.support import quiet
 from tests.mesh.test_replica_failures import break_down, failed, streamed
 from tests.prompts import ids, text
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, quiet]
 
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 512, "max_running_requests": 8,
@@ -76,10 +77,10 @@ def test_requests_move_to_the_other_gpu(folder, programs, expected):
     with jaxserve.Engine(folder, **{**options, "log_level": "critical"}) as engine:
         begun = threading.Event()
         loop = break_down(engine, 0, 10, begun)
-        chunks = streamed(engine, PARAMS, begun)
+        chunks = streamed(engine, PARAMS, begun, PROMPTS)
         loop._thread.join(60)
         info = engine.get_server_info()
     assert failed(info) == [True, False] and info["late_compiles"] == 0
-    for seen, whole in zip(chunks, expected, strict=False):
+    for seen, whole in zip(chunks, expected, strict=True):
         lengths = [len(chunk["output_ids"]) for chunk in seen]
         assert lengths == sorted(set(lengths)) and seen[-1]["output_ids"] == whole

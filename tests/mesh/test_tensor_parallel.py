@@ -11,9 +11,11 @@ import jaxserve
 from jaxserve.errors import InvalidRequestError
 from jaxserve.parallel.mesh import bytes_on_each
 from tests import inside
+from tests.marks import long
 from tests.mesh.cases import CASES, OPTIONS, PROMPTS, SEEDED, logprobs
 from tests.prompts import ids, text
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
 # eight heads of two KV heads: on more than two devices some have the same ones
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
 FAMILIES = {
@@ -21,6 +23,10 @@ FAMILIES = {
     "mistral": {"num_key_value_heads": 4},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
+    "phi3": {},
+    "glm": {},
+    "glm4": {"tie_word_embeddings": True},
+    "cohere2": {"attention_bias": True, "tie_word_embeddings": True},
 }
 MESHES = [(1, 2), (1, 4), (1, 8), (2, 2)]
 """(dp_size, tp_size)."""
@@ -39,7 +45,7 @@ def features(mesh, family):
 
 @pytest.fixture(scope="module")
 def folder(tiny_models):
-    return lambda family: tiny_models(family, **HEADS | FAMILIES[family])
+    return lambda family: tiny_models(family, **HEADS | FAMILIES.get(family, {}))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +79,12 @@ def test_all_pairs_are_covered():
 
 
 def pairs():
-    """Each mesh with each family, of which a test run without the long ones has one of each."""
-    for i, mesh in enumerate(MESHES):
-        for j, family in enumerate(FAMILIES):
-            marks = () if i == j else pytest.mark.long
+    """Each mesh with each family. A run without the long ones has four devices that share two KV
+    heads, and both kinds of parallelism at once."""
+    for mesh in MESHES:
+        for family in FAMILIES:
+            often = (mesh, family) in (((1, 4), "qwen2"), ((2, 2), "qwen3"))
+            marks = () if often else pytest.mark.long
             yield pytest.param(mesh, family, marks=marks, id=f"dp{mesh[0]}tp{mesh[1]}-{family}")
 
 
@@ -88,6 +96,22 @@ def test_the_tokens_of_one_device(folder, expected, mesh, family):
         info = engine.get_server_info()
         assert info["late_compiles"] == 0 and (info["dp_size"], info["tp_size"]) == mesh
     for mine, other in zip(results, expected(family, features(mesh, family)), strict=True):
+        assert_same(mine, other)
+
+
+OTHERS = ["gemma2", "gemma3", "granite", "olmo2", "olmo3", "smollm3"]
+
+
+@pytest.mark.parametrize(("family", "tp"), [
+    *(long(family, 2) for family in OTHERS), ("olmo2", 4), long("gemma3", 4),
+])  # fmt: skip
+def test_other_families_give_the_tokens_of_one_device(folder, expected, family, tp):
+    """OLMo's norms of q and k are over all devices' heads, of which several have the same k."""
+    names = ["greedy", "logprobs"]
+    with jaxserve.Engine(folder(family), tp_size=tp, **OPTIONS) as engine:
+        results = [engine.generate(**CASES[name]) for name in names]
+        assert engine.get_server_info()["late_compiles"] == 0
+    for mine, other in zip(results, expected(family, names), strict=True):
         assert_same(mine, other)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import transformers
 
@@ -21,6 +22,12 @@ class Reference:
     def logits(self, ids: list[int]) -> torch.Tensor:
         """[len(ids), V] float32."""
         return self.model(torch.tensor([ids])).logits[0].float()
+
+    @torch.no_grad()
+    def hidden_states(self, ids: list[int]) -> list[np.ndarray]:
+        """[len(ids), D] float32 of the embeddings, between layers, and after the final norm."""
+        found = self.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        return [each[0].float().numpy() for each in found]
 
     def logprobs(self, ids: list[int]) -> torch.Tensor:
         return torch.log_softmax(self.logits(ids), dim=-1)

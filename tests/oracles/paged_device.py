@@ -30,6 +30,7 @@ class PagedDevice:
         self.epochs: dict[int, int] = {}
         self.tokens_run = 0
         self.counted: dict[Request, int] = {}
+        self.pictures: dict[int, tuple[bytes, int]] = {}
 
     def run(self, batch: Batch, accepted: np.ndarray | None = None) -> np.ndarray:
         """Tokens [n, B] by step and row, for rows that sample. accepted [B]: how many of its tokens
@@ -42,6 +43,8 @@ class PagedDevice:
             return tokens
         writes: set[tuple[int, int]] = set()
         self._check_packing(batch)
+        for picture, rows in batch.encodings:
+            self.pictures.update({r: (picture.digest, i) for i, r in enumerate(rows.tolist())})
         for row in batch.rows:
             sequence = row.sequence
             self.tables[sequence.slot] = list(sequence.pages)
@@ -54,6 +57,7 @@ class PagedDevice:
                 self._write(sequence.slot, row.start, self.last[sequence.slot], writes)
             elif row.leader < 0:
                 self._check_what_must_run(row)
+                self._check_pictures(row)
                 assert row.stop > row.start
                 for position in range(row.start, row.stop):
                     token = sequence.tokens(position, position + 1)[0]
@@ -112,6 +116,21 @@ class PagedDevice:
                 assert row.start <= extra.prompt.start
         if row.fresh and request.params.frequency_penalty:
             assert row.start <= len(request.prompt_ids)
+
+    def _check_pictures(self, row: ExtendRow) -> None:
+        """Where its tokens stand for a picture's, that picture is on the device; and pictures that
+        are seen as blocks are run as such."""
+        media = row.sequence.request.media
+        if media is None:
+            return
+        for position in range(row.start, min(row.stop, len(media.owners))):
+            owner = media.owners[position]
+            if owner >= 0:
+                picture = (media.pictures[owner].digest, media.offsets[position])
+                assert self.pictures[int(row.sequence.media_rows[position])] == picture
+        if media.reach is not None:
+            for end in {row.start, row.stop}:
+                assert not 0 < end < len(media.owners) or media.reach[end - 1] == end - 1
 
     def _decode(self, batch: DecodeBatch) -> list[list[int]]:
         for row, page in batch.new_pages:

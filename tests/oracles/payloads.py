@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxserve.config.states import HIDDEN, LAYERS, LOGITS
 from jaxserve.output.extras import Extra, ExtraSpec
 from jaxserve.packing.batch import Batch, ExtendBatch
 from jaxserve.packing.pack import read_of_prompt
+
+if TYPE_CHECKING:
+    from jaxserve.step.picking import Picker
 
 MOST_TOP = 8
 """Columns of the best logprobs."""
@@ -53,15 +57,34 @@ class Marks(Extra[list[float]]):
         return {"prompt_marks": collected.prompt, "marks": collected.output[first:]}
 
 
+STATES = (HIDDEN, LAYERS, LOGITS)
+
+
+def pick(key: tuple[str, int], source: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """As the program `key` gathers."""
+    lead = 1 if "_prompt_" in key[0] else 2
+    assert len(source) == key[1] or lead == 2
+    assert key[0].endswith(f"_{len(rows)}")
+    return source.reshape(-1, *source.shape[lead:])[rows]
+
+
+def kept_states(batch: Batch, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """By name, [n, B, 1] of tokens [n, B]: those that somebody wants. A position's state is the
+    token drawn from it, and a half."""
+    rows = np.zeros((len(tokens), batch.row_bucket, 1))
+    rows[:, : tokens.shape[1], 0] = tokens + 0.5
+    return {name: rows for name in STATES if name in batch.wanted.names}
+
+
 def sampled_payloads(batch: Batch, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """By name, [n, B, ...] of tokens [n, B]: those that somebody wants."""
     made = {"logprobs": np.stack([pack_logprobs(row) for row in tokens]), "marks": tokens + 0.5}
-    return {name: made[name] for name in batch.wanted.names}
+    return {name: made[name] for name in batch.wanted.names if name in made}
 
 
-def prompt_payloads(batch: Batch) -> dict[str, np.ndarray]:
-    """By name, [T, ...]: those that somebody wants of an extend batch. A row's mark is that of its
-    own token, its logprob that of the next; rows that nobody wants are 0."""
+def prompt_payloads(batch: Batch, picker: Picker) -> dict[str, Any]:
+    """By name, [T, ...]: those that somebody wants of an extend batch. A row's mark and its states
+    are those of its own token, its logprob that of the next; rows that nobody wants are 0."""
     if not isinstance(batch, ExtendBatch):
         return {}
     names = set().union(*(read_of_prompt(row) for row in batch.rows))
@@ -74,4 +97,6 @@ def prompt_payloads(batch: Batch) -> dict[str, np.ndarray]:
             marks[rows] = np.asarray(known[row.start : row.stop]) + 0.5
             logprobs[rows] = pack_logprobs(known[row.start + 1 : row.stop + 1])
     made = {"logprobs": logprobs, "marks": marks}
-    return {name: made[name] for name in names}
+    states = {name: marks[:, None] for name in STATES if name in names}
+    picked = {name: picker.prompts(batch, name, each) for name, each in states.items()}
+    return {name: made[name] for name in names if name in made} | picked

@@ -1,0 +1,79 @@
+"""The methods of an engine that compile a user's functions into its programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxserve import checks
+from jaxserve.chains.registry import Names
+from jaxserve.process import Home
+
+if TYPE_CHECKING:
+    from jaxserve.core import Core
+    from jaxserve.transforms import Transform
+
+
+class Algorithms:
+    """A part of `Engine`."""
+
+    _home: Home
+    _loop: Core
+    _chains: Names
+    _hooks: Names
+
+    def register(
+        self,
+        name: str,
+        transform: Transform,
+        params: Mapping[str, Any] | None = None,
+        tables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compiles a transform of logits (`jaxserve.transforms`) into programs that draw tokens,
+        for requests with `{"transform": name, "transform_params": {...}}`. Other requests go on
+        meanwhile; with the first transform the model is compiled once more, up to the logits.
+
+        params: {name: number or array}, over the transform's own defaults; a request may give each
+        its own value. tables: {name: array} of any size, the same for all requests, read as
+        `context.tables[name]`. A name that is registered again means the new transform from the
+        next request on.
+
+        Raises InvalidRequestError (the cause is what a function has raised), EngineShutdownError
+        and EngineDeadError.
+        """
+        self._home.check()
+        name = checks.name("name", name)
+        self._chains.publish(name, self._loop.apart.register(name, transform, params, tables))
+
+    def unregister(self, name: str) -> None:
+        """No further request can ask for the transform `name`; those that have been submitted keep
+        it. Its programs and tables stay as long as the engine, so that it can be registered again
+        at once.
+
+        Raises InvalidRequestError: none of this name is registered.
+        """
+        self._home.check()
+        self._chains.withdraw(checks.name("name", name))
+
+    def unregister_hook(self, name: str) -> None:
+        """The same of the hook `name`."""
+        self._home.check()
+        self._hooks.withdraw(checks.name("name", name))
+
+    def register_hook(
+        self,
+        name: str,
+        points: Mapping[str, Callable[..., Any]],
+        params: Mapping[str, Any] | None = None,
+        tables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compiles functions into the model, for requests with `{"hook": name, "hook_params":
+        {...}}`; for others it stays as it is. Their cached prefixes are shared only with requests
+        of the same functions and parameters. The whole model is compiled once more.
+
+        points: {point: function(x [D], params, context) -> x [D]} of one token, [N * H] of heads
+        (`jaxserve.hooks.POINTS`, `HookContext`). params, tables: as in `register`. Raises as that.
+        """
+        self._home.check()
+        name = checks.name("name", name)
+        self._hooks.publish(name, self._loop.apart.register_hook(name, points, params, tables))

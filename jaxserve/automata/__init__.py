@@ -1,0 +1,1 @@
+"""Regular expressions as tables over a vocabulary. No jax."""

@@ -1,0 +1,1 @@
+"""What requests want of registered chains of transforms. No jax."""

@@ -1,0 +1,1 @@
+"""The vision families' image processors, each in a file."""

@@ -1,0 +1,1 @@
+"""Logit processors on the host, as SGLang has them. No jax."""
