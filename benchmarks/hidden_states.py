@@ -7,8 +7,8 @@
 As many requests as run at once, of 512 tokens and 256 new ones (`uniform`, fewer of them), in one
 engine: none asks for anything ("plain"), each for the "last" hidden state, or for all of them
 ("full"), in turns. Reported of each way: seconds of the call, results converted and handed over
-included; the throughput as a share of plain's, turn by turn and their median; of "last" also what
-that is of a decode step. "copied" are the bytes that went to the host for it, "asked" those that
+included; the throughput as a share of plain's, turn by turn and their median; ms of a decode step,
+from the same requests with one new token, and its ratio to plain's. "copied" are the bytes that went to the host for it, "asked" those that
 the callers had asked for in the model's own type.
 """
 
@@ -63,9 +63,10 @@ def asked(way: str, items: Requests, position: int) -> int:
 def measure(engine: Any, model: str, scale: float, turns: int) -> dict[str, Any]:
     """All ways, `turns` times each, after a turn that warms up."""
     shape, copies = workloads.SHAPES[model], Copies(engine)
+    vocab = shape["vocab_size"]
     size = 2 if engine._loop._runner.dtype.itemsize == 2 else 4
     found: dict[str, dict[str, Any]] = {
-        name: {"seconds": [], "copied": [], "asked": []} for name in WAYS
+        name: {"seconds": [], "step_ms": [], "copied": [], "asked": []} for name in WAYS
     }
     before: Mapping[str, Any] = {}
     for turn in range(turns + 1):
@@ -73,22 +74,26 @@ def measure(engine: Any, model: str, scale: float, turns: int) -> dict[str, Any]
             before = engine.get_server_info()
         for number, (name, options) in enumerate(WAYS.items()):
             seed = 100 * turn + number
-            items = workloads.requests("uniform", shape["vocab_size"], seed, scale)
+            items = workloads.requests("uniform", vocab, seed, scale)
             seconds = generate(engine, items, GREEDY, **options)
             copied = copies.take()
+            short = [(ids, 1) for ids, _ in workloads.requests("uniform", vocab, seed + 50, scale)]
+            prefill = generate(engine, short, GREEDY, **options)
+            copies.take()
             if turn:
+                step = (seconds - prefill) / (max(new for _, new in items) - 1)
+                found[name]["step_ms"].append(round(1e3 * step, 4))
                 found[name]["seconds"].append(round(seconds, 4))
                 found[name]["copied"].append(copied)
                 found[name]["asked"].append(asked(name, items, size * shape["hidden_size"]))
     counted = differences(before, engine.get_server_info(), Counts())
-    plain = found["plain"]["seconds"]
-    steps = counted["decode_steps"] / (turns * len(WAYS))
+    plain = found["plain"]
     for way in found.values():
-        ratios = [one / other for one, other in zip(plain, way["seconds"], strict=True)]
+        ratios = [one / other for one, other in zip(plain["seconds"], way["seconds"], strict=True)]
         way["ratios"] = [round(ratio, 4) for ratio in ratios]
         way["throughput_ratio"] = round(statistics.median(ratios), 4)
-        more = statistics.median(b - a for a, b in zip(plain, way["seconds"], strict=True))
-        way["more_ms_per_decode_step"] = round(1e3 * more / steps, 4)
+        steps = [b / a for a, b in zip(plain["step_ms"], way["step_ms"], strict=True)]
+        way["step_ratio"] = round(statistics.median(steps), 4)
     return {"requests": len(items), "ways": found, **counted}
 
 

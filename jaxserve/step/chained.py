@@ -235,7 +235,8 @@ def draw_chained(
 def allowed(bits: jax.Array, logits: jax.Array) -> jax.Array:
     """logits [B, V], and -inf for tokens whose bits [B, ceil(V / 32)] are clear."""
     token = jnp.arange(logits.shape[1])
-    of_token = jnp.repeat(bits, 32, axis=1, total_repeat_length=32 * bits.shape[1])
+    # not `jnp.repeat`: its sums over the vocabulary keep XLA busy for seconds, for constants
+    of_token = jnp.broadcast_to(bits[:, :, None], (*bits.shape, 32)).reshape(bits.shape[0], -1)
     is_set = (of_token[:, : logits.shape[1]] >> (token % 32)) & 1
     return jnp.where(is_set != 0, logits, -jnp.inf)
 
