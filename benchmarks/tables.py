@@ -310,14 +310,15 @@ def hidden_states(device: Device) -> list[str]:
                 name,
                 number(statistics.median(way["seconds"]), 2),
                 number(way["throughput_ratio"], 3),
-                number(way["more_ms_per_decode_step"], 3),
+                number(statistics.median(way["step_ms"]), 3),
+                number(way["step_ratio"], 3),
                 number(statistics.median(way["asked"]) / 1e6, 1),
                 number(statistics.median(way["copied"]) / 1e6, 1),
             ]
             for name, way in r["ways"].items()
         ]
         said = f"{r['model']}: {r['requests']} requests, none of which, or each, asks for them."
-        header = "asked for | s | throughput | more a decode step, ms | MB asked for | MB copied"
+        header = "asked for | s | throughput | decode step, ms | of plain's | MB asked for | MB copied"
         parts += ["### Hidden states", said, table(header, rows)]
     return parts
 
