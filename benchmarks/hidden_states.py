@@ -8,8 +8,8 @@ As many requests as run at once, of 512 tokens and 256 new ones (`uniform`, fewe
 engine: none asks for anything ("plain"), each for the "last" hidden state, or for all of them
 ("full"), in turns. Reported of each way: seconds of the call, results converted and handed over
 included; the throughput as a share of plain's, turn by turn and their median; ms of a decode step,
-from the same requests with one new token, and its ratio to plain's. "copied" are the bytes that went to the host for it, "asked" those that
-the callers had asked for in the model's own type.
+from the same requests with one new token, and its ratio to plain's. "copied" are the bytes that
+went to the host for it, "asked" those that the callers had asked for in the model's own type.
 """
 
 from __future__ import annotations

@@ -318,7 +318,9 @@ def hidden_states(device: Device) -> list[str]:
             for name, way in r["ways"].items()
         ]
         said = f"{r['model']}: {r['requests']} requests, none of which, or each, asks for them."
-        header = "asked for | s | throughput | decode step, ms | of plain's | MB asked for | MB copied"
+        header = (
+            "asked for | s | throughput | decode step, ms | of plain's | MB asked for | MB copied"
+        )
         parts += ["### Hidden states", said, table(header, rows)]
     return parts
 
