@@ -58,7 +58,8 @@ class StoredPrograms:
         """Of the file in which the program of these (abstract) arguments is, or would be."""
         leaves, tree = jax.tree.flatten(abstract)
         # hundreds of parameters have the same few: their texts take four times all the rest
-        texts = {x: repr(x) for leaf in leaves for x in (leaf.dtype, leaf.sharding)}
+        kinds = {x for leaf in leaves for x in (leaf.dtype, leaf.sharding)}
+        texts = {x: repr(x) for x in kinds}
         shapes = [(leaf.shape, texts[leaf.dtype], texts[leaf.sharding]) for leaf in leaves]
         text = "\n".join(
             [self._common, name, repr(shapes), str(tree), repr(donated), repr(options)]
