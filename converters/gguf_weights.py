@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters import gguf_config
+from converters import gguf_blocks, gguf_config
 from converters.files import open_named
 from converters.gguf_families import ONE_PLUS, PERMUTED
 from converters.gguf_reader import BF16, F16, F32, GGUFFile, type_name
@@ -65,8 +65,9 @@ _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>\w+)\.(?P<kind>weight|bi
 _ROTATED = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(?:weight|bias)")
 _ROWS = 64
 """Rows copied at a time: both sides of a transposition stay in the cache."""
-_CHUNK = 1 << 20
-"""Elements dequantized at a time: bounds the gguf package's own temporary copies."""
+_CHUNK = 1 << 18
+"""Elements dequantized at a time, which bounds temporary copies: a mebibyte of float32, that is
+still in the cache when it is copied to where it belongs."""
 
 
 def tensors(path: str) -> GGUFTensors:
@@ -135,7 +136,8 @@ class GGUFTensors:
         raw = (rows, self._size(name) // rows)
         stored = StoredArray(self._open, offset, raw, np.dtype(np.uint8))
         code = self._gguf.GGMLQuantizationType(kind)
-        return DecodedTensor(shape, stored, lambda x: self._gguf.dequantize(x, code), heads)
+        decode = gguf_blocks.decoder(kind) or (lambda x: self._gguf.dequantize(x, code))
+        return DecodedTensor(shape, stored, decode, heads)
 
     def _permuted_heads(self, name: str, shape: tuple[int, ...]) -> int | None:
         rotated = _ROTATED.fullmatch(name)

@@ -13,7 +13,6 @@ import numpy as np
 from converters.parts import Part, parts_of
 from converters.sizes import stated
 from converters.tables import Table, table_for
-from converters.tower_tables import tower_table
 from jaxserve.models.registry import Declaration, TowerDeclaration
 
 TOWER = "tower."
@@ -54,6 +53,8 @@ class Whole:
         table = table_for(self.decoder.config)
         if self.tower is None:
             return table
+        from converters.tower_tables import tower_table  # and with it all towers
+
         more = tower_table(self.tower.config)
         rules = (dataclasses.replace(rule, path=TOWER + rule.path) for rule in more.rules)
         return Table((*table.rules, *rules), table.ignored + more.ignored)

@@ -38,6 +38,10 @@ class PrivateFolder:
         with self._opened():
             pass
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, which is not looked at; False where it cannot be known."""
+        return os.path.lexists(self.path / name)
+
     def read(self, name: str) -> bytes | None:
         """A file's content; None where there is no such file or no folder."""
         try:

@@ -72,7 +72,8 @@ def start(args: ServerArgs) -> Started:
 
 def _start(args: ServerArgs) -> Started:
     import converters
-    from jaxserve.parallel.mesh import replicas
+    from jaxserve.compat import find_mosaic_runtime
+    from jaxserve.parallel.mesh import first_device, replicas
     from jaxserve.replicas.start import start_on
     from jaxserve.weights import placement
 
@@ -82,9 +83,11 @@ def _start(args: ServerArgs) -> Started:
             stacklevel=4,
         )
     # Beside the rest: most of either is waiting for files and, on a GPU, for the device.
-    with ThreadPoolExecutor(1, "jaxserve-tokenizer") as thread:
-        reading = thread.submit(_tokenizer, args)
+    with ThreadPoolExecutor(2, "jaxserve-start") as threads:
+        reading = threads.submit(_tokenizer, args)
         mesh = _prepare_jax(args)
+        if first_device(mesh).platform == "gpu":
+            threads.submit(find_mosaic_runtime)  # which every program would wait for
         loaded = converters.load(
             args.model_path,
             load_format=args.load_format,

@@ -144,6 +144,20 @@ class Programs:
             load = functools.partial(self._load, timed_only=timed_only)
             Workers.finish(Workers(load, self._missing(keys), threads))
 
+    def stored(self, keys: Iterable[ProgramKey]) -> set[ProgramKey]:
+        """Those of `keys` that need only be loaded, timed or not, as far as names of files tell."""
+        stored = self._stored
+        if stored is None:
+            return set()
+
+        def there(key: ProgramKey) -> bool:
+            with self._on_device():
+                lowerable = self._builder(key)
+                every = [self._options(key[1], timed=timed) for timed in (True, False)]
+            return any(stored.has(self._file(stored, key, lowerable, each)) for each in every)
+
+        return set(filter(there, keys))
+
     def build(
         self,
         keys: Iterable[ProgramKey],
@@ -172,8 +186,8 @@ class Programs:
             Workers.finish(*work)
 
     def build_behind(self, keys: Iterable[ProgramKey], threads: int) -> None:
-        """Compile `keys` while requests run, each stored as soon as it is done. One that fails is
-        logged; it is then missing."""
+        """Load or compile `keys` while requests run, each stored as soon as it is compiled. One
+        that fails is logged; it is then missing."""
         self._wanted = self._missing(keys)
 
         def make(key: ProgramKey) -> None:

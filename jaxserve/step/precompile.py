@@ -18,7 +18,7 @@ with 16)."""
 
 class Precompilation:
     """Of one engine's programs: first those that can run anything, then, while requests run, the
-    others. Where the engine is not to precompile, all of them on first use."""
+    others, loaded or compiled. Where the engine is not to precompile, all of them on first use."""
 
     def __init__(self, config: EngineConfig, catalogue: Catalogue, programs: Programs) -> None:
         self._config = config
@@ -28,24 +28,25 @@ class Precompilation:
         self._counted = -1
 
     def first(self) -> None:
-        """Load what is stored and compile what an engine cannot answer without: everything, if that
-        is to be waited for. Else XLA makes its choices for what comes later, too. Nothing else uses
-        the device, and its memory is free."""
+        """Load or compile what an engine cannot answer without: everything, if that is to be waited
+        for. Else XLA makes its choices for what will be compiled later, too. Nothing else uses the
+        device, and its memory is free."""
         if not self._config.precompile:
             return
         catalogue, programs, threads = self._catalogue, self._programs, os.cpu_count() or 1
         everything = catalogue.beforehand()
-        first = set(everything if self._config.wait_until_compiled else catalogue.first())
-        programs.load(everything, threads, timed_only=self._config.wait_until_compiled)
-        missing = [key for key in everything if key not in programs]
-        now = [key for key in missing if key in first]
-        choices = catalogue.choices(key for key in missing if key not in first)
-        few = threads if self._config.wait_until_compiled else min(threads, FIRST_THREADS)
+        wait = self._config.wait_until_compiled
+        first = everything if wait else catalogue.first()
+        programs.load(first, threads, timed_only=wait)
+        now = [key for key in first if key not in programs]
+        later = set(everything).difference(first)
+        choices = catalogue.choices(later - programs.stored(later))
+        few = threads if wait else min(threads, FIRST_THREADS)
         programs.build(catalogue.mosaic_first(now), few, choices)
 
     def rest(self) -> None:
-        """Compile the others while requests run, on half of the cores. What XLA could not time
-        meanwhile, it times when there are none."""
+        """Load or compile the others while requests run, on half of the cores. What XLA could not
+        time meanwhile, it times when there are none."""
         if not self._config.precompile:
             return
         programs, catalogue = self._programs, self._catalogue

@@ -17,6 +17,9 @@ class MemoryFolder:
     def __init__(self) -> None:
         self._files: dict[str, bytes] = {}
 
+    def has(self, name: str) -> bool:
+        return name in self._files
+
     def read(self, name: str) -> bytes | None:
         return self._files.get(name)
 

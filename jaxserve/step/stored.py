@@ -57,11 +57,18 @@ class StoredPrograms:
     def name(self, name: str, abstract: Any, donated: Any, options: Any) -> str:
         """Of the file in which the program of these (abstract) arguments is, or would be."""
         leaves, tree = jax.tree.flatten(abstract)
-        shapes = [(leaf.shape, str(leaf.dtype), repr(leaf.sharding)) for leaf in leaves]
+        # hundreds of parameters have the same few: their texts take four times all the rest
+        kinds = {x for leaf in leaves for x in (leaf.dtype, leaf.sharding)}
+        texts = {x: repr(x) for x in kinds}
+        shapes = [(leaf.shape, texts[leaf.dtype], texts[leaf.sharding]) for leaf in leaves]
         text = "\n".join(
             [self._common, name, repr(shapes), str(tree), repr(donated), repr(options)]
         )
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file. Only `load` knows whether it can be used."""
+        return self._folder.has(name)
 
     def load(self, name: str, options: Mapping[str, Any]) -> tuple[Any, int] | None:
         """(program, bytes of its temporaries), or None where there is none that can be used.

@@ -3,28 +3,31 @@ part."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import NotSupportedError
 from jaxserve.models import values
-from jaxserve.models.vision.clip import LlavaTower
-from jaxserve.models.vision.qwen2_vl import Qwen2VLTower
-from jaxserve.models.vision.qwen3_vl import Qwen3VLTower
-from jaxserve.models.vision.qwen25_vl import Qwen25VLTower
-from jaxserve.models.vision.siglip import Gemma3Tower, Idefics3Tower
-from jaxserve.models.vision.tower import Tower
 from jaxserve.shown import quoted
 
-_TOWERS: tuple[tuple[str, type[Tower], tuple[str, ...]], ...] = (
-    # architecture in config.json, tower, what `model_type` its text_config may have
-    ("Gemma3ForConditionalGeneration", Gemma3Tower, ("gemma3_text",)),
-    ("Idefics3ForConditionalGeneration", Idefics3Tower, ("llama",)),
-    ("LlavaForConditionalGeneration", LlavaTower, ("llama",)),
-    ("Qwen2VLForConditionalGeneration", Qwen2VLTower, ("qwen2_vl_text", "qwen2_vl")),
-    ("Qwen2_5_VLForConditionalGeneration", Qwen25VLTower, ("qwen2_5_vl_text", "qwen2_5_vl")),
-    ("Qwen3VLForConditionalGeneration", Qwen3VLTower, ("qwen3_vl_text",)),
-    ("SmolVLMForConditionalGeneration", Idefics3Tower, ("llama",)),
+if TYPE_CHECKING:
+    from jaxserve.models.vision.tower import Tower
+
+_TOWERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    # architecture in config.json, module and class of its tower, what `model_type` its text_config
+    # may have
+    ("Gemma3ForConditionalGeneration", "siglip.Gemma3Tower", ("gemma3_text",)),
+    ("Idefics3ForConditionalGeneration", "siglip.Idefics3Tower", ("llama",)),
+    ("LlavaForConditionalGeneration", "clip.LlavaTower", ("llama",)),
+    ("Qwen2VLForConditionalGeneration", "qwen2_vl.Qwen2VLTower", ("qwen2_vl_text", "qwen2_vl")),
+    (
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen25_vl.Qwen25VLTower",
+        ("qwen2_5_vl_text", "qwen2_5_vl"),
+    ),
+    ("Qwen3VLForConditionalGeneration", "qwen3_vl.Qwen3VLTower", ("qwen3_vl_text",)),
+    ("SmolVLMForConditionalGeneration", "siglip.Idefics3Tower", ("llama",)),
 )
 _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "dtype", "torch_dtype")
 """Keys that count where the model's config has them, before those of its text_config."""
@@ -32,7 +35,13 @@ _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "dtype", "torch_dtype")
 
 def tower_of(architecture: str) -> type[Tower] | None:
     """The tower's class; None for a model of text only."""
-    return next((tower for name, tower, _ in _TOWERS if name == architecture), None)
+    return next((_imported(tower) for name, tower, _ in _TOWERS if name == architecture), None)
+
+
+def _imported(tower: str) -> type[Tower]:
+    """By name, when a model has it: most engines start without any."""
+    module, name = tower.split(".")
+    return getattr(importlib.import_module(f"jaxserve.models.vision.{module}"), name)
 
 
 def text_of(hf: Mapping[str, Any], architecture: str) -> Mapping[str, Any]:
@@ -44,7 +53,7 @@ def text_of(hf: Mapping[str, Any], architecture: str) -> Mapping[str, Any]:
     found = next((row for row in _TOWERS if row[0] == architecture), None)
     if found is None:
         return hf
-    _, tower, types = found
+    types, tower = found[2], _imported(found[1])
     if hf.get("text_config") is None:
         return {**tower.text_defaults, **hf}
     text = values.table(hf, "text_config")
