@@ -18,8 +18,9 @@ SIDE = 74
 """Patches along a picture of 1,024 pixels in Qwen2.5-VL."""
 WINDOW = 8
 """Patches along a window of it."""
-# (name, times, patches, heads, head dim, runs of patches or None for tiles, most of a window)
-SHAPES = (
+Shape = tuple[str, int, int, int, int, tuple[int, ...] | None, int | None]
+"""name, times, patches, heads, head dim, runs of patches or None for tiles, most of a window"""
+SHAPES: tuple[Shape, ...] = (
     ("qwen2.5-vl picture", 1, 6144, 16, 80, (SIDE**2,), None),
     ("qwen2.5-vl windows", 1, 6144, 16, 80, windows(SIDE, SIDE, WINDOW), WINDOW**2),
     ("qwen2-vl 4 pictures", 1, 6144, 16, 80, (1024,) * 4, None),
@@ -30,16 +31,14 @@ SHAPES = (
 )
 
 
-def problem(
-    times: int, patches: int, heads: int, head_dim: int, lengths: tuple[int, ...] | None,
-    most: int | None, *, name: str, calls: int, dtype: Any,
-) -> Problem:  # fmt: skip
+def problem(shape: Shape, *, calls: int, dtype: Any) -> Problem:
     """A call's result is the next one's q."""
-    shape = jax.ShapeDtypeStruct((times, patches, heads, head_dim), dtype)
+    name, times, patches, heads, head_dim, lengths, most = shape
+    heads_of = jax.ShapeDtypeStruct((times, patches, heads, head_dim), dtype)
 
     def build(key: jax.Array) -> Any:
         first, *keys = jax.random.split(key, 1 + 2 * calls)
-        q, *others = (jax.random.normal(each, shape.shape, dtype) for each in (first, *keys))
+        q, *others = (jax.random.normal(each, heads_of.shape, dtype) for each in (first, *keys))
         ranges = ()
         if lengths is not None:
             ranges = tuple(jnp.tile(x, (times, 1)) for x in runs(lengths, patches, alone=True))
@@ -51,8 +50,8 @@ def problem(
     pairs = patches**2 if lengths is None else sum(x**2 for x in lengths)
     return Problem(
         name=name,
-        features=features(shape, most),
-        bytes=4.0 * shape.size * shape.dtype.itemsize,
+        features=features(heads_of, most),
+        bytes=4.0 * heads_of.size * heads_of.dtype.itemsize,
         flops=4.0 * times * heads * head_dim * pairs,
         calls=calls,
         build=build,
@@ -62,18 +61,16 @@ def problem(
 
 def problems() -> list[Problem]:
     """Real shapes, bfloat16."""
-    return [
-        problem(*shape, name=name, calls=4, dtype=jnp.bfloat16) for name, *shape in SHAPES
-    ]  # fmt: skip
+    return [problem(shape, calls=4, dtype=jnp.bfloat16) for shape in SHAPES]
 
 
 def smoke() -> list[Problem]:
-    shapes = (
+    shapes: tuple[Shape, ...] = (
         ("tiny", 1, 48, 2, 24, (20, 20), None),
         ("tiny windows", 1, 48, 2, 24, (16, 4, 16, 4), 16),
         ("tiny tiles", 2, 20, 2, 24, None, None),
     )
-    return [problem(*shape, name=name, calls=2, dtype=jnp.float32) for name, *shape in shapes]
+    return [problem(shape, calls=2, dtype=jnp.float32) for shape in shapes]
 
 
 def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]:

@@ -127,35 +127,28 @@ def _kernel(q_ref, k_ref, v_ref, *refs, rows, block, pieces, factor, near):
     q = _load(q_ref, batch, head, at, mine, pieces)
     room = headroom(q[0].dtype)
 
+    starts, ends = jnp.zeros_like(at), jnp.full_like(at, patches)
     if range_refs:
         where = jnp.full_like(at, batch), at
         starts, ends = (
             plt.load(ref.at[where], mask=mine, other=None if mine is None else other)
             for ref, other in zip(range_refs, (MAX_INT32, 0), strict=True)
         )
-        first, last = jnp.maximum(jnp.min(starts), 0), jnp.minimum(jnp.max(ends), patches)
-        begin, end = lax.div(first, jnp.int32(block)), ceil_div(last, block)
-        if not near:  # rows past the last patch see nothing, and need not
-            latest = jnp.max(starts if mine is None else jnp.where(mine, starts, 0))
-            earliest = jnp.min(ends if mine is None else jnp.where(mine, ends, MAX_INT32))
-            earliest = jnp.minimum(earliest, patches)
-            free_begin = jnp.clip(ceil_div(latest, block), begin, jnp.maximum(begin, end))
-            free_end = jnp.maximum(lax.div(earliest, jnp.int32(block)), free_begin)
+    first, last = jnp.maximum(jnp.min(starts), 0), jnp.minimum(jnp.max(ends), patches)
+    begin, end = lax.div(first, jnp.int32(block)), ceil_div(last, block)
 
     def step(number, carry, masked):
         top, total, *sums = carry
         keys = number * block + jnp.arange(block, dtype=jnp.int32)
         live = None
         if masked:
-            live = (keys >= first) & (keys < last) if range_refs else keys < patches
+            live = (keys >= first) & (keys < last)
         k = _load(k_ref, batch, head, keys, live, pieces)
         scores = functools.reduce(jnp.add, (dot(a, b, 1) for a, b in zip(q, k, strict=True)))
         scores = scores * factor
         if masked:
             key = row(keys, rows)
-            seen = key < patches
-            if range_refs:
-                seen = (key >= column(starts, block)) & (key < column(ends, block))
+            seen = (key >= column(starts, block)) & (key < column(ends, block))
             scores = jnp.where(seen, scores, NEG)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) - room)
         # a row that saw nothing yet counts 1 a key here; its first real score shrinks that to 0
@@ -173,21 +166,21 @@ def _kernel(q_ref, k_ref, v_ref, *refs, rows, block, pieces, factor, near):
         *(jnp.zeros((rows, width), jnp.float32) for _, width in pieces),
     )
     masked, free = functools.partial(step, masked=True), functools.partial(step, masked=False)
-    if not range_refs:
-        if full := patches // block:
-            carry = lax.fori_loop(0, full, free, carry)
-        if patches % block:
-            carry = masked(jnp.int32(full), carry)
-    elif near:
+    if near:
         carry = lax.fori_loop(begin, end, masked, carry)
-    else:
+    else:  # rows past the last patch see nothing, and need not
+        latest, earliest = jnp.max(starts), jnp.min(ends)
+        if mine is not None:
+            latest = jnp.max(jnp.where(mine, starts, 0))
+            earliest = jnp.min(jnp.where(mine, ends, MAX_INT32))
+        free_begin = jnp.clip(ceil_div(latest, block), begin, jnp.maximum(begin, end))
+        free_end = lax.div(jnp.minimum(earliest, patches), jnp.int32(block))
+        free_end = jnp.maximum(free_end, free_begin)
         carry = lax.fori_loop(begin, free_begin, masked, carry)
         carry = lax.fori_loop(free_begin, free_end, free, carry)
         carry = lax.fori_loop(free_end, end, masked, carry)
     _, total, *sums = carry
-    share = 1 / jnp.maximum(total, TINY)
-    if range_refs:
-        share = jnp.where(starts < ends, share, 0)
+    share = jnp.where(starts < ends, 1 / jnp.maximum(total, TINY), 0)
     views = _views(out_ref, batch, head, at, mine, pieces)
     for x, (view, mask) in zip(sums, views, strict=True):
         plt.store(view, (x * share[:, None]).astype(out_ref.dtype), mask=mask)

@@ -34,11 +34,11 @@ def range_attention(
         return _tiles(q, k, v, scale)
 
     def each(of: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, starts, ends = of
         if most is not None and most <= _WINDOW:
-            out = _near(*of, most, scale)
+            out = _near(q, k, v, starts, ends, most, scale)
         else:
-            out = _ranges(*of, scale)
-        *_, starts, ends = of
+            out = _ranges(q, k, v, starts, ends, scale)
         return jnp.where((ends > starts)[:, None, None], out, 0)
 
     arrays = (q, k, v, starts, ends)
@@ -106,7 +106,7 @@ def _near(
 
     keys = (jnp.arange(blocks)[:, None] - 1) * most + jnp.arange(3 * most)
     visible = (keys[:, None] >= starts[..., None]) & (keys[:, None] < ends[..., None])
-    attend = jax.vmap(lambda *of: _dense(*of, scale))
+    attend = jax.vmap(lambda q, k, v, visible: _dense(q, k, v, visible, scale))
     out = attend(q, with_neighbours(k), with_neighbours(v), visible)
     return out.reshape(-1, heads, dim)[:patches]
 
