@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from converters.parts import filled
 from converters.placement import Placement
 from converters.whole import Whole
 from jaxserve.models.quantization import quantize
@@ -41,11 +43,20 @@ def dummy_params(
         if kind not in programs:
             programs[kind] = _program(*kind)
         made = programs[kind](jax.random.fold_in(key, index))
-        if quantized is None:
+        kept = filled(wanted.parts_of(path)) if isinstance(wanted, Whole) else None
+        if kept is not None:
+            params[path] = _padded(made, *kept)
+        elif quantized is None:
             params[path] = made
         else:
             params[path], params[scales[path]] = made
     return {path: params[path] for path in specs}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _padded(made: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Zeros where no checkpoint has numbers."""
+    return jnp.where((rows[:, None] & columns).reshape(made.shape), made, 0)
 
 
 def _program(

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from converters import finite, quantize, shards
-from converters.parts import Part
+from converters.parts import Part, filled
 from converters.shards import Shard, shards_of
 from converters.sources import TensorSource
 from jaxserve.models import quantization
@@ -67,6 +67,9 @@ def _staged(source: TensorSource, parts: Sequence[Part], pieces: Sequence[Shard]
     dtypes = {source.tensor(part.name).dtype for part in parts}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     arrays = [shards.aligned_empty(parts[0].turned(piece.shape), dtype) for piece in pieces]
+    if filled(parts) is not None:
+        for array in arrays:
+            array.fill(0)
     for part in parts:
         targets = [part.turned_target(*pair) for pair in zip(pieces, arrays, strict=True)]
         shards.read(source.tensor(part.name), targets)

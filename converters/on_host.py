@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from converters import finite, quantize, shards
-from converters.parts import Part
+from converters.parts import Part, filled
 from converters.shards import Shard, aligned_empty, placed, shards_of, whole
 from converters.sources import TensorSource
 
@@ -20,6 +20,9 @@ def fuse(
     """The parameter that `parts` make up."""
     pieces = shards_of(spec.shape, sharding)
     arrays = [aligned_empty(piece.shape, np.dtype(spec.dtype)) for piece in pieces]
+    if filled(parts) is not None:
+        for array in arrays:
+            array.fill(0)
     for part in parts:
         targets = [part.target(*pair) for pair in zip(pieces, arrays, strict=True)]
         shards.read(source.tensor(part.name), targets, finite.checking(part.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -30,7 +30,9 @@ class Part:
     stored: tuple[int, ...]
     """As the checkpoint states it: the kernel of a convolution has more axes."""
     rows: tuple[int, ...]
-    """The parameter's axes that are no columns, and the source's."""
+    """The parameter's axes that are no columns."""
+    filled: tuple[int, ...]
+    """The source's, which may be shorter."""
     columns: tuple[int, ...]
     """The others."""
     transpose: bool
@@ -44,7 +46,7 @@ class Part:
 
     def of(self, parameter: np.ndarray) -> np.ndarray:
         """What is this part's of a parameter: [*rows, columns], as the tensor has them."""
-        flat = parameter.reshape(*self.rows, -1)
+        flat = parameter.reshape(*self.rows, -1)[tuple(map(slice, self.filled))]
         at = places(self.layout, self.first, self.last)
         behind = int(at[0]) + len(at)
         if np.array_equal(at, np.arange(at[0], behind)):
@@ -54,7 +56,9 @@ class Part:
     def bias(self) -> Part:
         """What it is of a parameter without rows: a bias, or a scale."""
         columns = self.shape[: 1 if self.transpose else None]
-        return dataclasses.replace(self, shape=columns, stored=columns, rows=(), transpose=False)
+        return dataclasses.replace(
+            self, shape=columns, stored=columns, rows=(), filled=(), transpose=False
+        )
 
     def target(self, shard: Shard, array: np.ndarray) -> Target:
         """Where the source goes in a shard of the parameter, of which `array` is the memory."""
@@ -76,7 +80,10 @@ class Part:
             return same_rows(shard, array)
         axes = len(self.rows)
         of = self.layout, self.first, self.last
-        return Target(array, _runs(self.columns, shard.bounds[axes:], *of), shard.bounds[:axes])
+        bounds = zip(shard.bounds[:axes], self.filled, strict=True)
+        cut = tuple((min(start, size), min(stop, size)) for (start, stop), size in bounds)
+        view = array[(slice(None), *(slice(stop - start) for start, stop in cut))]
+        return Target(view, _runs(self.columns, shard.bounds[axes:], *of), cut)
 
 
 @functools.cache
@@ -104,22 +111,40 @@ def _stretches(rows: list[int], at: list[int]) -> Iterator[tuple[int, int, int, 
         start = stop
 
 
+def filled(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which rows and which columns of a parameter its parts fill, as booleans [rows], [columns];
+    None: all of them. The others are zeros."""
+    of = parts[0]
+    rows, columns = math.prod(of.rows), math.prod(of.columns)
+    if sum(math.prod(part.shape) for part in parts) == rows * columns:
+        return None
+    found = np.zeros(columns, np.bool)
+    for part in parts:
+        found[places(part.layout, part.first, part.last)] = True
+    return np.arange(rows) < math.prod(of.filled), found
+
+
 def parts_of(path: str, shape: tuple[int, ...], config: ModelConfig, table: Table) -> list[Part]:
     """The source tensors of parameter `path` of `shape`, with the shapes they must have."""
     rule, layer = table.rule(path)
     widths = rule.widths(config) if rule.widths else (shape[-1],)
     groups = rule.groups(config) if rule.groups else 1
     orders = rule.orders(config) if rule.orders else (None,) * len(widths)
+    each, apart = len(widths) // len(rule.sources), 1 + bool(rule.padding)
+    if rule.padding:
+        widths = tuple(size for width in widths for size in (width, rule.padding))
+        orders = tuple(each for order in orders for each in (order, None))
     layout = Layout(widths, groups, orders)
     # fused parameters are kernels [in, *out], which are transposed, and biases [*out]
     rows = shape[:1] if rule.transpose else () if rule.widths else shape[:-1]
-    each = len(widths) // len(rule.sources)
+    theirs = rows if rule.rows is None else (rule.rows,)
     parts = []
     for number, source in enumerate(rule.sources):
-        first, last = number * each, (number + 1) * each
+        first = number * each * apart
+        last = first + each
         width = sum(widths[first:last])
-        expected = (width, *rows) if rule.transpose else (*rows, width)
+        expected = (width, *theirs) if rule.transpose else (*theirs, width)
         stored = expected if rule.axes is None else (width, *rule.axes)
-        fields = (rows, shape[len(rows) :], rule.transpose, layout, first, last)
+        fields = (rows, theirs, shape[len(rows) :], rule.transpose, layout, first, last)
         parts.append(Part(source.replace("{i}", layer), expected, stored, *fields))
     return parts

@@ -41,6 +41,10 @@ class Rule:
     """Of a convolution's kernel, behind its outputs: one axis here."""
     plus: float = 0.0
     """Added to each number here, in float32."""
+    rows: int | None = None
+    """Of each transposed source; what rows there are more here are zeros. None: there are none."""
+    padding: int = 0
+    """Columns of zeros here, behind those of each source, which is one part."""
 
 
 @dataclasses.dataclass(frozen=True)

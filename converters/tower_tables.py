@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from converters.tables import Rule, Table
 from jaxserve.models.vision.clip import LlavaConfig
+from jaxserve.models.vision.layers import padded
 from jaxserve.models.vision.qwen2_vl import Qwen2VLConfig
 from jaxserve.models.vision.siglip import TilesConfig
 from jaxserve.models.vision.tower import TowerConfig
@@ -14,12 +15,33 @@ from jaxserve.models.vision.tower import TowerConfig
 _OURS, _QWENS = "layers.{i}.", "visual.blocks.{i}."
 
 
-def _linear(path: str, *names: str, widths: tuple[int, ...] | None = None) -> tuple[Rule, ...]:
-    """Rules of a product made of `names` side by side, which have so many columns each."""
+def _linear(
+    path: str,
+    *names: str,
+    widths: tuple[int, ...] | None = None,
+    rows: int | None = None,
+    padding: int = 0,
+) -> tuple[Rule, ...]:
+    """Rules of a product made of `names` side by side, which have so many columns each. rows,
+    padding: see `Rule`."""
     columns = None if widths is None else lambda config: widths
+    weights, biases = (tuple(f"{name}.{kind}" for name in names) for kind in ("weight", "bias"))
     return (
-        Rule(f"{path}.kernel", tuple(f"{name}.weight" for name in names), True, columns),
-        Rule(f"{path}.bias", tuple(f"{name}.bias" for name in names), False, columns),
+        Rule(f"{path}.kernel", weights, True, columns, rows=rows, padding=padding),
+        Rule(f"{path}.bias", biases, False, columns, padding=padding),
+    )
+
+
+def _mlp(
+    size: int, first: tuple[str, ...], second: str, ours: tuple[str, str] = ("fc1", "fc2")
+) -> tuple[Rule, ...]:
+    """Rules of a layer's MLP of dim `size`: its first product, or those of gate and up, and its
+    second one, which are padded."""
+    one, two = (f"{_OURS}mlp.{name}" for name in ours)
+    widths, padding = (size,) * len(first), padded(size) - size
+    return (
+        *_linear(one, *first, widths=widths, padding=padding),
+        *_linear(two, second, rows=size),
     )
 
 
@@ -59,24 +81,21 @@ _QWEN2_MERGER = (
 
 
 def _qwen2_vl(config: TowerConfig) -> Table:
-    mlp = (
-        *_linear(_OURS + "mlp.fc1", _QWENS + "mlp.fc1"),
-        *_linear(_OURS + "mlp.fc2", _QWENS + "mlp.fc2"),
-    )
+    assert isinstance(config, Qwen2VLConfig)
+    mlp = _mlp(config.mlp_dim, (_QWENS + "mlp.fc1",), _QWENS + "mlp.fc2")
     return _qwen_vl(config, *mlp, *_QWEN2_MERGER)
 
 
 def _qwen25_vl(config: TowerConfig) -> Table:
     assert isinstance(config, Qwen2VLConfig)
     names = (_QWENS + "mlp.gate_proj", _QWENS + "mlp.up_proj")
-    mlp = (
-        *_linear(_OURS + "mlp.gate_up", *names, widths=(config.mlp_dim,) * 2),
-        *_linear(_OURS + "mlp.down", _QWENS + "mlp.down_proj"),
-    )
+    mlp = _mlp(config.mlp_dim, names, _QWENS + "mlp.down_proj", ("gate_up", "down"))
     return _qwen_vl(config, *mlp, *_QWEN2_MERGER)
 
 
 def _qwen3_vl(config: TowerConfig) -> Table:
+    assert isinstance(config, Qwen2VLConfig)
+
     def merger(ours: str, theirs: str) -> tuple[Rule, ...]:
         return (
             *_norm(f"{ours}.norm", f"{theirs}.norm"),
@@ -87,8 +106,7 @@ def _qwen3_vl(config: TowerConfig) -> Table:
     return _qwen_vl(
         config,
         Rule("positions", ("visual.pos_embed.weight",)),
-        *_linear(_OURS + "mlp.fc1", _QWENS + "mlp.linear_fc1"),
-        *_linear(_OURS + "mlp.fc2", _QWENS + "mlp.linear_fc2"),
+        *_mlp(config.mlp_dim, (_QWENS + "mlp.linear_fc1",), _QWENS + "mlp.linear_fc2"),
         *merger("merger", "visual.merger"),
         *merger("mergers.{i}", "visual.deepstack_merger_list.{i}"),
     )
@@ -105,8 +123,7 @@ def _tiles(config: TilesConfig, prefix: str, *more: Rule) -> tuple[Rule, ...]:
         *_norm(_OURS + "norm2", theirs + "layer_norm2"),
         *_linear(_OURS + "attn.qkv", *qkv, widths=(config.dim,) * 3),
         *_linear(_OURS + "attn.o", theirs + "self_attn.out_proj"),
-        *_linear(_OURS + "mlp.fc1", theirs + "mlp.fc1"),
-        *_linear(_OURS + "mlp.fc2", theirs + "mlp.fc2"),
+        *_mlp(config.mlp_dim, (theirs + "mlp.fc1",), theirs + "mlp.fc2"),
         *more,
     )
 

@@ -1,4 +1,5 @@
-"""Attention over a paged KV cache: one folder per operation, several implementations of each.
+"""Attention over a paged KV cache, and what stands around it: one folder per operation, several
+implementations of each.
 
 Nothing here knows of the engine. Letters: T packed tokens, B rows, P pages, S page size, W page
 table width, N query heads, K KV heads, G = N/K, H head dim.
@@ -24,6 +25,8 @@ from pallas_kernels.paged_decode.api import decode_implementation, paged_decode
 from pallas_kernels.paged_prefill.api import OPERATION as _PAGED_PREFILL
 from pallas_kernels.paged_prefill.api import paged_prefill
 from pallas_kernels.paged_prefill.plan import FIXED_TILE
+from pallas_kernels.range_attention.api import OPERATION as _RANGE_ATTENTION
+from pallas_kernels.range_attention.api import range_attention
 from pallas_kernels.registry import Operation
 from pallas_kernels.rope_kv_write.api import OPERATION as _ROPE_KV_WRITE
 from pallas_kernels.rope_kv_write.api import rope_kv_write
@@ -49,6 +52,7 @@ __all__ = [
     "operations",
     "paged_decode",
     "paged_prefill",
+    "range_attention",
     "rope_kv_write",
     "runs_as_one_kernel",
     "sample",
@@ -60,6 +64,7 @@ def operations() -> dict[str, Operation]:
     known = (
         _PAGED_DECODE,
         _PAGED_PREFILL,
+        _RANGE_ATTENTION,
         _KV_WRITE,
         _ROPE_KV_WRITE,
         _LINEAR,

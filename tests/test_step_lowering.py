@@ -11,21 +11,22 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from benchmarks.workloads import SHAPES
+from benchmarks.workloads import SHAPES, with_tower
 from jaxserve.attention.cut import CutOps
 from jaxserve.attention.paged import PagedOps
 from jaxserve.cache.pool import make_cache
 from jaxserve.config import EngineConfig
+from jaxserve.media.normal import Normal
 from jaxserve.models import registry
 from jaxserve.packing.buckets import Buckets
 from jaxserve.packing.layout import ExtendLayout
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
-from jaxserve.step import products, step
+from jaxserve.step import pictures, products, step
 from jaxserve.step.payloads import USUAL
 from jaxserve.step.state import initial_state
 from jaxserve.weights import kept
-from pallas_kernels import Device, compat
+from pallas_kernels import Device, compat, range_attention
 from pallas_kernels.all_reduce.workspace import COMM_WORDS
 from tests.kernels.support import quiet
 from tests.machines import GPU
@@ -192,3 +193,36 @@ def test_a_cut_model_sums_over_peer_memory(shape, kind, size, peer):
     assert text.count("stablehlo.all_gather") == 1
     sums = text.count("stablehlo.all_reduce") - (shape == "qwen2.5-0.5b")
     assert (sums == 0) == peer
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("kernels", [None, "xla"])
+def test_a_tower_uses_the_kernel(kernels, parts):
+    """For whole pictures and for windows; on a mesh every device runs all of it."""
+    hf, patches = with_tower("qwen2.5-vl-7b"), 4096
+    hf["vision_config"] |= {"depth": 4, "fullatt_block_indexes": [1, 3]}
+    tower = registry.tower_config_from_hf(hf, registry.config_from_hf(hf))
+    declaration = registry.declare_tower(tower, jnp.bfloat16)
+    model = pictures.TowerModel(
+        lambda arrays: declaration.bind(dict(zip(declaration.specs, arrays, strict=True))),
+        declaration.dtype,
+        Normal(1 / 255, (0.5,) * 3, (0.5,) * 3),
+        functools.partial(range_attention, implementation=kernels),
+    )
+    about = registry.tower_of(tower.architecture).facts(tower, (), patches)
+    arguments = (
+        tuple(declaration.specs.values()),
+        jax.ShapeDtypeStruct((4096, tower.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((patches, tower.patch_width), jnp.uint8),
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in about.items()},
+        jax.ShapeDtypeStruct((patches // tower.patches_per_token,), jnp.int32),
+    )
+    function, mesh = functools.partial(pictures.encode, model), None
+    if parts > 1:
+        mesh, whole = compat.abstract_gpus({"data": 1, "tensor": parts}), PartitionSpec()
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False
+        )
+    text = compat.lower_for_cuda(function, *arguments, mesh=mesh)
+    assert text.count("call @range_attention") == 4
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == (2 if kernels is None else 0)

@@ -106,6 +106,32 @@ def test_fusing_on_an_accelerator_gives_the_same(qwen, monkeypatch):
     same(converters.load(str(qwen)), loaded)
 
 
+@pytest.mark.parametrize("way", ["host", "accelerator", "dummy"])
+def test_mlps_are_padded_with_zeros(saved, way, monkeypatch):
+    """To a multiple of 128: columns of the first product, gate and up each, rows of the second."""
+    if way == "accelerator":
+        monkeypatch.setattr("converters.convert.on_cpu", lambda sharding: False)
+    kind = "dummy" if way == "dummy" else "auto"
+    loaded = converters.load(str(saved), load_format=kind)
+    assert loaded.tower is not None
+    layer = {
+        path.removeprefix("layers.0.mlp."): np.asarray(array)
+        for path, array in loaded.tower.params.items()
+        if path.startswith("layers.0.mlp.")
+    }
+    size, dim = loaded.tower.config.mlp_dim, loaded.tower.config.dim
+    assert size % 128
+    first, second = ("gate_up", "down") if "down.kernel" in layer else ("fc1", "fc2")
+    sections = 2 if first == "gate_up" else 1
+    kernel = layer[f"{first}.kernel"].reshape(dim, sections, 128)
+    bias = layer[f"{first}.bias"].reshape(sections, 128)
+    assert kernel[..., :size].all() and not kernel[..., size:].any()
+    assert not bias[:, size:].any()
+    assert layer[f"{second}.kernel"].shape == (128, dim)
+    assert layer[f"{second}.kernel"][:size].all() and not layer[f"{second}.kernel"][size:].any()
+    assert layer[f"{second}.bias"].shape == (dim,)
+
+
 class TestSpellings:
     def test_qwen_before_transformers_5(self, qwen, tmp_path):
         """Text sizes at the top level, "mrope", and none of the newer prefixes."""

@@ -12,8 +12,7 @@ import pytest
 import converters
 from jaxserve.models import registry
 from jaxserve.models.dense import DenseMeta, DenseOps
-from jaxserve.models.vision import attention
-from jaxserve.models.vision.grid import ranges
+from pallas_kernels import range_attention
 from tests import vision_models
 from tests.vision_models import FAMILIES, IMAGE
 
@@ -27,7 +26,7 @@ def pair(request, tmp_path_factory):
     folder = vision_models.make(family, tmp_path_factory.mktemp(family))
     loaded = converters.load(folder)
     declaration, params = loaded.tower.declaration, loaded.tower.params
-    tower = jax.jit(lambda params, *inputs: declaration.bind(params)(*inputs))
+    tower = jax.jit(lambda params, *inputs: declaration.bind(params)(*inputs, range_attention))
     return types.SimpleNamespace(
         family=family,
         config=declaration.config,
@@ -87,7 +86,11 @@ def test_rows_have_the_dtype_of_the_parameters(pair):
     assert {spec.dtype for spec in half.specs.values()} == {jnp.dtype("bfloat16")}
     patches = np.zeros((size, pair.config.patch_width), np.float32)
     facts = dict(pair.facts((), size))
-    rows = jax.eval_shape(lambda p, x, f: half.bind(p)(x, f), dict(half.specs), patches, facts)
+
+    def run(params, patches, facts):
+        return half.bind(params)(patches, facts, range_attention)
+
+    rows = jax.eval_shape(run, dict(half.specs), patches, facts)
     assert (rows.shape[1], rows.dtype) == (pair.config.width, jnp.dtype("bfloat16"))
 
 
@@ -163,59 +166,3 @@ def test_equal_positions_are_one(pair):
     for each in one:
         for a, b in zip(one[each], three[each], strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def dense(q, k, v, visible) -> np.ndarray:
-    scores = np.einsum("qnh,knh->nqk", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(visible, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("nqk,knh->qnh", weights / weights.sum(axis=-1, keepdims=True), v)
-
-
-def random_heads(*shape: int) -> list[jax.Array]:
-    rng = np.random.default_rng(len(shape))
-    heads = 2 * rng.standard_normal((3, *shape, 2, 8))
-    return list(jnp.asarray(heads, jnp.float32))
-
-
-@pytest.mark.parametrize("lengths", [(100, 7), (513, 1000, 3, 500)])
-def test_attention_within_ranges(lengths):
-    """In one block, and in several with ranges that begin and end within them."""
-    patches = sum(lengths) + 5
-    q, k, v = random_heads(patches)
-    starts, ends = ranges(lengths, patches)
-    visible = (np.arange(patches) >= starts[:, None]) & (np.arange(patches) < ends[:, None])
-    ours = jax.jit(attention.ranges)(q, k, v, starts, ends)
-    np.testing.assert_allclose(ours, dense(q, k, v, visible), rtol=0, atol=1e-5)
-
-
-def test_attention_within_windows():
-    lengths = (16, 3, 16, 1, 9, 16, 5, 4)
-    q, k, v = random_heads(sum(lengths) + 3)
-    starts, ends = ranges(lengths, len(q))
-    visible = (np.arange(len(q)) >= starts[:, None]) & (np.arange(len(q)) < ends[:, None])
-    ours = attention.near(q, k, v, starts, ends, 16)
-    np.testing.assert_allclose(ours, dense(q, k, v, visible), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [65, 577])
-def test_attention_within_tiles(size, monkeypatch):
-    """Some tiles at a time, and blocks of a tile that do not fill it."""
-    monkeypatch.setattr(attention, "_SCORES", 2 * 65 * 65 * 2)
-    q, k, v = random_heads(3, size)
-    for ours, *each in zip(attention.tiles(q, k, v), q, k, v, strict=True):
-        np.testing.assert_allclose(ours, dense(*map(np.asarray, each), True), rtol=0, atol=1e-5)
-
-
-def test_attention_has_no_scores_of_all_with_all():
-    """4,096 patches and 16 heads would make 1 GiB of them."""
-    x = jax.ShapeDtypeStruct((4096, 16, 72), jnp.float32)
-    place = jax.ShapeDtypeStruct((4096,), jnp.int32)
-    limit = 256 << 20
-    for function, arguments in (
-        (attention.ranges, (x, x, x, place, place)),
-        (lambda *qkv: attention.tiles(*(y[None] for y in qkv)), (x, x, x)),
-        (lambda *rest: attention.near(*rest, 64), (x, x, x, place, place)),
-    ):
-        compiled = jax.jit(function).lower(*arguments).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < limit

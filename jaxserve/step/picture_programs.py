@@ -16,6 +16,7 @@ from jaxserve.media.picture import Shape
 from jaxserve.models.vision.families import tower_of
 from jaxserve.step import pictures
 from jaxserve.step.catalogue import Program
+from pallas_kernels import range_attention
 
 if TYPE_CHECKING:
     from converters import LoadedTower
@@ -43,15 +44,15 @@ class TowerFacts:
         assert tower is not None
         return tower.facts(config, shapes, patches)
 
-    @property
-    def model(self) -> pictures.TowerModel:
-        """The tower as programs see it."""
+    def model(self, kernels: str | None) -> pictures.TowerModel:
+        """The tower as programs see it. kernels: see `ProgramConfig.other_kernels`."""
         of = self.declaration
 
         def bind(arrays: tuple[jax.Array, ...]) -> Tower:
             return of.bind(dict(zip(of.specs, arrays, strict=True)))
 
-        return pictures.TowerModel(bind, of.dtype, self.sizes.pictures.normal)
+        attention = functools.partial(range_attention, implementation=kernels)
+        return pictures.TowerModel(bind, of.dtype, self.sizes.pictures.normal, attention)
 
 
 def tower_facts(
@@ -67,6 +68,7 @@ def tower_facts(
 def picture_programs(facts: Facts, tower: TowerFacts) -> list[Program]:
     """A tower's, for pixels and for what somebody else has normalized; and one for features."""
     config, sizes = tower.declaration.config, tower.sizes
+    model = tower.model(facts.config.program.other_kernels)
     params = tuple(facts.array(*x.shape, dtype=x.dtype) for x in tower.declaration.specs.values())
 
     def patches(dtype: Any) -> Callable[[int], jax.ShapeDtypeStruct]:
@@ -79,7 +81,7 @@ def picture_programs(facts: Facts, tower: TowerFacts) -> list[Program]:
     def encode(kind: str, dtype: Any, buckets: tuple[int, ...]) -> Program:
         return Program(
             kind,
-            lambda count: functools.partial(pictures.encode, tower.model),
+            lambda count: functools.partial(pictures.encode, model),
             {
                 "tower": params,
                 "media": facts.media,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxserve.media.normal import Normal
     from jaxserve.models.decoder import Decoder
+    from jaxserve.models.vision.attention import RangeAttention
     from jaxserve.models.vision.tower import Tower
 
 
@@ -56,6 +57,8 @@ class TowerModel(NamedTuple):
     """Of activations."""
     normal: Normal
     """What pixels become before the tower."""
+    attention: RangeAttention
+    """Of patches."""
 
 
 def encode(
@@ -73,7 +76,7 @@ def encode(
     """
     if patches.dtype == jnp.uint8:
         patches = model.normal.apply(patches.astype(jnp.float32))
-    features = model.bind(params)(patches.astype(model.dtype), facts)
+    features = model.bind(params)(patches.astype(model.dtype), facts, model.attention)
     return (media.at[rows].set(features.astype(media.dtype), mode="drop"),), ()
 
 

@@ -17,6 +17,7 @@ from jaxserve.errors import NotSupportedError
 from jaxserve.models import values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.make import Make
+from jaxserve.models.vision.attention import RangeAttention
 from jaxserve.models.vision.layers import MLP, LayerNorm
 from jaxserve.models.vision.siglip import LLAMA, TilesConfig, TilesTower, tile_fields
 from jaxserve.models.vision.tower import TowerConfig
@@ -87,10 +88,12 @@ class LlavaTower(TilesTower):
             "projector_bias": values.flag(hf, "multimodal_projector_bias", True),
         }
 
-    def __call__(self, patches: jax.Array, facts: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, facts: Mapping[str, jax.Array], attention: RangeAttention
+    ) -> jax.Array:
         del facts
         x = self.embed(patches)
         first = jnp.broadcast_to(self.class_token[...], (len(x), 1, self.config.dim))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...]
-        x = self.run(self.first_norm(x))[:, 1:]
+        x = self.run(self.first_norm(x), attention)[:, 1:]
         return self.projector(x.reshape(-1, self.config.dim))

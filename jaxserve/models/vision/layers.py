@@ -14,10 +14,15 @@ from flax import nnx
 from jaxserve.models.dense import product
 from jaxserve.models.layers import RMSNorm, activation
 from jaxserve.models.make import Make
+from jaxserve.models.vision.attention import Attend
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""q, k, v [..., N, H] -> what each patch collects, [..., N, H]."""
 Norm = Callable[[jax.Array], jax.Array]
+
+
+def padded(mlp_dim: int) -> int:
+    """F as a layer's MLP has it: a multiple of 128, of which GPUs multiply matrices faster (3,420
+    is none of 8). What is more than a checkpoint has is zero, and so adds nothing."""
+    return -(-mlp_dim // 128) * 128
 
 
 class Linear(nnx.Module):

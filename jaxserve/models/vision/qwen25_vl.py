@@ -22,15 +22,15 @@ from jaxserve.models import values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import RMSNorm
 from jaxserve.models.make import Make
-from jaxserve.models.vision import attention, grid
-from jaxserve.models.vision.layers import GatedMLP
+from jaxserve.models.vision import grid
+from jaxserve.models.vision.attention import RangeAttention, within
+from jaxserve.models.vision.layers import GatedMLP, padded
 from jaxserve.models.vision.qwen2_vl import (
     EPS,
     Qwen2VLConfig,
     Qwen2VLTower,
     common_fields,
     layer_numbers,
-    see_picture,
 )
 from jaxserve.models.vision.tower import TowerConfig
 
@@ -75,7 +75,7 @@ class Qwen25VLTower(Qwen2VLTower):
 
     @staticmethod
     def feed_forward(config: Qwen2VLConfig, make: Make) -> GatedMLP:
-        return GatedMLP(config.dim, config.mlp_dim, make, act=config.act)
+        return GatedMLP(config.dim, padded(config.mlp_dim), make, act=config.act)
 
     @staticmethod
     def config_fields(
@@ -118,18 +118,19 @@ class Qwen25VLTower(Qwen2VLTower):
             "back": np.argsort(order).astype(np.int32),
         }
 
-    def __call__(self, patches: jax.Array, facts: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, facts: Mapping[str, jax.Array], attention: RangeAttention
+    ) -> jax.Array:
         config = self.config
         assert isinstance(config, Qwen25VLConfig)
         each = config.patches_per_token
         by_token = patches.reshape(-1, each, patches.shape[-1])
         x = self.embed(by_token[facts["order"]].reshape(patches.shape))
-        turn, whole = self.turn(facts["rows"], facts["columns"]), see_picture(facts)
-
-        def window(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            ends, most = facts["window_ends"], config.window_patches
-            return attention.near(q, k, v, facts["window_starts"], ends, most)
-
+        turn = self.turn(facts["rows"], facts["columns"])
+        whole = within(attention, facts["starts"], facts["ends"])
+        window = within(
+            attention, facts["window_starts"], facts["window_ends"], config.window_patches
+        )
         for index, layer in enumerate(self.layers):
             x = layer(x, whole if index in config.whole_layers else window, turn)
         return self.merger(x)[facts["back"]]

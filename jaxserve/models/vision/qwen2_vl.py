@@ -23,15 +23,16 @@ from jaxserve.models.config import MOST_LAYERS, ModelConfig
 from jaxserve.models.layers import RMSNorm
 from jaxserve.models.make import Make
 from jaxserve.models.rope_config import RopeConfig
-from jaxserve.models.vision import attention, grid
+from jaxserve.models.vision import grid
+from jaxserve.models.vision.attention import RangeAttention, within
 from jaxserve.models.vision.layers import (
     MLP,
-    Attend,
     Attention,
     GatedMLP,
     Layer,
     LayerNorm,
     Linear,
+    padded,
 )
 from jaxserve.models.vision.tower import Tower, TowerConfig
 
@@ -50,7 +51,7 @@ class Qwen2VLConfig(TowerConfig):
     heads: int
     """N."""
     mlp_dim: int
-    """Of the layers' MLP."""
+    """Of the layers' MLP, as the checkpoint has it."""
     act: str
     """Of the layers' MLP: a name that `layers.activation` knows."""
     merge: int
@@ -139,7 +140,7 @@ class Qwen2VLTower(Tower):
     @staticmethod
     def feed_forward(config: Qwen2VLConfig, make: Make) -> MLP | GatedMLP:
         """What a layer has behind attention."""
-        return MLP(config.dim, config.mlp_dim, config.dim, make, act=config.act)
+        return MLP(config.dim, padded(config.mlp_dim), config.dim, make, act=config.act)
 
     @staticmethod
     def config_fields(
@@ -159,10 +160,13 @@ class Qwen2VLTower(Tower):
         found = grid.places(shapes, config.merge, patches)
         return {"rows": found.rows, "columns": found.columns, "starts": starts, "ends": ends}
 
-    def __call__(self, patches: jax.Array, facts: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, facts: Mapping[str, jax.Array], attention: RangeAttention
+    ) -> jax.Array:
         x, turn = self.embed(patches), self.turn(facts["rows"], facts["columns"])
+        attend = within(attention, facts["starts"], facts["ends"])
         for layer in self.layers:
-            x = layer(x, see_picture(facts), turn)
+            x = layer(x, attend, turn)
         return self.merger(x)
 
     def embed(self, patches: jax.Array) -> jax.Array:
@@ -181,11 +185,6 @@ class Qwen2VLTower(Tower):
         by_row, by_column = (rope.cos_sin(*each, places) for places in (rows, columns))
         cos, sin = (jnp.concatenate(pair, axis=-1) for pair in zip(by_row, by_column, strict=True))
         return lambda x: rope.rotate(x, cos, sin)
-
-
-def see_picture(facts: Mapping[str, jax.Array]) -> Attend:
-    """Attention of patches that see all of their picture."""
-    return lambda q, k, v: attention.ranges(q, k, v, facts["starts"], facts["ends"])
 
 
 def common_fields(

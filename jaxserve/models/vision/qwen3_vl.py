@@ -21,6 +21,7 @@ from jaxserve.media.picture import Shape
 from jaxserve.models import values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.make import Make
+from jaxserve.models.vision.attention import RangeAttention, within
 from jaxserve.models.vision.layers import LayerNorm
 from jaxserve.models.vision.qwen2_vl import (
     EPS,
@@ -29,7 +30,6 @@ from jaxserve.models.vision.qwen2_vl import (
     Qwen2VLTower,
     common_fields,
     layer_numbers,
-    see_picture,
 )
 from jaxserve.models.vision.tower import TowerConfig
 
@@ -132,14 +132,17 @@ class Qwen3VLTower(Qwen2VLTower):
         found["weights"] = np.stack([a * b for (_, a), (_, b) in pairs])
         return found
 
-    def __call__(self, patches: jax.Array, facts: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, facts: Mapping[str, jax.Array], attention: RangeAttention
+    ) -> jax.Array:
         config = self.config
         assert isinstance(config, Qwen3VLConfig)
         x = self.embed(patches)
         near = jnp.take(self.positions[...], facts["near"], axis=0, mode="clip")
         between = jnp.einsum("npd,np->pd", near.astype(jnp.float32), facts["weights"])
         x = x + between.astype(x.dtype)
-        turn, attend = self.turn(facts["rows"], facts["columns"]), see_picture(facts)
+        turn = self.turn(facts["rows"], facts["columns"])
+        attend = within(attention, facts["starts"], facts["ends"])
         deep = []
         for index, layer in enumerate(self.layers):
             x = layer(x, attend, turn)

@@ -23,8 +23,8 @@ from jaxserve.models import values
 from jaxserve.models.config import MOST_LAYERS, ModelConfig
 from jaxserve.models.layers import RMSNorm
 from jaxserve.models.make import Make
-from jaxserve.models.vision import attention
-from jaxserve.models.vision.layers import MLP, Attention, Layer, LayerNorm, Linear
+from jaxserve.models.vision.attention import Attend, RangeAttention
+from jaxserve.models.vision.layers import MLP, Attention, Layer, LayerNorm, Linear, padded
 from jaxserve.models.vision.tower import Tower, TowerConfig
 from jaxserve.shown import quoted
 
@@ -51,7 +51,7 @@ class TilesConfig(TowerConfig):
     heads: int
     """Of attention."""
     mlp_dim: int
-    """Of the layers' MLP."""
+    """Of the layers' MLP, as the checkpoint has it."""
     act: str
     """Of the layers' MLP: a name that `layers.activation` knows."""
     eps: float
@@ -86,7 +86,7 @@ class TilesTower(Tower):
     def layer(config: TilesConfig, make: Make) -> Layer:
         """One of the layers."""
         norms = tuple(LayerNorm(config.dim, make, eps=config.eps) for _ in range(2))
-        mlp = MLP(config.dim, config.mlp_dim, config.dim, make, act=config.act)
+        mlp = MLP(config.dim, padded(config.mlp_dim), config.dim, make, act=config.act)
         return Layer((norms[0], norms[1]), Attention(config.dim, config.heads, make), mlp)
 
     @staticmethod
@@ -101,10 +101,10 @@ class TilesTower(Tower):
         x = self.patch_embed(patches.astype(self.patch_embed.kernel[...].dtype))
         return x.reshape(-1, self.config.unit, self.config.dim)
 
-    def run(self, x: jax.Array) -> jax.Array:
+    def run(self, x: jax.Array, attend: Attend) -> jax.Array:
         """[B, S, d] -> the same behind the layers."""
         for layer in self.layers:
-            x = layer(x, attention.tiles)
+            x = layer(x, attend)
         return x
 
 
@@ -128,9 +128,12 @@ class SiglipTower(TilesTower):
         self.positions = make.normal(config.unit, config.dim)
         self.final_norm = LayerNorm(config.dim, make, eps=config.eps)
 
-    def __call__(self, patches: jax.Array, facts: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, facts: Mapping[str, jax.Array], attention: RangeAttention
+    ) -> jax.Array:
         del facts
-        x = self.final_norm(self.run(self.embed(patches) + self.positions[...]))
+        x = self.run(self.embed(patches) + self.positions[...], attention)
+        x = self.final_norm(x)
         side, merge, dim = self.config.side, self.config.merge, self.config.dim
         squares = x.reshape(-1, side // merge, merge, side // merge, merge, dim)
         return self.project(squares.swapaxes(2, 3).reshape(-1, merge**2, dim))

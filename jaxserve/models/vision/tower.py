@@ -18,6 +18,7 @@ from jaxserve.media.picture import Shape
 from jaxserve.models import values
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.make import Make
+from jaxserve.models.vision.attention import RangeAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Tower(nnx.Module):
         multiple of `config.unit`. shapes: those that `config.check` lets through."""
         raise NotImplementedError
 
-    def __call__(self, patches: jax.Array, facts: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, facts: Mapping[str, jax.Array], attention: RangeAttention
+    ) -> jax.Array:
         """Normalized patches [P, C * p * p] -> [P / patches_per_token, rows * D], in order."""
         raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Attention without a cache or causality: of pictures' patches, each within its range."""
