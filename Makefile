@@ -8,9 +8,10 @@ PYTHON_NEW ?= $(shell for p in python3.12 python3.13 python3.14 \
 	if "$$p" -c 'pass' 2>/dev/null; then echo "$$p"; break; fi; done)
 JOBS ?= 2
 BIN := .venv/bin
-SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
 KERNELS := tests/test_kernels_*.py -k "mosaic or lower or order or refus"
-# Most of what tests compile runs once: LLVM's passes take longer than they save. `make check` has them.
+# Most of what tests compile runs once: LLVM's passes take longer than they save. Tests for which they
+# do not, or that are about what the passes make, have them (`optimized` in tests/conftest.py).
 QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 EIGHT := XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8"
 
@@ -44,9 +45,9 @@ endif
 # and the cases of `make test` that say much the same as others.
 check: .venv/check.stamp $(if $(PYTHON_NEW),.venv-newest/stamp)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
-	$(BIN)/python -m pytest -m long $(SPREAD) --ignore tests/mesh
-	$(EIGHT) $(BIN)/python -m pytest -m long $(SPREAD) tests/mesh
-	$(if $(PYTHON_NEW),.venv-newest/bin/python -m pytest -m long $(SPREAD) $(KERNELS))
+	$(QUICK) $(BIN)/python -m pytest -m long $(SPREAD) --ignore tests/mesh
+	$(EIGHT) $(QUICK) $(BIN)/python -m pytest -m long $(SPREAD) tests/mesh
+	$(if $(PYTHON_NEW),$(QUICK) .venv-newest/bin/python -m pytest -m long $(SPREAD) $(KERNELS))
 
 # Into site/; a broken link is an error.
 docs: .venv/docs.stamp

@@ -17,7 +17,6 @@ os.environ.setdefault(
 )
 
 # Without these emitters XLA compiles for a CPU in a third of the time (jaxlib 0.11 has no other).
-# `make check` has them, as it has optimizations.
 WITHOUT_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 flags = os.environ.get("XLA_FLAGS", "")
 if (
@@ -84,6 +83,19 @@ def kept_programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EngineConfig, "resolve", resolved)
         yield
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs with all of LLVM's passes, which the Makefile leaves out: for tests that run their
+    programs for longer than the passes take, or whose bits the passes could change."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update(
+        "jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+    )
 
 
 @pytest.fixture(scope="module")

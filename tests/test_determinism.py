@@ -24,7 +24,7 @@ from tests.machines import MACHINES
 from tests.marks import long
 from tests.prompts import text
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("optimized", "kept_programs")
 PREFIXES = (1, 511, 2048, 4097)
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 4608, "max_running_requests": 16,

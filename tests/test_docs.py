@@ -267,14 +267,18 @@ OFTEN = ("README", "quickstart", "sampling", "streaming", "observability", "many
     ids=lambda path: path.stem,
 )
 def test_the_examples_of_a_page_run_in_their_order(path, request, tmp_path, monkeypatch):
-    """As one program, on a tiny model in place of "path/to/model"; files go to a folder of its own.
-    Engines that a page leaves to the end of the program are shut down."""
-    monkeypatch.chdir(tmp_path)
-    text = path.read_text(encoding="utf-8")
     if path.stem in SEEING:
         model = request.getfixturevalue("speaking_model")
     else:
         model = request.getfixturevalue("tiny_models")("llama")
+    run_page(path, model, tmp_path, monkeypatch)
+
+
+def run_page(path, model, folder, monkeypatch):
+    """A page's examples as one program, on `model` in place of "path/to/model", in `folder`.
+    Engines that a page leaves to the end of the program are shut down."""
+    monkeypatch.chdir(folder)
+    text = path.read_text(encoding="utf-8")
     program = {"__name__": "__main__"}
     try:
         for block in BLOCK.finditer(text):

@@ -12,9 +12,7 @@ from tests import test_docs, test_examples
 @pytest.mark.long
 def test_the_page_runs_on_several_devices(tiny_models, tmp_path, monkeypatch):
     path = test_docs.ROOT / "docs/guide/many_gpus.md"
-    test_docs.test_the_examples_of_a_page_run_in_their_order(
-        path, tiny_models, tmp_path, monkeypatch
-    )
+    test_docs.run_page(path, tiny_models("llama"), tmp_path, monkeypatch)
 
 
 @pytest.mark.long
