@@ -30,7 +30,7 @@ NOTED = 16
 @dataclasses.dataclass(frozen=True)
 class ChainBuckets:
     """Rows B of the programs of steps with chains, fewer than plain steps have, because each chain
-    has all of them: one, those of extend steps, and the largest of decode steps."""
+    has all of them: one, those of extend steps, powers of two beyond, and the largest."""
 
     decode: tuple[int, ...]
     """Of decode steps, ascending."""
@@ -41,7 +41,9 @@ class ChainBuckets:
     def of(cls, buckets: Buckets) -> ChainBuckets:
         """For an engine with `buckets`."""
         extend = set(map(buckets.extend_rows, buckets.extend))
-        decode = {b for b in buckets.decode if b == 1 or b in extend} | {buckets.decode[-1]}
+        doubled = {b for b in buckets.decode if b > max(extend) and b.bit_count() == 1}
+        few = {b for b in buckets.decode if b == 1 or b in extend}
+        decode = few | doubled | {buckets.decode[-1]}
         return cls(tuple(sorted(decode)), tuple(sorted(extend)))
 
     @property

@@ -38,6 +38,8 @@ class Context:
     """L, of the model."""
     head: Callable[[jax.Array], jax.Array] | None = None
     """What `logits` asks."""
+    known_top: jax.Array | None = None
+    """What `top` answers, where a chain knows it from the transforms before."""
 
     @property
     def step(self) -> jax.Array:
@@ -73,6 +75,11 @@ class Context:
         once more."""
         assert self.head is not None, "engines give one"
         return self.head(state)
+
+    def top(self, logits: jax.Array) -> jax.Array:
+        """`logits.max()` of the logits that `apply` was given. XLA cannot know that a filter leaves
+        the largest where it is, and would read all of them again in each transform of a chain."""
+        return logits.max() if self.known_top is None else self.known_top
 
     def uniform(self, tag: int) -> jax.Array:
         """A number of [0, 1), float32, that depends on the request's seed, the sample, the position

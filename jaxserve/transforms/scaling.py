@@ -22,7 +22,7 @@ def temperature() -> Transform:
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
         divisor = params["temperature"]
-        best = jnp.where(logits == logits.max(), logits, -jnp.inf)
+        best = jnp.where(logits == context.top(logits), logits, -jnp.inf)
         return jnp.where(divisor < COLDEST, best, logits / jnp.maximum(divisor, COLDEST))
 
     return Transform(apply, params={"temperature": 1.0}, ranges={"temperature": (0, None)})

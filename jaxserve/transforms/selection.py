@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-BITS = 4
-"""Of a threshold that one pass over the row finds: 15 sums of one read, 8 passes."""
+BITS = 2
+"""Of a threshold that one pass over the row finds: 3 sums of one read. On a GPU, 64 rows of 128,256
+took 0.30 ms this way and 0.55 with 4 bits, 15 sums and half as many passes."""
+DIGITS = range(30 - BITS, -1, -BITS)
+"""Lowest bit of each; no number below 2 has one of the two above."""
 GROUP = 16
 """Tokens of which the largest stands for all, see `largest`."""
 
@@ -19,27 +22,26 @@ def smallest_with_mass(
     mass: jax.Array,
 ) -> jax.Array:
     """The tokens with the smallest keys whose weights sum to `mass`: the one that crosses it, and
-    all of the same key, are among them. All, where the weights sum to less. [V] bool.
+    all of the same key, are among them. All below 2, where the weights sum to less. [V] bool.
 
     `judge(values)` makes keys and weights of `values` [V], elementwise: [V] float32 both, not
-    negative. Each pass asks it again, because reading two rows takes a GPU longer.
+    negative, and keys below 2 where weights are not 0. Each pass asks it again, because reading two rows takes a
+    GPU longer.
 
     What a sort and a cumulative sum find. The bits of such keys are ordered as the keys are, so
     the key that crosses is found digit by digit: sums over nested sets never fall, and each pass
-    makes those for all values of a digit at once.
+    makes those for all values of a digit at once. The passes are written out: a loop has further
+    kernels between them.
     """
-
-    def digit(i: jax.Array, found: jax.Array) -> jax.Array:
-        # without the barrier XLA may judge once, before the loop
+    found = jnp.uint32(0)
+    for lowest in DIGITS:
+        # without the barrier XLA may judge once, before all passes
         row, found = jax.lax.optimization_barrier((values, found))
         keys, weights = judge(row)
         bits = jax.lax.bitcast_convert_type(keys, jnp.uint32)
-        unit = jnp.left_shift(jnp.uint32(1), (32 - BITS * (i + 1)).astype(jnp.uint32))
-        limits = [found + unit * jnp.uint32(value) for value in range(1, 1 << BITS)]
+        limits = [found + jnp.uint32(value << lowest) for value in range(1, 1 << BITS)]
         below = _sums([jnp.where(bits < limit, weights, 0.0) for limit in limits])
-        return found + unit * sum((each < mass).astype(jnp.uint32) for each in below)
-
-    found = jax.lax.fori_loop(0, 32 // BITS, digit, jnp.uint32(0))
+        found += sum((each < mass).astype(jnp.uint32) for each in below) << lowest
     return jax.lax.bitcast_convert_type(judge(values)[0], jnp.uint32) <= found
 
 

@@ -7,6 +7,7 @@ text goes; `observe` is told of each token that was drawn, now or when a request
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -53,6 +54,9 @@ class Transform(NamedTuple):
     None: there is no such bound."""
     tables: Mapping[str, Any] = MappingProxyType({})
     """Arrays that it reads, by name."""
+    keeps_top: bool = False
+    """Whether the largest logit always stays as it is, and none becomes larger: then a chain need
+    not look for it again, see `Context.top`."""
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -60,8 +64,12 @@ def chain(*transforms: Transform) -> Transform:
     processors. ValueError: two have a parameter or a table of the same name and differ in it."""
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
+        top = context.known_top
         for each, own in zip(transforms, state, strict=True):
-            logits = each.apply(logits, own, params, context)
+            top = logits.max() if top is None else top  # nothing, where nobody asks
+            given = dataclasses.replace(context, known_top=top)
+            logits = each.apply(logits, own, params, given)
+            top = top if each.keeps_top else None
         return logits
 
     return Transform(apply, *_together(transforms))
@@ -76,7 +84,7 @@ def joint(*filters: Transform) -> Transform:
         for each, own in zip(filters, state, strict=True):
             kept &= each.apply(logits, own, params, context) > -jnp.inf
         # of filters that leave nothing in common, the best token stays
-        kept = jnp.where(kept.any(), kept, logits == logits.max())
+        kept = jnp.where(kept.any(), kept, logits == context.top(logits))
         return jnp.where(kept, logits, -jnp.inf)
 
     return Transform(apply, *_together(filters))
@@ -84,8 +92,8 @@ def joint(*filters: Transform) -> Transform:
 
 def _together(
     transforms: tuple[Transform, ...],
-) -> tuple[Callable[..., State], Callable[..., State], Params, Ranges, Mapping[str, Any]]:
-    """init, observe, params, ranges and tables of several, whose states are a tuple."""
+) -> tuple[Callable[..., State], Callable[..., State], Params, Ranges, Mapping[str, Any], bool]:
+    """What several transforms have besides `apply`; their states are a tuple."""
 
     def init(params: Params) -> State:
         return tuple(each.init(params) for each in transforms)
@@ -110,4 +118,4 @@ def _together(
                 raise ValueError(f"two transforms have a table {name!r}, and these differ")
     ranges = {name: bounds for each in transforms for name, bounds in each.ranges.items()}
     proxies = MappingProxyType(merged), MappingProxyType(ranges), MappingProxyType(tables)
-    return init, observe, *proxies
+    return init, observe, *proxies, all(each.keeps_top for each in transforms)

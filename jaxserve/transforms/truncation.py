@@ -7,6 +7,7 @@ see logits before the request's temperature; `temperature` in front of them in a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 from jaxserve import checks
 from jaxserve.transforms.context import Context
 from jaxserve.transforms.selection import largest, smallest_with_mass
-from jaxserve.transforms.transform import Params, State, Transform
+from jaxserve.transforms.transform import Params, Ranges, State, Transform
 
+MOST_SURPRISE = 128.0
+"""Nats, a power of two: float32 has no probability as small as e ** -128."""
 LEAST_MASS = 1e-30
 """In place of a mass of 0, so that one token has it; XLA may take smaller numbers for 0."""
 
@@ -28,9 +31,10 @@ def min_p() -> Transform:
     """
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
-        return _kept(logits >= logits.max() + jnp.log(params["min_p"]), logits)
+        top = context.top(logits)
+        return _kept(logits >= top + jnp.log(params["min_p"]), logits, top)
 
-    return Transform(apply, params={"min_p": 0.0}, ranges={"min_p": (0, 1)})
+    return _filter(apply, {"min_p": 0.0}, {"min_p": (0, 1)})
 
 
 def epsilon_cutoff() -> Transform:
@@ -40,9 +44,10 @@ def epsilon_cutoff() -> Transform:
     """
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
-        return _kept(jax.nn.softmax(logits) >= params["epsilon_cutoff"], logits)
+        top = context.top(logits)
+        return _kept(jnp.exp(_log_p(logits, top)) >= params["epsilon_cutoff"], logits, top)
 
-    return Transform(apply, params={"epsilon_cutoff": 0.0}, ranges={"epsilon_cutoff": (0, 1)})
+    return _filter(apply, {"epsilon_cutoff": 0.0}, {"epsilon_cutoff": (0, 1)})
 
 
 def eta_cutoff() -> Transform:
@@ -53,12 +58,13 @@ def eta_cutoff() -> Transform:
     """
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
-        log_p = jax.nn.log_softmax(logits)
+        top = context.top(logits)
+        log_p = _log_p(logits, top)
         epsilon = params["eta_cutoff"]
         eta = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-_information(log_p).sum()))
-        return _kept(jnp.exp(log_p) >= eta, logits)
+        return _kept(jnp.exp(log_p) >= eta, logits, top)
 
-    return Transform(apply, params={"eta_cutoff": 0.0}, ranges={"eta_cutoff": (0, 1)})
+    return _filter(apply, {"eta_cutoff": 0.0}, {"eta_cutoff": (0, 1)})
 
 
 def typical_p() -> Transform:
@@ -70,12 +76,12 @@ def typical_p() -> Transform:
     """
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
-        log_p = jax.nn.log_softmax(logits)
+        log_p = _log_p(logits, context.top(logits))
         entropy = _information(log_p).sum()
         mass = params["typical_p"]
 
         def judge(log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jnp.abs(-log_p - entropy), jnp.exp(log_p)
+            return jnp.abs(-log_p - entropy) / MOST_SURPRISE, jnp.exp(log_p)
 
         kept = smallest_with_mass(log_p, judge, jnp.maximum(mass, LEAST_MASS))
         return jnp.where(kept | (mass >= 1), logits, -jnp.inf)
@@ -92,11 +98,12 @@ def top_n_sigma() -> Transform:
     """
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
+        top = context.top(logits)
         sigma = jnp.std(logits, where=logits > -jnp.inf)
         sigmas = params["top_n_sigma"]
-        return _kept((logits >= logits.max() - sigmas * sigma) | (sigmas <= 0), logits)
+        return _kept((logits >= top - sigmas * sigma) | (sigmas <= 0), logits, top)
 
-    return Transform(apply, params={"top_n_sigma": 0.0}, ranges={"top_n_sigma": (0, None)})
+    return _filter(apply, {"top_n_sigma": 0.0}, {"top_n_sigma": (0, None)})
 
 
 def top_h(candidates: int = 100) -> Transform:
@@ -132,7 +139,8 @@ def mirostat() -> Transform:
     """
 
     def apply(logits: jax.Array, state: State, params: Params, context: Context) -> jax.Array:
-        return _kept(-jax.nn.log_softmax(logits) / math.log(2.0) <= state, logits)
+        top = context.top(logits)
+        return _kept(-_log_p(logits, top) / math.log(2.0) <= state, logits, top)
 
     def init(params: Params) -> State:
         return 2.0 * params["mirostat_tau"]
@@ -142,7 +150,8 @@ def mirostat() -> Transform:
         return state - params["mirostat_eta"] * error
 
     defaults = {"mirostat_tau": 5.0, "mirostat_eta": 0.1}
-    return Transform(apply, init, observe, defaults, dict.fromkeys(defaults, (0, None)))
+    ranges = dict.fromkeys(defaults, (0, None))
+    return Transform(apply, init, observe, defaults, ranges, keeps_top=True)
 
 
 def xtc(tag: int = 0x787463) -> Transform:
@@ -167,9 +176,20 @@ def xtc(tag: int = 0x787463) -> Transform:
     return Transform(apply, params=defaults, ranges=dict.fromkeys(defaults, (0, 1)))
 
 
-def _kept(kept: jax.Array, logits: jax.Array) -> jax.Array:
-    """Only those tokens, and in any case the likeliest."""
-    return jnp.where(kept | (logits == logits.max()), logits, -jnp.inf)
+def _filter(apply: Callable[..., jax.Array], params: Params, ranges: Ranges) -> Transform:
+    """One without a state that keeps the likeliest token."""
+    return Transform(apply, params=params, ranges=ranges, keeps_top=True)
+
+
+def _kept(kept: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:
+    """Only those tokens, and in any case the likeliest. top: their largest logit."""
+    return jnp.where(kept | (logits == top), logits, -jnp.inf)
+
+
+def _log_p(logits: jax.Array, top: jax.Array) -> jax.Array:
+    """`jax.nn.log_softmax` of logits whose largest is known."""
+    shifted = logits - top
+    return shifted - jnp.log(jnp.exp(shifted).sum())
 
 
 def _information(log_p: jax.Array) -> jax.Array:
