@@ -312,15 +312,12 @@ def hidden_states(device: Device) -> list[str]:
                 number(way["throughput_ratio"], 3),
                 number(statistics.median(way["step_ms"]), 3),
                 number(way["step_ratio"], 3),
-                number(statistics.median(way["asked"]) / 1e6, 1),
-                number(statistics.median(way["copied"]) / 1e6, 1),
+                *(number(statistics.median(way[key]) / 1e6, 1) for key in ("asked", "copied")),
             ]
             for name, way in r["ways"].items()
         ]
         said = f"{r['model']}: {r['requests']} requests, none of which, or each, asks for them."
-        header = (
-            "asked for | s | throughput | decode step, ms | of plain's | MB asked for | MB copied"
-        )
+        header = "asked for | s | throughput | step, ms | of plain's | MB asked for | MB copied"
         parts += ["### Hidden states", said, table(header, rows)]
     return parts
 

@@ -16,6 +16,8 @@ AT_ONCE = 16
 """Smallest pictures (or tiles) that one run of a tower takes, where they are few patches each."""
 MOST_AT_ONCE = 8192
 """Patches of a run that has several pictures: a larger picture has a run of its own."""
+LONG = 2048
+"""Patches from which on a bucket's padding is worth more programs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +96,12 @@ class MediaSizes:
 
 
 def _ladder(smallest: int, most: int) -> tuple[int, ...]:
-    """Multiples of `smallest` up to `most`: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    """Multiples of `smallest` up to `most`: 1, 2, 3, 4, 6, 8, 12, 16, ...; where a run is long,
+    four and not two sizes to a doubling, because a tower takes as long as its bucket."""
     sizes, step = {smallest}, 2 * smallest
     while step < most:
-        sizes |= {step, step + step // 2}
+        parts = 4 if step >= LONG and step % 4 == 0 else 2
+        sizes |= {step + step * part // parts for part in range(parts)}
         step *= 2
     whole = -(-most // smallest) * smallest
     return tuple(sorted({size for size in sizes if size < whole} | {whole}))

@@ -81,7 +81,8 @@ class Grammars:
                 f"Invalid grammar request: {named(grammar)}: {compiled.refusal}"
             )
         failed = partial(self._library.forget, grammar)
-        return GrammarSpec(named(grammar), compiled.matcher, self._compiler.words, failed)
+        compiler = self._compiler
+        return GrammarSpec(named(grammar), compiled.matcher, compiler.words, compiler.masks, failed)
 
     def _timed_out(self, grammar: Grammar) -> InvalidRequestError:
         return InvalidRequestError(

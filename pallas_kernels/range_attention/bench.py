@@ -84,9 +84,5 @@ def sweep(implementation: str, features: dict[str, int]) -> list[dict[str, int]]
         shapes = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
                   (128, 128, 8, 2), (128, 128, 4, 2), (64, 64, 4, 3), (64, 128, 4, 3),
                   (128, 32, 4, 4), (256, 64, 8, 3)]  # fmt: skip
-    whole = features["head_dim"] & (features["head_dim"] - 1) == 0
-    return [
-        {"rows": rows, "block": block, "num_warps": warps, "num_stages": stages, "pieces": pieces}
-        for rows, block, warps, stages in shapes
-        for pieces in ((1,) if whole else (0, 1))
-    ]
+    names = ("rows", "block", "num_warps", "num_stages")
+    return [dict(zip(names, shape, strict=True)) for shape in shapes]

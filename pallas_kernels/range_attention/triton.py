@@ -44,14 +44,12 @@ MAX_INT32 = jnp.iinfo(jnp.int32).max
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """rows: queries of a program; block: keys a step; both powers of two. pieces: 1 cuts the head
-    dim into powers of two, 0 pads it to one."""
+    """rows: queries of a program; block: keys a step; both powers of two."""
 
     rows: int = 128
     block: int = 64
-    num_warps: int = 8
+    num_warps: int = 4
     num_stages: int = 3
-    pieces: int = 1
 
 
 def features(q: jax.Array | jax.ShapeDtypeStruct, most: int | None) -> dict[str, int]:
@@ -69,18 +67,16 @@ def default_sizes(device: Device, features: dict[str, int]) -> Sizes:
     if features["itemsize"] == 4:  # true float32 products do without tensor cores
         base = Sizes(rows=64, block=32, num_warps=4, num_stages=2)
     elif 0 < features["most"] <= 64:
-        base = Sizes(rows=64, block=64, num_warps=4, num_stages=2)
+        base = Sizes(rows=64)
     elif features["head_dim"] > 128:
-        base = Sizes(rows=64, block=32)
+        base = Sizes(rows=64, block=32, num_warps=8)
     else:
         base = Sizes()
     return dataclasses.replace(base, **tuned(device, "range_attention", "triton", features))
 
 
-def pieces_of(head_dim: int, cut: bool) -> tuple[tuple[int, int], ...]:
+def pieces_of(head_dim: int) -> tuple[tuple[int, int], ...]:
     """(first, width) of each piece of a head, widths powers of two; the last may be too wide."""
-    if not cut:
-        return ((0, max(pl.next_power_of_2(head_dim), SMALLEST)),)
     found, first = [], 0
     while first < head_dim:
         left = head_dim - first
@@ -210,7 +206,7 @@ def range_attention(
             _kernel,
             rows=sizes.rows,
             block=sizes.block,
-            pieces=pieces_of(head_dim, bool(sizes.pieces)),
+            pieces=pieces_of(head_dim),
             factor=scale * LOG2E,
             near=most is not None and most <= sizes.block,
         ),
