@@ -563,64 +563,9 @@ def test_a_slow_mask_fails_its_request(tokenizer, monkeypatch):
     monkeypatch.setattr("jaxserve.grammars.compiler.SLOWEST_MASK", 0.0)
     monkeypatch.setattr("jaxserve.grammars.guide.SLOWEST_MASK", 0.0)
     assert "too complex" in compiler.compile(asked).refusal
+    request = type("Asks", (), {"params": SamplingParams(), "stop_ids": frozenset(ENDS)})
     with pytest.raises(RequestFailedError, match=r"grammar regex='a\+': it is too complex"):
-        spec.guide(asking()).mask([], np.full(VOCAB // 32, -1, np.int32))
-
-
-def asking(stop_ids=frozenset(ENDS)):
-    """A request, as far as guides look at it."""
-    return type("Asks", (), {"params": SamplingParams(), "stop_ids": stop_ids})
-
-
-def test_masks_made_together_are_those_made_alone(tokenizer):
-    """Of different grammars at different places, one of them at its end and one in error."""
-    ours = grammars({}, Codec(tokenizer))
-    regexes = ("[ab]*", "(xy|z)+ [0-9]{2,9}", "q", "[a-z]{1,30}!")
-    specs = [ours.spec(each, ours.ask(each)) for each in (Grammar("regex", r) for r in regexes)]
-    texts = [tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "z", "q", "99")]
-    both, failed = [], []
-    for together in (True, False):
-        guides = [spec.guide(asking()) for spec in specs]
-        masks = np.full((len(guides), 2, VOCAB // 32), -1, np.int32)
-        for length in (0, None):  # and again, with all of the text
-            asked = [(guide, text[:length]) for guide, text in zip(guides, texts, strict=True)]
-            if together:
-                type(guides[0]).prepare_masks(asked)
-                assert all(guide._filled is not None for guide in guides)
-            for row, (guide, text) in zip(masks[:, int(length is None)], asked, strict=True):
-                try:
-                    guide.mask(text, row)
-                except RequestFailedError as error:
-                    failed.append((guides.index(guide), length, str(error)))
-                    row[:] = 0
-        both.append(masks)
-    np.testing.assert_array_equal(*both)
-    assert not (both[0] == -1).all(axis=-1).any()
-    assert [each[:2] for each in failed] == [(3, None)] * 2 and failed[0] == failed[1]
-
-
-def test_the_slow_one_of_several_masks_is_found_the_next_time(tokenizer, monkeypatch):
-    ours = grammars({}, Codec(tokenizer))
-    asked = Grammar("regex", "[ab]+")
-    spec = ours.spec(asked, ours.ask(asked))
-    guides, bits = [spec.guide(asking()) for _ in range(3)], np.full(VOCAB // 32, -1, np.int32)
-    with monkeypatch.context() as patch:
-        patch.setattr("jaxserve.grammars.guide.SLOWEST_MASK", 0.0)
-        type(guides[0]).prepare_masks([(guide, []) for guide in guides])
-    monkeypatch.setattr("jaxserve.grammars.guide.SLOWEST_MASK", 0.2)
-    for guide in guides:
-        guide.mask([], bits)
-    type(guides[0]).prepare_masks([(guide, []) for guide in guides])
-    assert [guide._filled for guide in guides] == [None] * 3
-    slow, *fast = guides
-    consume = slow._consume
-    monkeypatch.setattr(slow, "_consume", lambda outputs: (time.sleep(0.3), consume(outputs)))
-    with pytest.raises(RequestFailedError, match="too complex"):
-        slow.mask([], bits)
-    for guide in fast:
-        guide.mask([], bits)
-    type(guides[0]).prepare_masks([(guide, []) for guide in fast])
-    assert all(guide._filled is not None for guide in fast)
+        spec.guide(request).mask([], np.full(VOCAB // 32, -1, np.int32))
 
 
 def test_a_grammar_that_fails_later_costs_its_request(engine, caplog):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxserve.errors import InvalidRequestError, NotSupportedError
 from jaxserve.grammars.dialects import READERS, Dialect, layout_of
-from jaxserve.grammars.masks import Masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,8 +74,6 @@ class Compiler:
             raise NotSupportedError(
                 f"grammars cannot be used with this tokenizer: {said(str(error))}"
             ) from error
-        self.masks = Masks(self.words)
-        """Makes them for several requests at once."""
         self._dialect = Dialect(tokenizer, layout_of(args))
         # Whole states of the parser in messages help its authors only.
         self._limits = LLParserLimits(verbose_errors=False)

@@ -81,8 +81,7 @@ class Grammars:
                 f"Invalid grammar request: {named(grammar)}: {compiled.refusal}"
             )
         failed = partial(self._library.forget, grammar)
-        compiler = self._compiler
-        return GrammarSpec(named(grammar), compiled.matcher, compiler.words, compiler.masks, failed)
+        return GrammarSpec(named(grammar), compiled.matcher, self._compiler.words, failed)
 
     def _timed_out(self, grammar: Grammar) -> InvalidRequestError:
         return InvalidRequestError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from jaxserve.guides.guide import Guide, GuideSpec
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from jaxserve.grammars.masks import Masks
     from jaxserve.request import Request
 
 
@@ -30,8 +29,6 @@ class GrammarSpec(GuideSpec):
     """At the beginning; copied for each request."""
     words: int
     """int32 numbers of llguidance's masks."""
-    masks: Masks
-    """Makes those of several requests at once."""
     failed: Callable[[], None]
     """Is called when a request has failed at the grammar."""
 
@@ -55,33 +52,17 @@ class GrammarGuide(Guide):
         self._consumed = 0
         self._least = request.params.min_new_tokens
         self._ends = request.stop_ids
-        self._filled: np.ndarray | None = None
-        self._suspect = False
-
-    @classmethod
-    def prepare_masks(cls, asked: Sequence[tuple[Self, Sequence[int]]]) -> None:
-        """Masks of most states take 30 us and of some 3 ms, so they are made beside each other.
-        When that takes too long, each is made alone the next time, which finds the one."""
-        together = [(guide, outputs) for guide, outputs in asked if not guide._suspect]
-        if len(together) < 2:
-            return
-        started = time.perf_counter()
-        for guide, outputs in together:
-            guide._consume(outputs)
-        filled = together[0][0]._spec.masks.fill([guide._matcher for guide, _ in together])
-        slow = time.perf_counter() - started > SLOWEST_MASK
-        for (guide, _), row in zip(together, filled, strict=True):
-            guide._filled, guide._suspect = row, slow
 
     def mask(self, outputs: Sequence[int], bits: np.ndarray) -> None:
         """Overwrites `bits`, so this guide is asked first."""
         started = time.perf_counter()
-        filled, self._filled = self._filled, None
-        if filled is None:
-            self._consume(outputs)
-            filled = bits if bits.size == self._spec.words else np.empty(self._spec.words, np.int32)
-            self._matcher.unsafe_compute_mask_ptr(filled.ctypes.data, filled.nbytes)
-            self._suspect = False
+        if len(outputs) < self._consumed:
+            self._matcher, self._consumed = self._spec.start.deep_copy(), 0
+        if len(outputs) > self._consumed:
+            self._matcher.consume_tokens(list(outputs[self._consumed :]))
+            self._consumed = len(outputs)
+        filled = bits if bits.size == self._spec.words else np.empty(self._spec.words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(filled.ctypes.data, filled.nbytes)
         if self._matcher.is_error():
             raise self._failure(outputs, said(self._matcher.get_error()))
         seconds = time.perf_counter() - started
@@ -93,14 +74,6 @@ class GrammarGuide(Guide):
                 raise self._failure(outputs, "only tokens can go on that the model does not have")
         if len(outputs) < self._least:
             self._go_on(bits)
-
-    def _consume(self, outputs: Sequence[int]) -> None:
-        """Bring the matcher to the end of `outputs`."""
-        if len(outputs) < self._consumed:
-            self._matcher, self._consumed = self._spec.start.deep_copy(), 0
-        if len(outputs) > self._consumed:
-            self._matcher.consume_tokens(list(outputs[self._consumed :]))
-            self._consumed = len(outputs)
 
     def _failure(self, outputs: Sequence[int], reason: str) -> RequestFailedError:
         self._spec.failed()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -25,12 +25,6 @@ class Guide:
     """Whether `mask` is asked."""
     edits: ClassVar[bool] = False
     """Whether `edit` is asked, for which the row's logits come to the host and go back."""
-
-    @classmethod
-    def prepare_masks(cls, asked: Sequence[tuple[Self, Sequence[int]]]) -> None:
-        """What can be done for several requests at once. Is called in a step, before `mask` is,
-        with all guides of this class that it will ask, and the outputs of each. What it raises
-        fails all of them."""
 
     def mask(self, outputs: Sequence[int], bits: np.ndarray) -> None:
         """Say which tokens may come after `outputs`, all that the request has: clear bits of the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
@@ -17,7 +17,6 @@ from jaxserve.step.chain_programs import mask_words
 from jaxserve.step.chained import Said, Undrawn
 
 if TYPE_CHECKING:
-    from jaxserve.guides.guide import Guide
     from jaxserve.packing.batch import Batch
     from jaxserve.packing.sequence import Sequence
     from jaxserve.step.catalogue import ProgramKey
@@ -40,21 +39,6 @@ class Between(NamedTuple):
     """Read and commit all steps before this one."""
     fail: Callable[[Request, BaseException], None]
     """End a request whose guide has failed."""
-
-
-class Text(NamedTuple):
-    """What guides are asked about."""
-
-    sequence: Sequence
-    outputs: list[int]
-    """All tokens that its request has."""
-
-    @classmethod
-    def of(cls, sequence: Sequence) -> Text:
-        """As it is now."""
-        sequence.drain()
-        count = sequence.total_tokens - sequence.prompt_len
-        return cls(sequence, sequence.request.output_ids[:count])
 
 
 class Guides:
@@ -84,43 +68,27 @@ class Guides:
         self.between.catch_up()
         said = self._nothing(bucket)
         sequences = {row: batch.sequences[row] for row in batch.guided}
-        texts: dict[int, Text] = {}
-        for row, sequence in sequences.items():
-            if not sequence.request.finished:
-                with self._failing(sequence.request):
-                    texts[row] = Text.of(sequence)
-        self._prepare(texts)
-        for row, (sequence, outputs) in texts.items():
-            with self._failing(sequence.request):
+        rows = {row: each for row, each in sequences.items() if not each.request.finished}
+        for row, sequence in rows.items():
+            with self._alone(sequence) as outputs:
                 for guide in sequence.request.guides:
-                    if guide.masks and not sequence.request.finished:
+                    if guide.masks:
                         guide.mask(outputs, said.bits[row])
-        edited = {row: text for row, text in texts.items() if _edited(text.sequence.request)}
+        edited = {row: each for row, each in rows.items() if _edited(each.request)}
         if edited:
             undrawn = undrawn._replace(logits=self._edit(edited, undrawn.logits, said))
         return undrawn, said
 
-    def _prepare(self, texts: Mapping[int, Text]) -> None:
-        """Let guides of one class do for all their rows what they can."""
-        of_class: dict[type[Guide], list[tuple[Guide, Text]]] = {}
-        for text in texts.values():
-            for guide in text.sequence.request.guides:
-                if guide.masks:
-                    of_class.setdefault(type(guide), []).append((guide, text))
-        for kind, asked in of_class.items():
-            with self._failing(*(text.sequence.request for _, text in asked)):
-                kind.prepare_masks([(guide, text.outputs) for guide, text in asked])
-
-    def _edit(self, rows: dict[int, Text], logits: jax.Array, said: Said) -> jax.Array:
+    def _edit(self, rows: dict[int, Sequence], logits: jax.Array, said: Said) -> jax.Array:
         """logits [B, V] with those of `rows` as their guides leave them."""
         bucket = len(said.edited)
         slots = np.full(bucket, self._rows, np.int32)
-        slots[list(rows)] = [text.sequence.slot for text in rows.values()]
+        slots[list(rows)] = [sequence.slot for sequence in rows.values()]
         adjusted = self._run(("adjusted", bucket), logits=logits, slots=slots, bits=said.bits)
-        for row, (sequence, outputs) in rows.items():
+        for row, sequence in rows.items():
             number = np.int32(row)
             values = np.array(self._run(("peek", bucket), logits=adjusted, row=number))
-            with self._failing(sequence.request):
+            with self._alone(sequence) as outputs:
                 for guide in sequence.request.guides:
                     values = guide.edit(outputs, values) if guide.edits else values
             if not sequence.request.finished:
@@ -129,18 +97,16 @@ class Guides:
         return logits
 
     @contextlib.contextmanager
-    def _failing(self, *requests: Request) -> Iterator[None]:
-        """What the block raises fails the requests, and nobody else."""
+    def _alone(self, sequence: Sequence) -> Iterator[list[int]]:
+        """The request's tokens so far, for the block; what that raises fails the request alone."""
+        request = sequence.request
         try:
-            yield
+            sequence.drain()
+            yield request.output_ids[: sequence.total_tokens - sequence.prompt_len]
         except Exception as error:
-            for request in requests:
-                logger.exception(
-                    "a guide of request %s failed, and the request with it", request.rid
-                )
-                named = isinstance(error, RequestFailedError)
-                failure = error if named else RequestFailedError.caused_by(error)
-                self.between.fail(request, failure)
+            logger.exception("a guide of request %s failed, and the request with it", request.rid)
+            named = isinstance(error, RequestFailedError)
+            self.between.fail(request, error if named else RequestFailedError.caused_by(error))
 
 
 def _edited(request: Request) -> bool:
