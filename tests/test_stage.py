@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jaxserve.config.media import _ladder
 from jaxserve.media.picture import Picture, PromptMedia, Shape
 from jaxserve.packing.media import Encoding, pack_runs
 from jaxserve.packing.sequence import Sequence
@@ -239,3 +240,14 @@ def test_runs_are_of_one_dtype_and_of_so_many_patches():
     assert runs_of(features, most=32) == []
     (run,) = pack_runs([Encoding(floats[0], np.arange(4, dtype=np.int32))], 64)
     assert run.normalized and not pack_runs([Encoding(A, run.rows)], 64)[0].normalized
+
+
+@pytest.mark.parametrize("smallest", [12, 16, 576, 676, 1024, 4096])
+def test_sizes_of_runs_are_whole_tiles(smallest):
+    sizes = _ladder(smallest, 9 * 4096)
+    assert sizes == tuple(sorted(set(sizes))) and sizes[0] == smallest
+    assert all(size % smallest == 0 for size in sizes) and sizes[-1] >= 9 * 4096
+    steps = [
+        (a, b) for a, b in zip(sizes, sizes[1:], strict=False) if a >= 4096 and a >= 4 * smallest
+    ]
+    assert steps and all(b <= 1.25 * a for a, b in steps)

@@ -100,7 +100,7 @@ def _ladder(smallest: int, most: int) -> tuple[int, ...]:
     four and not two sizes to a doubling, because a tower takes as long as its bucket."""
     sizes, step = {smallest}, 2 * smallest
     while step < most:
-        parts = 4 if step >= LONG and step % 4 == 0 else 2
+        parts = 4 if step >= max(LONG, 4 * smallest) else 2
         sizes |= {step + step * part // parts for part in range(parts)}
         step *= 2
     whole = -(-most // smallest) * smallest
