@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -247,7 +249,5 @@ def test_sizes_of_runs_are_whole_tiles(smallest):
     sizes = _ladder(smallest, 9 * 4096)
     assert sizes == tuple(sorted(set(sizes))) and sizes[0] == smallest
     assert all(size % smallest == 0 for size in sizes) and sizes[-1] >= 9 * 4096
-    steps = [
-        (a, b) for a, b in zip(sizes, sizes[1:], strict=False) if a >= 4096 and a >= 4 * smallest
-    ]
+    steps = [(a, b) for a, b in itertools.pairwise(sizes) if a >= 4096 and a >= 4 * smallest]
     assert steps and all(b <= 1.25 * a for a, b in steps)
