@@ -13,6 +13,7 @@ import pytest
 
 import jaxserve
 from jaxserve.step.compile import Programs
+from jaxserve.step.compiler import Compiler
 from jaxserve.step.workers import Workers
 from tests import inside
 from tests.test_programs import OPTIONS, SHORT, keep
@@ -180,6 +181,52 @@ def until_timed(engine, most):
         time.sleep(0.02)
 
 
+@pytest.fixture
+def choosing(monkeypatch):
+    """As on a GPU: XLA chooses kernels for few rows by timing them, which a CPU's does not."""
+    for module in ("programs", "runner"):
+        monkeypatch.setattr(f"jaxserve.step.{module}.chooses_by_timing", lambda config: True)
+
+
+def test_what_must_be_timed_and_can_wait_comes_at_rest(
+    tiny_models, untimed, choosing, monkeypatch, caplog, tmp_path
+):
+    resting, time_one = threading.Event(), Programs.time_one
+
+    def gated(self):
+        resting.wait(60)
+        return time_one(self)
+
+    monkeypatch.setattr(Programs, "time_one", gated)
+    caplog.set_level("INFO", "jaxserve")
+    model = tiny_models("llama", num_hidden_layers=1)
+    options = {**EARLY, "model_path": model, "log_level": "info"}
+
+    def chosen():
+        logged = [record.getMessage().split(" chosen")[0] for record in caplog.records]
+        caplog.clear()
+        return {text.removeprefix("kernels of ") for text in logged if "kernels of" in text}
+
+    with jaxserve.Engine(**options) as engine:
+        info = until_complete(engine)
+        assert info["decode_buckets"] == [1, 8] and info["programs_untimed"] >= 2
+        expected = everything(engine)[0]
+        resting.set()
+        until_timed(engine, most=0)
+        info = engine.get_server_info()
+        assert info["decode_buckets"] == DECODE and info["late_compiles"] == 0
+        assert everything(engine)[0] == expected
+    names = chosen()
+    assert {"layer_products[1]", "head_product[8]"} < names
+    assert not any(name.endswith(("[2]", "[4]")) for name in names)
+    for path in tmp_path.iterdir():
+        if path.is_file():
+            path.unlink()
+    with jaxserve.Engine(**options) as engine:  # without programs, but with what was chosen
+        assert until_complete(engine)["programs"] > FIRST
+    assert chosen() == set()
+
+
 def test_what_was_compiled_behind_is_timed_at_rest(tiny_models, gate, untimed):
     options = {**EARLY, "max_running_requests": 2}
     path = tiny_models("llama", num_hidden_layers=1)
@@ -203,11 +250,11 @@ def test_what_was_compiled_behind_is_timed_at_rest(tiny_models, gate, untimed):
 def test_what_is_timed_beside_a_request_is_thrown_away(tiny_models, gate, untimed, monkeypatch):
     programs: list[Programs] = []
     time_one = Programs.time_one
-    xla = Programs._xla
+    compile = Compiler.compile
 
-    def disturbed(self, lowered, options):
-        program = xla(self, lowered, options)
-        if self in programs:  # a step is queued while XLA times
+    def disturbed(self, lowered, options, **more):
+        program = compile(self, lowered, options, **more)
+        if programs:  # a step is queued while XLA times
             engine.generate(input_ids=[5, 6], sampling_params=SHORT)
         return program
 
@@ -217,9 +264,9 @@ def test_what_is_timed_beside_a_request_is_thrown_away(tiny_models, gate, untime
             return time_one(self)
         finally:
             programs.remove(self)
-            monkeypatch.setattr(Programs, "_xla", xla)
+            monkeypatch.setattr(Compiler, "compile", compile)
 
-    monkeypatch.setattr(Programs, "_xla", disturbed)
+    monkeypatch.setattr(Compiler, "compile", disturbed)
     monkeypatch.setattr(Programs, "time_one", first_disturbed)
     options = {**EARLY, "max_running_requests": 2}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from jaxserve.config.media import Pictures
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
     from jaxserve.text.codec import Codec
 
 
-def reader_of(options: Options, loaded: LoadedModel, codec: Codec | None) -> Reader | None:
-    """What reads images, see `Reader.of`. codec: None with skip_tokenizer_init."""
+def reader_of(
+    options: Options, loaded: LoadedModel, codec: Callable[[], Codec | None]
+) -> Reader | None:
+    """What reads images, see `Reader.of`. codec: waits for it; it is None with
+    skip_tokenizer_init."""
     if loaded.tower is None and not (options.enable_multimodal or options.mm_process_config):
         return None  # and a model of text imports nothing about images
     from jaxserve.media.reader import Reader
 
-    encode = None if codec is None else functools.partial(_encode, codec)
+    found = codec()
+    encode = None if found is None else functools.partial(_encode, found)
     return Reader.of(loaded.hf_config, loaded.processor_config, encode, options)
 
 

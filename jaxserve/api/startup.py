@@ -82,7 +82,7 @@ def _start(args: ServerArgs) -> Started:
             "trust_remote_code=True is ignored: jaxserve never runs a checkpoint's code",
             stacklevel=4,
         )
-    # Beside the rest: most of either is waiting for files and, on a GPU, for the device.
+    # Beside the rest: most of either is waiting for files and, on a GPU, for the device and XLA.
     with ThreadPoolExecutor(2, "jaxserve-start") as threads:
         reading = threads.submit(_tokenizer, args)
         mesh = _prepare_jax(args)
@@ -101,11 +101,16 @@ def _start(args: ServerArgs) -> Started:
             download_dir=args.download_dir,
             seed=args.random_seed or 0,
         )
-        tokenizer = reading.result()
+        reader = reader_of(args, loaded, lambda: reading.result()[1])
+        if reading.done():
+            reading.result()  # what is wrong with it is said before programs are compiled
+        loop = start_on(args, loaded, mesh, None if reader is None else pictures_of(reader, loaded))
+        try:
+            tokenizer, codec = reading.result()
+        except BaseException:
+            loop.shutdown()
+            raise
     eos_ids = frozenset(loaded.eos_token_ids) | tokenizer_eos(tokenizer)
-    codec = None if tokenizer is None else Codec(tokenizer)
-    reader = reader_of(args, loaded, codec)
-    loop = start_on(args, loaded, mesh, None if reader is None else pictures_of(reader, loaded))
     facts = ModelFacts.of(args.model_path, loaded, loop.limits.context_length, eos_ids)
     return Started(
         loop,
@@ -119,19 +124,20 @@ def _start(args: ServerArgs) -> Started:
     )
 
 
-def _tokenizer(args: ServerArgs) -> Any:
-    """The one that `args` ask for; None with skip_tokenizer_init."""
+def _tokenizer(args: ServerArgs) -> tuple[Any, Codec | None]:
+    """The one that `args` ask for, and the engine's copy; None with skip_tokenizer_init."""
     if args.skip_tokenizer_init:
-        return None
+        return None, None
     import converters
 
-    return converters.load_tokenizer(
+    tokenizer = converters.load_tokenizer(
         args.tokenizer_path or args.model_path,
         tokenizer_mode=args.tokenizer_mode,
         revision=args.revision,
         download_dir=args.download_dir,
         chat_template=args.chat_template,
     )
+    return tokenizer, Codec(tokenizer)
 
 
 def tokenizer_eos(tokenizer: Any) -> frozenset[int]:

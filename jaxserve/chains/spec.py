@@ -32,10 +32,12 @@ class ParamSpec:
                 f"params has {total} numbers; at most {MOST_NUMBERS} fit (larger arrays are "
                 "`tables`)"
             )
-        self.floats = sum(x.size for x in self.defaults.values() if x.dtype == np.float32)
-        """F, numbers of the float32 vector."""
-        self.ints = total - self.floats
-        """I, numbers of the int32 vector."""
+        floats = sum(x.size for x in self.defaults.values() if x.dtype == np.float32)
+        # never none: XLA crashes at arrays without elements in programs for several GPUs (0.11.2)
+        self.floats = max(floats, 1)
+        """F, numbers of the float32 vector, at least one."""
+        self.ints = max(total - floats, 1)
+        """I, numbers of the int32 vector, at least one."""
 
     def pack(self, given: Mapping[str, Any], of: str) -> tuple[np.ndarray, np.ndarray]:
         """A request's floats [F] and ints [I]: `given` values, the parameter `of`, over the
@@ -47,15 +49,12 @@ class ParamSpec:
                     f"{of} has {checks.quoted(name)}, which is not registered with it"
                     f"{checks.near_matches(name, self.defaults)}"
                 )
-        floats, ints = [np.empty(0, np.float32)], [np.empty(0, np.int32)]
-        for name, default in self.defaults.items():
-            value = default
+        floats, ints = np.zeros(self.floats, np.float32), np.zeros(self.ints, np.int32)
+        for name, place in self.unpack(floats, ints).items():
+            place[...] = self.defaults[name]
             if name in given:
-                value = default.copy()
-                bounds = self._ranges.get(name, (None, None))
-                _fill(f"{of}[{name!r}]", value, given[name], *bounds)
-            (floats if default.dtype == np.float32 else ints).append(value.ravel())
-        return np.concatenate(floats), np.concatenate(ints)
+                _fill(f"{of}[{name!r}]", place, given[name], *self._ranges.get(name, (None, None)))
+        return floats, ints
 
     def unpack(self, floats: Any, ints: Any) -> dict[str, Any]:
         """By name again, of vectors (or tracers) [F] and [I]."""

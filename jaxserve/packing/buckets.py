@@ -13,6 +13,10 @@ EXTEND_ROWS = (8, 16, 32, 64, 128)
 """Sequences in one extend step: a row of the LM head each, so they cost little."""
 ALIGNMENT = 8
 """Each packed sequence starts at a multiple of this (TMA boxes of the prefill kernel)."""
+EARLY_ROWS = (1, *EXTEND_ROWS[:3])
+"""Of few rows, those whose kernels are timed before an engine answers, where that is necessary: it
+takes seconds for each number of rows. Steps of 2 and 4 rows take 3% longer as steps of 8 (8B; a
+quarter at 0.5B), and chains have these numbers of rows, too."""
 FIRST_ROWS = 8
 """A few callers' decode steps: on a GPU of 8 rows hardly longer than of one."""
 FIRST_TOKENS = 512
@@ -50,6 +54,10 @@ class Buckets:
         """What an engine has when it begins to answer: the largest of each list, which can run
         anything, and one for a few callers."""
         return Buckets(_first(self.decode, FIRST_ROWS), _first(self.extend, FIRST_TOKENS))
+
+    def has_stand_in(self, rows: int) -> bool:
+        """Whether a decode step of `rows` rows loses little in a larger bucket, see EARLY_ROWS."""
+        return rows not in EARLY_ROWS and any(b > rows and b in EARLY_ROWS for b in self.decode)
 
     def only(self, decode: Container[int], extend: Container[int]) -> Buckets:
         """Those that are in `decode` and `extend`."""

@@ -59,6 +59,9 @@ class Program:
     choices: Callable[[int], tuple[ProgramKey, ...]] = nothing
     """The programs whose compilation at rest makes XLA choose kernels for that of a bucket, see
     step.products."""
+    postponed: Callable[[int], bool] = never
+    """Whether the program of a bucket can wait until nothing runs: its kernels have to be timed,
+    and larger programs do almost as well until then."""
     mosaic: Callable[[int], bool] = never
     """Whether the program of a bucket has a Mosaic kernel: those are compiled first."""
     result: PartitionSpec = dataclasses.field(default_factory=PartitionSpec)
@@ -118,6 +121,10 @@ class Catalogue:
     def first(self) -> list[ProgramKey]:
         """Those of `beforehand` that an engine cannot answer without."""
         return [key for key in self.beforehand() if self._is_first(key)]
+
+    def postponed(self, keys: Iterable[ProgramKey]) -> set[ProgramKey]:
+        """Those of `keys` that can wait until nothing runs."""
+        return {(kind, bucket) for kind, bucket in keys if self._programs[kind].postponed(bucket)}
 
     def choices(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         """The programs that are to be compiled at rest, so that `keys` need not be."""

@@ -201,6 +201,10 @@ class _Tracing:
         return arrays_of(self._transform.observe(state, params, token, logprob))
 
     def _check_state(self, state: Any) -> None:
+        if not all(x.size for x in jax.tree.leaves(state)):
+            raise InvalidRequestError(
+                f"the state of the transform {self._name!r} has an array without elements"
+            )
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         if size > MOST_STATE_BYTES:
             raise InvalidRequestError(

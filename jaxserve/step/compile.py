@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from jaxserve.compat import Settings, on_backend_compile, without_compilation_cache
-from jaxserve.parallel.mesh import first_device
+from jaxserve.compat import on_backend_compile
 from jaxserve.step.catalogue import Lowerable, ProgramKey
+from jaxserve.step.compiler import Compiler
 from jaxserve.step.shared import Turns
 from jaxserve.step.stored import StoredPrograms
-from jaxserve.step.tracing import named, without_garbage_collection
 from jaxserve.step.workers import Workers
+from jaxserve.step.xla_options import CompilerOptions, Options
 
 logger = logging.getLogger(__name__)
 
 Builder = Callable[[ProgramKey], Lowerable]
-Options = dict[str, str | bool]
-
-
-class CompilerOptions(Protocol):
-    """XLA's options for a program of a bucket."""
-
-    def __call__(self, bucket: int, /, *, timed: bool = True) -> Options:
-        """timed: XLA may time kernels on the device to choose among them."""
-        ...
 
 
 class Programs:
@@ -54,22 +43,20 @@ class Programs:
     ):
         """turns: of all who use `stored`."""
         self._builder = builder
-        self._mesh = mesh
         self._options = options
         self._stored = stored
         self._turns = turns or Turns()
-        self._settings = Settings.here()
         self._notice = self._turns.notice
+        self._compiler = Compiler(mesh, self._notice, stored)
         self._compiled: dict[ProgramKey, Any] = {}
         self._memory: dict[ProgramKey, int] = {}
-        self._expected = threading.local()
-        self._lowering = threading.Lock()
         self._engine_thread: int | None = None
         self._complete = False
         self.closed = threading.Event()
         self._behind: Workers[ProgramKey] | None = None
         self._wanted: list[ProgramKey] = []
         self._untimed: set[ProgramKey] = set()
+        self._resting: set[ProgramKey] = set()
         self._timed_again: set[ProgramKey] = set()
         self._used = 0.0
         self.late_compiles = 0
@@ -99,7 +86,7 @@ class Programs:
         program = self._compiled.get(key)
         if program is None:
             started = time.perf_counter()
-            with self._fresh(), self._notice.shown([_name(key)]):
+            with self._compiler.fresh(), self._notice.shown([_name(key)]):
                 program = self._compile(key, late=self._complete)
             self.engine_seconds += time.perf_counter() - started
         return program
@@ -124,8 +111,9 @@ class Programs:
 
     @property
     def untimed(self) -> int:
-        """Programs for which XLA timed nothing, because requests ran while they were compiled."""
-        return len(self._untimed)
+        """Programs for which XLA timed nothing, because requests ran while they were compiled, and
+        those that are not even compiled before it can."""
+        return len(self._untimed | self._resting)
 
     @property
     def used_at(self) -> float:
@@ -151,7 +139,7 @@ class Programs:
             return set()
 
         def there(key: ProgramKey) -> bool:
-            with self._on_device():
+            with self._compiler.on_device():
                 lowerable = self._builder(key)
                 every = [self._options(key[1], timed=timed) for timed in (True, False)]
             return any(stored.has(self._file(stored, key, lowerable, each)) for each in every)
@@ -168,20 +156,21 @@ class Programs:
     ) -> None:
         """Compile `keys` in parallel (XLA compiles outside the interpreter lock), the first ones
         first. choices: programs that are compiled for what XLA learns by it, and forgotten; one
-        after the other beside `keys`, as XLA times one program at a time. at_rest: XLA may time
-        kernels, because nothing else uses the device."""
+        after the other beside `keys`, as XLA times one program at a time, unless its choices are
+        stored. at_rest: XLA may time kernels, because nothing else uses the device."""
         missing = self._missing(keys)
         notice = self._notice.shown([_name(key) for key in missing])
-        with self._fresh(), notice as ready:
+        with self._compiler.fresh(), notice as ready:
 
             def make(key: ProgramKey) -> None:
                 self._compile(key, at_rest=at_rest)
                 ready()
 
-            with self._on_device():
+            with self._compiler.on_device():
                 # before the large ones are traced, which would keep each of them waiting
                 mine = [key for key in choices if self._turns.claim(key)]
-                lowered = [(key, self._lower(key, self._builder(key))) for key in mine]
+                wanted = [(key, self._builder(key)) for key in mine if not self._chosen(key)]
+                lowered = [(key, self._lower(key, lowerable)) for key, lowerable in wanted]
             work = [Workers(self._choose, lowered, 1), Workers(make, missing, threads)]
             Workers.finish(*work)
 
@@ -192,60 +181,53 @@ class Programs:
 
         def make(key: ProgramKey) -> None:
             try:
-                with self._fresh():
+                with self._compiler.fresh():
                     self._compile(key, at_rest=False)
             except Exception:
                 logger.exception("%s[%d] could not be compiled; larger programs serve", *key)
 
         self._behind = Workers(make, self._wanted, threads)
 
+    def postpone(self, keys: Iterable[ProgramKey]) -> None:
+        """Leave `keys` to `time_one`; larger programs serve until then."""
+        self._resting.update(self._missing(keys))
+
     def time_one(self) -> bool:
         """Compile one of the `untimed` programs with timing, and take it from now on. False: there
         is none that has not been tried. Only while nothing runs: if a program was queued meanwhile,
         the times are worth nothing, and the program stays as it was. (It is not tried again: XLA
         remembers what it timed.)"""
-        key = min(self._untimed - self._timed_again, default=None)
+        key = min((self._untimed | self._resting) - self._timed_again, default=None)
         if key is None:
             return False
         self._timed_again.add(key)
         started, began = time.perf_counter(), time.monotonic()
-        with self._turns.of(key), self._fresh():
-            if self._load(key, timed_only=True) is not None:  # another replica has timed it
-                self._untimed.discard(key)
-                return True
-            with self._on_device():
-                lowerable, options = self._builder(key), self._options(key[1])
-                program = self._xla(self._lower(key, lowerable), options)
-                if self._used < began:
+        with self._turns.of(key), self._compiler.fresh():
+            if self._load(key, timed_only=True) is None:  # else another replica has timed it
+                with self._compiler.on_device():
+                    lowerable, options = self._builder(key), self._options(key[1])
+                    program = self._compiler.compile(self._lower(key, lowerable), options)
+                    if self._used >= began:
+                        return True
                     self._store(key, lowerable, program, options)
                     self._keep(key, program, "timed", started, late=False)
-                    self._untimed.discard(key)
+            self._untimed.discard(key)
+            self._resting.discard(key)
         return True
 
     def expect_no_more(self) -> None:
         """What is compiled on first use from now on is late."""
         self._complete = True
 
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """On whichever thread: a builder may trace, too, to learn shapes. Shardings say where a
-        program runs; kernels are chosen for the default device."""
-        with self._settings.applied(), jax.default_device(first_device(self._mesh)):
-            yield
-
     def _missing(self, keys: Iterable[ProgramKey]) -> list[ProgramKey]:
         return [key for key in dict.fromkeys(keys) if key not in self._compiled]
-
-    def _fresh(self) -> contextlib.AbstractContextManager[None]:
-        """Programs to be stored must not come from JAX's cache."""
-        return contextlib.nullcontext() if self._stored is None else without_compilation_cache()
 
     def _compile(self, key: ProgramKey, *, late: bool = False, at_rest: bool = True) -> Any:
         with self._turns.of(key):
             program = self._load(key, timed_only=at_rest, late=late)
             if program is None:
                 started = time.perf_counter()
-                with self._on_device():
+                with self._compiler.on_device():
                     program = self._make(key, at_rest)
                 self._keep(key, program, "compiled", started, late)
         return program
@@ -255,7 +237,7 @@ class Programs:
         if self._stored is None:
             return None
         started = time.perf_counter()
-        with self._on_device():
+        with self._compiler.on_device():
             program = self._find(self._stored, key, timed_only)
         if program is not None:
             self._keep(key, program, "loaded", started, late)
@@ -264,8 +246,10 @@ class Programs:
     def _choose(self, job: tuple[ProgramKey, Any]) -> None:
         key, lowered = job
         started = time.perf_counter()
-        with self._on_device():
-            self._xla(lowered, self._options(key[1]))
+        with self._compiler.on_device():
+            self._compiler.compile(lowered, self._options(key[1]), alone=True)
+            if self._stored is not None:
+                self._stored.note(self._file(self._stored, key, self._builder(key)))
         logger.info("kernels of %s[%d] chosen in %.1f s", *key, time.perf_counter() - started)
 
     def _keep(self, key: ProgramKey, program: Any, how: str, started: float, late: bool) -> None:
@@ -292,7 +276,8 @@ class Programs:
 
     def _make(self, key: ProgramKey, timed: bool) -> Any:
         lowerable, options = self._builder(key), self._options(key[1], timed=timed)
-        program = self._xla(self._lower(key, lowerable), options)
+        alone = timed and threading.get_ident() != self._engine_thread
+        program = self._compiler.compile(self._lower(key, lowerable), options, alone=alone)
         self._store(key, lowerable, program, options)
         self._note(key, timed)
         return program
@@ -308,29 +293,27 @@ class Programs:
             self._untimed.add(key)
 
     def _lower(self, key: ProgramKey, lowerable: Lowerable) -> Any:
-        function, abstract, donated = lowerable
-        program = jax.jit(named(function, _name(key)), donate_argnums=donated)
-        # Python, so one at a time at best: in turn, XLA has work after the first program; side by
-        # side, all threads end late and together
-        with self._lowering, without_garbage_collection():
-            return program.lower(*abstract)
+        return self._compiler.lower(_name(key), lowerable)
 
-    def _xla(self, lowered: Any, options: Options) -> Any:
-        self._expected.active = True
-        try:
-            with self._notice.compiling():
-                return lowered.compile(options)
-        finally:
-            self._expected.active = False
+    def _chosen(self, key: ProgramKey) -> bool:
+        """Whether XLA finds what it chose for this product in an earlier process."""
+        stored = self._stored
+        return stored is not None and stored.noted(self._file(stored, key, self._builder(key)))
 
     def _file(
-        self, stored: StoredPrograms, key: ProgramKey, lowerable: Lowerable, options: Options
+        self,
+        stored: StoredPrograms,
+        key: ProgramKey,
+        lowerable: Lowerable,
+        options: Options | None = None,
     ) -> str:
-        return stored.name(_name(key), lowerable.arguments, lowerable.donated, options)
+        """Without `options`: with those of a timed program."""
+        given = self._options(key[1]) if options is None else options
+        return stored.name(_name(key), lowerable.arguments, lowerable.donated, given)
 
     def _on_compile(self, seconds: float) -> None:
         on_engine = threading.get_ident() == self._engine_thread
-        if on_engine and not getattr(self._expected, "active", False):
+        if on_engine and not self._compiler.is_at_work:
             self.late_compiles += 1
             logger.warning("unplanned compile on the engine thread: %.2f s", seconds)
 

@@ -6,7 +6,7 @@ import os
 
 from jaxserve.config import EngineConfig
 from jaxserve.packing.buckets import Ready
-from jaxserve.step.catalogue import Catalogue
+from jaxserve.step.catalogue import Catalogue, ProgramKey
 from jaxserve.step.compile import Programs
 from jaxserve.step.retiming import time_at_rest
 
@@ -26,11 +26,12 @@ class Precompilation:
         self._programs = programs
         self._ready = Ready.everything(config.buckets)
         self._counted = -1
+        self._postponed: set[ProgramKey] = set()
 
     def first(self) -> None:
         """Load or compile what an engine cannot answer without: everything, if that is to be waited
-        for. Else XLA makes its choices for what will be compiled later, too. Nothing else uses the
-        device, and its memory is free."""
+        for. Else XLA makes its choices for what will be compiled later, too, but for what can wait
+        until nothing runs. Nothing else uses the device, and its memory is free."""
         if not self._config.precompile:
             return
         catalogue, programs, threads = self._catalogue, self._programs, os.cpu_count() or 1
@@ -40,7 +41,9 @@ class Precompilation:
         programs.load(first, threads, timed_only=wait)
         now = [key for key in first if key not in programs]
         later = set(everything).difference(first)
-        choices = catalogue.choices(later - programs.stored(later))
+        later -= programs.stored(later)
+        self._postponed = set() if wait else catalogue.postponed(later)
+        choices = catalogue.choices(later - self._postponed)
         few = threads if wait else min(threads, FIRST_THREADS)
         programs.build(catalogue.mosaic_first(now), few, choices)
 
@@ -51,7 +54,9 @@ class Precompilation:
             return
         programs, catalogue = self._programs, self._catalogue
         programs.expect_no_more()
-        later = [key for key in catalogue.beforehand() if key not in programs]
+        programs.postpone(self._postponed)
+        wanted = [key for key in catalogue.beforehand() if key not in self._postponed]
+        later = [key for key in wanted if key not in programs]
         programs.build_behind(catalogue.mosaic_first(later), max((os.cpu_count() or 1) // 2, 1))
         time_at_rest(programs)
 

@@ -225,6 +225,7 @@ def step_programs(facts: Facts, variant: Variant) -> list[Program]:
             first=buckets.first.decode if steps == 1 else buckets.decode[-1:],
             ladder="decode" if steps == 1 else "several",
             choices=lambda rows: facts.choices(rows, rows),
+            postponed=lambda rows: bool(facts.choices(rows, rows)) and buckets.has_stand_in(rows),
             mosaic=facts.decodes_with_mosaic,
         )
         for kind, steps in facts.decode_kinds.items()

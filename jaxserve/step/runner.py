@@ -37,7 +37,7 @@ from jaxserve.step.shared import Shared
 from jaxserve.step.state_programs import largest
 from jaxserve.step.stored import StoredPrograms
 from jaxserve.step.wide import WideIds
-from jaxserve.step.xla_options import xla_options
+from jaxserve.step.xla_options import chooses_by_timing, xla_options
 from jaxserve.weights import arrange, cut_over
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ class Runner:
         else:
             return None
         facts = (self.config.program, self.model_config)
-        stored = StoredPrograms(folder, self._mesh, facts)
+        chooses = chooses_by_timing(self.config.program)
+        stored = StoredPrograms(folder, self._mesh, facts, chooses)
         stored.prune()
         return stored
 

@@ -22,7 +22,9 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from jaxserve.compat import find_mosaic_runtime, load_executable, settings, versions
+from jaxserve.folders import PrivateFolder
 from jaxserve.step.shared import Folder
+from jaxserve.step.xla_options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,18 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 class StoredPrograms:
     """Executables in `folder`, for `mesh` and a program that `facts` determine together with its
     arguments: everything else that could change what is compiled goes into the file's name. Which
-    devices of a kind compiled it does not: it is loaded for those of `mesh`."""
+    devices of a kind compiled it does not: it is loaded for those of `mesh`.
 
-    def __init__(self, folder: Folder, mesh: Mesh, facts: Iterable[Any]):
+    Beside them lie the kernels that XLA chose by timing, in files of its own: programs that are
+    compiled later, in whatever process, find them.
+    """
+
+    def __init__(self, folder: Folder, mesh: Mesh, facts: Iterable[Any], chooses: bool = False):
+        """chooses: XLA times kernels to choose among them."""
         self._folder = folder
+        self._choices: Path | None = None
+        if chooses and isinstance(folder, PrivateFolder):
+            self._choices = folder.path / f"choices-{_digest(versions())[:16]}"
         self._warned = False
         self._devices = list(mesh.devices.flat)
         first = self._devices[0]
@@ -64,7 +74,7 @@ class StoredPrograms:
         text = "\n".join(
             [self._common, name, repr(shapes), str(tree), repr(donated), repr(options)]
         )
-        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        return f"{name}-{_digest(text)[:32]}"
 
     def has(self, name: str) -> bool:
         """Whether there is such a file. Only `load` knows whether it can be used."""
@@ -95,6 +105,34 @@ class StoredPrograms:
         except Exception as error:
             self._warn("a program could not be stored", error)
 
+    def choices(self, *, keep: bool) -> Options:
+        """Options of the compiler with which it uses choices that it has made before. keep: and
+        keeps those that it makes. A folder that cannot be used is named in a warning."""
+        if self._choices is None:
+            return {}
+        try:
+            PrivateFolder(self._choices).create()
+        except OSError as error:
+            self._warn("what XLA chooses cannot be stored", error)
+            return {}
+        mode = "UPDATE" if keep else "READ"
+        return {
+            "xla_gpu_per_fusion_autotune_cache_dir": str(self._choices),
+            "xla_gpu_experimental_autotune_cache_mode": f"AUTOTUNE_CACHE_MODE_{mode}",
+        }
+
+    def note(self, name: str) -> None:
+        """The choices for the program of this name are made."""
+        if self._choices is not None:
+            try:
+                PrivateFolder(self._choices).write(name, b"")
+            except OSError as error:
+                self._warn("what XLA chose could not be stored", error)
+
+    def noted(self, name: str) -> bool:
+        """Whether `note` was told so, in this process or another."""
+        return self._choices is not None and PrivateFolder(self._choices).has(name)
+
     def prune(self) -> None:
         """Delete what has not been used for long."""
         try:
@@ -117,6 +155,10 @@ def _verified(name: str, content: bytes) -> bytes:
     if hashlib.sha256(program).digest() != stored:
         raise ValueError(f"{name} is damaged: its SHA-256 is another")
     return program
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sources() -> str:

@@ -65,7 +65,7 @@ def given_tables(params: Any, tables: Any) -> dict[str, np.ndarray]:
 
 def _table(name: object, value: Any) -> np.ndarray:
     array = np.asarray(value)
-    if not isinstance(name, str) or array.dtype.kind not in "biuf":
+    if not isinstance(name, str) or array.dtype.kind not in "biuf" or not array.size:
         raise InvalidRequestError(
             f"tables[{checks.shown(name)}] must be an array of numbers, got {checks.shown(value)}"
         )

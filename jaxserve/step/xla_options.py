@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from jaxserve.config import ProgramConfig
+
+Options = dict[str, str | bool]
+
+
+class CompilerOptions(Protocol):
+    """XLA's options for a program of a bucket."""
+
+    def __call__(self, bucket: int, /, *, timed: bool = True) -> Options:
+        """timed: XLA may time kernels on the device to choose among them."""
+        ...
 
 
 def xla_options(
     config: ProgramConfig, rows: int, *, timed: bool = True, quantized: bool = False
-) -> dict[str, str | bool]:
+) -> Options:
     """Options for a program that computes `rows` tokens. timed: XLA may time kernels on the device
     to choose among them; else it takes what it has chosen before in this process, or what is likely
     to be fast. quantized: the linear kernels are int8 or float8.
@@ -23,7 +35,7 @@ def xla_options(
     """
     if config.platform == "cpu":
         return {}
-    options: dict[str, str | bool] = {"xla_gpu_memory_limit_slop_factor": "10000"}
+    options: Options = {"xla_gpu_memory_limit_slop_factor": "10000"}
     crossovers = config.crossovers
     most = crossovers.cublas_rows_quantized if quantized else crossovers.cublas_rows
     if config.deterministic or (most is not None and rows >= most):
