@@ -403,10 +403,12 @@ UNUSABLE = [
         "observe of the transform 'bad' returns the state as float32",
     ),
     (Transform(lambda x, s, p, c: x, lambda p: jnp.zeros(20_000)), {}, "80000 bytes a request"),
+    (Transform(lambda x, s, p, c: x, lambda p: jnp.zeros(0)), {}, "an array without elements"),
     (Transform(lambda x, s, p, c: x + np.arange(40_000.0)[:VOCAB].sum()), {}, None),
     (Transform(lambda x, s, p, c: x), {"params": {"a": "x"}}, r"params\['a'\] must be a number"),
     (Transform(lambda x, s, p, c: x), {"params": {"a": [0] * 5000}}, "5000 numbers; at most 4096"),
     (Transform(lambda x, s, p, c: x), {"tables": {"a": ["x"]}}, "must be an array of numbers"),
+    (Transform(lambda x, s, p, c: x), {"tables": {"a": []}}, "must be an array of numbers"),
     (Transform(lambda x, s, p, c: x), {"tables": 3}, "tables must be a dict, got 3"),
 ]
 CLOSED = jnp.asarray(np.random.default_rng(0).normal(size=40_000), jnp.float32)

@@ -222,7 +222,7 @@ def step_programs(facts: Facts, variant: Variant) -> list[Program]:
             {**state, "rows": lambda rows: facts.array(2, rows), "comm": facts.comm},
             donated=("cache", "progress", "sampled"),
             buckets=buckets.decode[::-1],
-            first=buckets.first.decode if steps == 1 else buckets.decode[-1:],
+            first=buckets.first.decode if steps == 1 else (),
             ladder="decode" if steps == 1 else "several",
             choices=lambda rows: facts.choices(rows, rows),
             postponed=lambda rows: bool(facts.choices(rows, rows)) and buckets.has_stand_in(rows),
