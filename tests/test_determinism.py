@@ -181,8 +181,9 @@ def test_any_batch(engine, alone, size):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", range(1, 33))
+@pytest.mark.parametrize("size", (3, 5, 8, 12, 16, 21, 27, 31))
 def test_every_batch(engine, alone, size):
+    """By itself, with what was cached before, or nothing."""
     if size % 3 == 0:
         assert engine.flush_cache().success
     check_batch(engine, alone, size, seed=100 + size)

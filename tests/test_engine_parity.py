@@ -11,7 +11,7 @@ import pytest
 import jaxserve
 from jaxserve.attention import paged
 from jaxserve.attention.paged import PagedOps
-from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.checkpoints import FAMILIES, LLAMA_LIKE, make_checkpoint
 from tests.marks import long, long_but
 from tests.oracles.huggingface import Reference
 from tests.prompts import ids
@@ -34,7 +34,13 @@ def prompts(count, seed=0, longest=100):
     ]
 
 
-@pytest.fixture(scope="module", params=long_but(FAMILIES, "mistral"))
+def of(families):
+    return pytest.mark.parametrize(
+        "family", long_but(families, "mistral"), indirect=True, scope="module"
+    )
+
+
+@pytest.fixture(scope="module")
 def family(request, tiny_models):
     folder = tiny_models(request.param)
     with jaxserve.Engine(model_path=folder, **OPTIONS) as engine:
@@ -51,6 +57,7 @@ def llama(tiny_models):
         yield engine, folder
 
 
+@of(LLAMA_LIKE)  # test_engine_families.py has the others
 def test_greedy_tokens_equal_hugging_face(family):
     engine, folder = family
     reference = Reference(folder)
@@ -66,6 +73,7 @@ def test_greedy_tokens_equal_hugging_face(family):
     assert exact >= 5, "more than one prompt in six left the argmax loop: not ties"
 
 
+@of(LLAMA_LIKE)
 def test_a_batch_gives_each_prompt_the_tokens_it_gets_alone(family):
     engine, _ = family
     batch = prompts(16)
@@ -98,6 +106,7 @@ class Counted:
         return self.function(*args, **options)
 
 
+@of(FAMILIES)
 def test_input_and_output_logprobs_equal_hugging_face(family):
     engine, folder = family
     reference = Reference(folder)
