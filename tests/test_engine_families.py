@@ -10,6 +10,7 @@ from tests.checkpoints import FAMILIES, LLAMA_LIKE
 from tests.marks import long, long_but
 from tests.oracles.huggingface import Reference
 from tests.prompts import GREEDY, ids, text
+from tests.test_engine_parity import assert_logprobs_equal
 
 pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OTHERS = [family for family in FAMILIES if family not in LLAMA_LIKE]
@@ -30,8 +31,9 @@ def test_ragged_prompts_in_chunks_and_again_from_the_cache(tiny_models, family):
         first = engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)
         again = engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)
         alone = [engine.generate(input_ids=p, sampling_params=GREEDY) for p in PROMPTS[2:4]]
+        reference = Reference(folder)
+        assert_logprobs_equal(engine, reference)
         assert engine.get_server_info()["late_compiles"] == 0
-    reference = Reference(folder)
     for prompt, output in zip(PROMPTS, ids(first), strict=True):
         assert len(output) == GREEDY["max_new_tokens"]
         reference.assert_greedy(prompt, output)

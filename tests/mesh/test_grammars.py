@@ -8,8 +8,7 @@ import pytest
 
 import jaxserve
 from tests.marks import long_but
-from tests.mesh.cases import OPTIONS
-from tests.mesh.test_tensor_parallel import HEADS
+from tests.mesh.cases import HEADS, OPTIONS
 from tests.prompts import ids
 from tests.schemas import SCHEMAS
 
