@@ -33,7 +33,6 @@ def test_failures_cost_what_they_may_and_nothing_is_left(tiny_models, options):
 
 
 def test_8000_requests_leave_no_memory_behind(tiny_models):
-    """As much of each as of the benchmark's 20,000."""
     load = Load(8_000, growth=12 * MIB)
     result = run(tiny_models("llama"), load)
     assert result["violations"] == []

@@ -118,7 +118,7 @@ def plain(folder):
     return results
 
 
-@pytest.mark.parametrize("name", long_but(VARIANTS, "overlap"))
+@pytest.mark.parametrize("name", long_but(VARIANTS, "overlap", "no-overlap"))
 def test_riding_does_not_change_results(folder, plain, name):
     with jaxserve.Engine(model_path=folder, **{**STREAMED, **VARIANTS[name]}) as engine:
         results = asyncio.run(streamed(engine, jobs()))
