@@ -41,7 +41,7 @@ else
 	$(QUICK) .venv-newest/bin/python -m pytest -m "not long" $(SPREAD) $(KERNELS)
 endif
 
-# What takes longer than a change should wait for: documentation, notebook, thousands of seeded runs,
+# What takes longer than a change should wait for: documentation, notebooks, hundreds of seeded runs,
 # and the cases of `make test` that say much the same as others.
 check: .venv/check.stamp $(if $(PYTHON_NEW),.venv-newest/stamp)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean

@@ -607,6 +607,7 @@ def test_grammars_on_a_tiny_engine():
 @pytest.mark.long
 def test_images_on_a_tiny_engine(tmp_path):
     options = {"precompile": True, "chunked_prefill_size": 256, "max_total_tokens": 16384}
+    options |= {"max_running_requests": 4, "cuda_graph_bs": [4]}
     words = ["--model", "tiny-vl", "--size", "64", "--requests", "3", "--new", "4"]
     words += ["--repeats", "2", "--scale", "0.01", "--engine", json.dumps(options)]
     result = images.run(images.parser().parse_args(words))

@@ -39,14 +39,17 @@ def single(folder):
         assert engine.get_server_info()["num_continuous_decode_steps"] == 1
 
 
-def marked(shortly):
-    """The variants by their names: those of `shortly` in every run, the others in long ones."""
-    for name, variant in VARIANTS.items():
+def marked(names, *shortly):
+    """The variants of `names`: those of `shortly` in every run, the others in long ones."""
+    for name in names:
         marks = () if name in shortly else pytest.mark.long
-        yield pytest.param(variant, marks=marks, id=name)
+        yield pytest.param(VARIANTS[name], marks=marks, id=name)
 
 
-@pytest.fixture(scope="module", params=list(marked(["4", "4-no-overlap"])))
+@pytest.fixture(
+    scope="module",
+    params=list(marked(("4", "4-no-overlap", "8-few-rows"), "4")),
+)
 def several(request, folder):
     options = {**OPTIONS, "skip_tokenizer_init": False, **request.param}
     with jaxserve.Engine(model_path=folder, **options) as engine:
@@ -184,7 +187,7 @@ def test_dispatches_are_few_and_all_their_steps_counted(several, monkeypatch):
     assert after["generated_tokens"] - info["generated_tokens"] == 40
 
 
-@pytest.mark.parametrize("variant", list(marked(["4-no-overlap"]))[:3])
+@pytest.mark.parametrize("variant", list(marked(("4-no-overlap", "3-small-pages"), "4-no-overlap")))
 def test_retraction_does_not_change_tokens(folder, single, variant):
     batch, params = mixed_workload()
     tokens, retractions = run_mixed(folder, **{**TIGHT, **variant})
@@ -214,7 +217,7 @@ def test_an_abort_amid_the_steps_frees_the_pages(several):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("variant", list(marked(VARIANTS))[:3])
+@pytest.mark.parametrize("variant", list(marked(("4-no-overlap", "3-small-pages"))))
 def test_soak_with_aborts_leaves_no_page_behind(folder, variant):
     """150 random requests, a third of them left early, on a pool that is too small for them."""
     options = {**OPTIONS, "max_total_tokens": 768, "max_running_requests": 8, **variant}

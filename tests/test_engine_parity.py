@@ -11,7 +11,7 @@ import pytest
 import jaxserve
 from jaxserve.attention import paged
 from jaxserve.attention.paged import PagedOps
-from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.checkpoints import LLAMA_LIKE, make_checkpoint
 from tests.marks import long, long_but
 from tests.oracles.huggingface import Reference
 from tests.prompts import ids
@@ -34,7 +34,8 @@ def prompts(count, seed=0, longest=100):
     ]
 
 
-@pytest.fixture(scope="module", params=long_but(FAMILIES, "mistral"))
+# test_engine_families.py has the other families
+@pytest.fixture(scope="module", params=long_but(LLAMA_LIKE, "mistral"))
 def family(request, tiny_models):
     folder = tiny_models(request.param)
     with jaxserve.Engine(model_path=folder, **OPTIONS) as engine:
@@ -98,9 +99,8 @@ class Counted:
         return self.function(*args, **options)
 
 
-def test_input_and_output_logprobs_equal_hugging_face(family):
-    engine, folder = family
-    reference = Reference(folder)
+def assert_logprobs_equal(engine, reference):
+    """Those of inputs, outputs, the best and the named tokens."""
     prompt = prompts(1, seed=3)[0] + [5, 6, 7]
     result = engine.generate(
         input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": 12}, return_logprob=True,
@@ -123,6 +123,11 @@ def test_input_and_output_logprobs_equal_hugging_face(family):
         assert [v for v, *_ in tops[position]] == pytest.approx(best.values.tolist(), abs=1e-4)
         assert [i for _, i, _ in named[position]] == [9, 11]
         assert [v for v, *_ in named[position]] == pytest.approx(row[[9, 11]].tolist(), abs=1e-4)
+
+
+def test_input_and_output_logprobs_equal_hugging_face(family):
+    engine, folder = family
+    assert_logprobs_equal(engine, Reference(folder))
 
 
 SAMPLED = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "max_new_tokens": 24, "ignore_eos": True}
@@ -189,7 +194,7 @@ def plain_tokens(tiny_models):
         {},
         {"disable_overlap_schedule": True},
         {"chunked_prefill_size": 24},
-        {"page_size": 64},
+        long({"page_size": 64}),
         long({"page_size": 8, "max_running_requests": 5}),
     ],
     ids=["overlap", "no-overlap", "chunks", "large-pages", "few-rows"],
@@ -200,7 +205,7 @@ def test_circumstances_do_not_change_tokens(tiny_models, plain_tokens, options):
     assert retractions == 0
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, long(False)])
 def test_retraction_does_not_change_tokens(tiny_models, plain_tokens, overlap):
     tokens, retractions = run_mixed(
         tiny_models("llama"), **TIGHT, disable_overlap_schedule=not overlap

@@ -94,7 +94,7 @@ LATER = [
 
 
 @pytest.mark.long
-def test_offline_engine_api_prints_what_the_document_shows():
+def test_offline_engine_api_prints_what_the_document_shows(tiny_models):
     layout = [f"{'=' * 31}\nPrompt: {prompt}\nGenerated text: \0\n" for prompt in FIRST]
     layout.append("\n=== Testing synchronous streaming generation with overlap removal ===\n\n")
     layout += [f"Prompt: {prompt}\nGenerated text: \0\n\n" for prompt in LATER]
@@ -103,7 +103,7 @@ def test_offline_engine_api_prints_what_the_document_shows():
     layout.append("\n=== Testing asynchronous streaming generation (no repeats) ===\n")
     layout += [f"\nPrompt: {prompt}\nGenerated text: \0\n" for prompt in LATER]
     pattern = re.escape("".join(layout)).replace(re.escape("\0"), "(.*)")
-    found = re.fullmatch(pattern, run("offline_engine_api.py"), re.DOTALL)
+    found = re.fullmatch(pattern, run("offline_engine_api.py", tiny_models("llama")), re.DOTALL)
     assert found is not None
     texts = found.groups()
     assert len(texts) == 13
@@ -113,8 +113,8 @@ def test_offline_engine_api_prints_what_the_document_shows():
 
 
 @pytest.mark.long
-def test_many_tasks():
-    printed = run("many_tasks.py", "--tokens", "4")
+def test_many_tasks(tiny_models):
+    printed = run("many_tasks.py", "--model", tiny_models("llama"), "--tokens", "4")
     numbers = re.search(
         r"^400 tasks, (\d+\.\d) output tokens/s, (\d+\.\d) requests/s, up to (\d+) at a time$",
         printed,

@@ -16,11 +16,11 @@ def check(outcomes: list[files.Outcome]) -> None:
 
 @pytest.mark.slow
 def test_files_load_and_answer_or_are_refused(tmp_path):
-    check(files.fuzz(tmp_path, 20, seed=0))
+    check(files.fuzz(tmp_path, 12, seed=0))
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(1000, 2000, 250))
-def test_a_thousand_files(tmp_path, seed):
-    check(files.fuzz(tmp_path, 250, seed))
+@pytest.mark.parametrize("seed", [1000, 1500])
+def test_hundreds_of_files(tmp_path, seed):
+    """`python -m tests.fuzz.files` takes as many as one likes."""
+    check(files.fuzz(tmp_path, 120, seed))

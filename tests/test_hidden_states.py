@@ -18,8 +18,8 @@ from jaxserve.output.states import HiddenStates, StateSpec, float32
 from jaxserve.step.picking import SIZES, cover
 from jaxserve.transforms import Transform
 from tests import inside
-from tests.checkpoints import SOME, VOCAB
-from tests.marks import long
+from tests.checkpoints import VOCAB
+from tests.marks import long_but
 from tests.oracles.huggingface import Reference
 from tests.prompts import GREEDY, text
 
@@ -116,7 +116,7 @@ def check(reference, prompt, result, hidden=True, logits=True):
         assert "logits" not in meta
 
 
-@pytest.mark.parametrize("family", [each if each == "llama" else long(each) for each in SOME])
+@pytest.mark.parametrize("family", long_but(["llama", "cohere2", "gemma3", "olmo2"], "llama"))
 def test_every_layer_equals_hugging_face_cold_and_with_a_warm_cache(family, tiny_models):
     folder, layers = tiny_models(family, num_hidden_layers=3), [0, 1, 2, 3]
     reference = Reference(folder)

@@ -22,9 +22,11 @@ STREAMED = {
 VARIANTS = {
     "overlap": {},
     "no-overlap": {"disable_overlap_schedule": True, "disable_radix_cache": True},
-    "small-pages": {"page_size": 8, "num_continuous_decode_steps": 4, "max_running_requests": 5},
-    "retraction": {"max_total_tokens": 512, "max_running_requests": 8},
-}
+    "retraction": {
+        "max_total_tokens": 512, "page_size": 8, "num_continuous_decode_steps": 4,
+        "max_running_requests": 5,
+    },
+}  # fmt: skip
 
 
 def jobs():

@@ -181,8 +181,11 @@ def test_a_stop_in_the_middle_keeps_only_what_was_said(engine, uncached, params)
         assert engine.generate(**ask)["output_ids"] == uncached.generate(**ask)["output_ids"]
 
 
-@PARAMS
-@pytest.mark.parametrize("overlap", [True, long(False)])
+@pytest.mark.parametrize(
+    ("params", "overlap"),
+    [(COUNTED, True), long(GREEDY, False), long(SEEDED, False)],
+    ids=["pen", "greedy", "seed"],
+)
 def test_pressure_evicts_and_retracts_to_the_same_tokens(tiny_models, uncached, params, overlap):
     """A tree of prompts in a pool for a fraction of them, one batch after another."""
     heads = [text(10 + i, 48) for i in range(3)]

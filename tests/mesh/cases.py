@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.prompts import GREEDY, SMALL, text
+import numpy as np
+
+from tests.prompts import GREEDY, SMALL, ids, text
 
 OPTIONS = {**SMALL, "max_total_tokens": 2048, "max_running_requests": 4, "enable_metrics": True}
 SEEDED = {"temperature": 0.8, "max_new_tokens": 20, "sampling_seed": 11, "ignore_eos": True}
@@ -31,6 +33,18 @@ CASES = {
         "sampling_params": {**SEEDED, "logit_bias": {"7": 2.0}, "min_new_tokens": 3},
     },
 }
+# eight heads of two KV heads: on more than two devices some have the same ones
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+FAMILIES = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"num_key_value_heads": 4},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "phi3": {},
+    "glm": {},
+    "glm4": {"tie_word_embeddings": True},
+    "cohere2": {"attention_bias": True, "tie_word_embeddings": True},
+}
 
 
 def logprobs(result):
@@ -38,3 +52,10 @@ def logprobs(result):
     meta = result["meta_info"]
     values = [*meta["input_token_logprobs"][1:], *meta["output_token_logprobs"]]
     return [value for value, _, _ in values]
+
+
+def assert_same(results, expected):
+    assert ids(results) == ids(expected)
+    for mine, other in zip(results, expected, strict=True):
+        if "output_token_logprobs" in other["meta_info"]:
+            np.testing.assert_allclose(logprobs(mine), logprobs(other), atol=1e-4)

@@ -11,7 +11,7 @@ from tests.mesh.cases import CASES, OPTIONS, SEEDED
 from tests.prompts import ids
 from tests.test_guides import guided  # noqa: F401 (a fixture)
 
-MESHES = {"tp": {"tp_size": 2}, "dp": {"dp_size": 2}, "both": {"tp_size": 2, "dp_size": 2}}
+MESHES = {"dp": {"dp_size": 2}, "both": {"tp_size": 2, "dp_size": 2}}
 SIZES = {"precompile": True, "chunked_prefill_size": 64, "max_running_requests": 2}
 POINTS = ("layer.0.attn", "layer.0.heads", "layer.1.attn_out", "layer.1.mlp_out")
 HOOK = ("scaled", dict.fromkeys(POINTS, lambda x, p, c: x * p["by"] + c.position), {"by": 0.5})

@@ -57,8 +57,7 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "dp_size", "tp_size"), [
-    ("qwen3_vl", 2, 2), long("qwen3_vl", 1, 2), long("qwen3_vl", 2, 1),
-    long("gemma3", 1, 2), long("gemma3", 2, 1), long("gemma3", 2, 2),
+    long("qwen3_vl", 2, 2), long("gemma3", 1, 2),
 ])  # fmt: skip
 def test_the_tokens_of_one_device(expected, family, dp_size, tp_size):
     folder, alone = expected(family)

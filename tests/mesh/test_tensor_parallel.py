@@ -1,4 +1,5 @@
-"""A model cut over devices gives what it gives on one, whatever the family and the request."""
+"""A model cut over devices gives what it gives on one, whatever the options; test_families.py goes
+through the families and requests."""
 
 from __future__ import annotations
 
@@ -11,108 +12,14 @@ import jaxserve
 from jaxserve.errors import InvalidRequestError
 from jaxserve.parallel.mesh import bytes_on_each
 from tests import inside
-from tests.marks import long
-from tests.mesh.cases import CASES, OPTIONS, PROMPTS, SEEDED, logprobs
+from tests.mesh.cases import CASES, OPTIONS, PROMPTS, SEEDED, assert_same, logprobs
 from tests.prompts import ids, text
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
-# eight heads of two KV heads: on more than two devices some have the same ones
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
-FAMILIES = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "mistral": {"num_key_value_heads": 4},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
-    "phi3": {},
-    "glm": {},
-    "glm4": {"tie_word_embeddings": True},
-    "cohere2": {"attention_bias": True, "tie_word_embeddings": True},
-}
-MESHES = [(1, 2), (1, 4), (1, 8), (2, 2)]
-"""(dp_size, tp_size)."""
-NAMES = list(CASES)
 MANY = {
     "input_ids": [text(seed, 150) for seed in range(12)],
     "sampling_params": {**SEEDED, "max_new_tokens": 60},
 }
-
-
-def features(mesh, family):
-    """Two of CASES, so that each meets each mesh and each family."""
-    pair = (MESHES.index(mesh) + list(FAMILIES).index(family)) % (len(NAMES) // 2)
-    return NAMES[2 * pair : 2 * pair + 2]
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_models):
-    return lambda family: tiny_models(family, **HEADS | FAMILIES.get(family, {}))
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    """What one device makes of some cases, by family."""
-    found = {}
-
-    def of(family, names):
-        missing = [name for name in names if (family, name) not in found]
-        if missing:
-            with jaxserve.Engine(folder(family), **OPTIONS) as engine:
-                for name in missing:
-                    found[family, name] = engine.generate(**CASES[name])
-        return [found[family, name] for name in names]
-
-    return of
-
-
-def assert_same(results, expected):
-    assert ids(results) == ids(expected)
-    for mine, other in zip(results, expected, strict=True):
-        if "output_token_logprobs" in other["meta_info"]:
-            np.testing.assert_allclose(logprobs(mine), logprobs(other), atol=1e-4)
-
-
-def test_all_pairs_are_covered():
-    met = [(mesh, family, name) for mesh in MESHES for family in FAMILIES
-           for name in features(mesh, family)]  # fmt: skip
-    assert {(mesh, name) for mesh, _, name in met} == {(m, n) for m in MESHES for n in NAMES}
-    assert {(family, name) for _, family, name in met} == {(f, n) for f in FAMILIES for n in NAMES}
-
-
-def pairs():
-    """Each mesh with each family. A run without the long ones has four devices that share two KV
-    heads, and both kinds of parallelism at once."""
-    for mesh in MESHES:
-        for family in FAMILIES:
-            often = (mesh, family) in (((1, 4), "qwen2"), ((2, 2), "qwen3"))
-            marks = () if often else pytest.mark.long
-            yield pytest.param(mesh, family, marks=marks, id=f"dp{mesh[0]}tp{mesh[1]}-{family}")
-
-
-@pytest.mark.parametrize(("mesh", "family"), list(pairs()))
-def test_the_tokens_of_one_device(folder, expected, mesh, family):
-    dp, tp = mesh
-    with jaxserve.Engine(folder(family), dp_size=dp, tp_size=tp, **OPTIONS) as engine:
-        results = [engine.generate(**CASES[name]) for name in features(mesh, family)]
-        info = engine.get_server_info()
-        assert info["late_compiles"] == 0 and (info["dp_size"], info["tp_size"]) == mesh
-    for mine, other in zip(results, expected(family, features(mesh, family)), strict=True):
-        assert_same(mine, other)
-
-
-OTHERS = ["gemma2", "gemma3", "granite", "olmo2", "olmo3", "smollm3"]
-
-
-@pytest.mark.parametrize(("family", "tp"), [
-    *(long(family, 2) for family in OTHERS), ("olmo2", 4), long("gemma3", 4),
-])  # fmt: skip
-def test_other_families_give_the_tokens_of_one_device(folder, expected, family, tp):
-    """OLMo's norms of q and k are over all devices' heads, of which several have the same k."""
-    names = ["greedy", "logprobs"]
-    with jaxserve.Engine(folder(family), tp_size=tp, **OPTIONS) as engine:
-        results = [engine.generate(**CASES[name]) for name in names]
-        assert engine.get_server_info()["late_compiles"] == 0
-    for mine, other in zip(results, expected(family, names), strict=True):
-        assert_same(mine, other)
 
 
 @pytest.fixture(scope="module")
