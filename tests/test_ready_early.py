@@ -100,8 +100,10 @@ def test_several_steps_at_once_wait_for_their_programs(tiny_models, gate):
         runner = inside.runner(engine)
         assert runner.ready.several == set()
         params = {**SHORT, "max_new_tokens": 9}
+        before = engine.get_server_info()["decode_steps"]
         alone = engine.generate(input_ids=[5, 6], sampling_params=params)["output_ids"]
-        assert engine.get_server_info()["late_compiles"] == 0
+        info = engine.get_server_info()
+        assert info["decode_steps"] - before == 8 and info["late_compiles"] == 0
         gate.set()
         until_complete(engine)
         assert runner.ready.several == {1, 2, 4, 8}

@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jax.sharding import Mesh
@@ -168,16 +168,14 @@ class Programs:
 
             with self._compiler.on_device():
                 # before the large ones are traced, which would keep each of them waiting
-                mine = [key for key in choices if self._turns.claim(key)]
-                wanted = [(key, self._builder(key)) for key in mine if not self._chosen(key)]
-                lowered = [(key, self._lower(key, lowerable)) for key, lowerable in wanted]
+                lowered = list(self._lowered_choices(choices))
             work = [Workers(self._choose, lowered, 1), Workers(make, missing, threads)]
             Workers.finish(*work)
 
     def build_behind(self, keys: Iterable[ProgramKey], threads: int) -> None:
-        """Load or compile `keys` while requests run, each stored as soon as it is compiled. One
-        that fails is logged; it is then missing."""
-        self._wanted = self._missing(keys)
+        """Load or compile `keys` while requests run, but for those that are postponed, each stored
+        as soon as it is compiled. One that fails is logged; it is then missing."""
+        self._wanted = [key for key in self._missing(keys) if key not in self._resting]
 
         def make(key: ProgramKey) -> None:
             try:
@@ -243,13 +241,24 @@ class Programs:
             self._keep(key, program, "loaded", started, late)
         return program
 
-    def _choose(self, job: tuple[ProgramKey, Any]) -> None:
-        key, lowered = job
+    def _lowered_choices(self, keys: Iterable[ProgramKey]) -> Iterator[tuple[ProgramKey, Any, str]]:
+        """Those of `keys` that nobody has compiled yet: lowered, and under which name it is noted
+        that they were. In `on_device`."""
+        for key in filter(self._turns.claim, keys):
+            lowerable, name = self._builder(key), ""
+            if self._stored is not None:
+                name = self._file(self._stored, key, lowerable, self._options(key[1]))
+                if self._stored.noted(name):
+                    continue
+            yield key, self._lower(key, lowerable), name
+
+    def _choose(self, job: tuple[ProgramKey, Any, str]) -> None:
+        key, lowered, name = job
         started = time.perf_counter()
         with self._compiler.on_device():
             self._compiler.compile(lowered, self._options(key[1]), alone=True)
             if self._stored is not None:
-                self._stored.note(self._file(self._stored, key, self._builder(key)))
+                self._stored.note(name)
         logger.info("kernels of %s[%d] chosen in %.1f s", *key, time.perf_counter() - started)
 
     def _keep(self, key: ProgramKey, program: Any, how: str, started: float, late: bool) -> None:
@@ -295,21 +304,10 @@ class Programs:
     def _lower(self, key: ProgramKey, lowerable: Lowerable) -> Any:
         return self._compiler.lower(_name(key), lowerable)
 
-    def _chosen(self, key: ProgramKey) -> bool:
-        """Whether XLA finds what it chose for this product in an earlier process."""
-        stored = self._stored
-        return stored is not None and stored.noted(self._file(stored, key, self._builder(key)))
-
     def _file(
-        self,
-        stored: StoredPrograms,
-        key: ProgramKey,
-        lowerable: Lowerable,
-        options: Options | None = None,
+        self, stored: StoredPrograms, key: ProgramKey, lowerable: Lowerable, options: Options
     ) -> str:
-        """Without `options`: with those of a timed program."""
-        given = self._options(key[1]) if options is None else options
-        return stored.name(_name(key), lowerable.arguments, lowerable.donated, given)
+        return stored.name(_name(key), lowerable.arguments, lowerable.donated, options)
 
     def _on_compile(self, seconds: float) -> None:
         on_engine = threading.get_ident() == self._engine_thread

@@ -20,7 +20,7 @@ from jaxserve.step.xla_options import Options
 
 
 class Compiler:
-    """Makes executables with the settings of the thread that made it."""
+    """Makes executables, with JAX's settings of the thread on which it was made itself."""
 
     def __init__(self, mesh: Mesh, notice: Notice, stored: StoredPrograms | None) -> None:
         """stored: where what is made will be kept, and what XLA chooses is."""

@@ -6,7 +6,7 @@ import os
 
 from jaxserve.config import EngineConfig
 from jaxserve.packing.buckets import Ready
-from jaxserve.step.catalogue import Catalogue, ProgramKey
+from jaxserve.step.catalogue import Catalogue
 from jaxserve.step.compile import Programs
 from jaxserve.step.retiming import time_at_rest
 
@@ -26,7 +26,6 @@ class Precompilation:
         self._programs = programs
         self._ready = Ready.everything(config.buckets)
         self._counted = -1
-        self._postponed: set[ProgramKey] = set()
 
     def first(self) -> None:
         """Load or compile what an engine cannot answer without: everything, if that is to be waited
@@ -42,8 +41,9 @@ class Precompilation:
         now = [key for key in first if key not in programs]
         later = set(everything).difference(first)
         later -= programs.stored(later)
-        self._postponed = set() if wait else catalogue.postponed(later)
-        choices = catalogue.choices(later - self._postponed)
+        postponed = catalogue.postponed(later)
+        programs.postpone(postponed)
+        choices = catalogue.choices(later - postponed)
         few = threads if wait else min(threads, FIRST_THREADS)
         programs.build(catalogue.mosaic_first(now), few, choices)
 
@@ -54,9 +54,7 @@ class Precompilation:
             return
         programs, catalogue = self._programs, self._catalogue
         programs.expect_no_more()
-        programs.postpone(self._postponed)
-        wanted = [key for key in catalogue.beforehand() if key not in self._postponed]
-        later = [key for key in wanted if key not in programs]
+        later = [key for key in catalogue.beforehand() if key not in programs]
         programs.build_behind(catalogue.mosaic_first(later), max((os.cpu_count() or 1) // 2, 1))
         time_at_rest(programs)
 

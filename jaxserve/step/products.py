@@ -1,8 +1,9 @@
 """A model's products alone. Compiled while the device is at rest, they make XLA choose kernels.
 
 XLA chooses among its kernels for a product of few rows by timing them on the device, and keeps the
-choice for as long as the process lives. A program that is compiled while requests run must not time
-anything; it finds these choices, and for all else takes what is likely to be fast.
+choice: in the process, and in files that later ones read (`StoredPrograms.choices`). A program that
+is compiled while requests run must not time anything; it finds these choices, and for all else
+takes what is likely to be fast.
 
 The programs here have the products of a step and nothing between them: two layers, because the
 first one's input is the embeddings, the last one's output goes to the final norm, and what lies

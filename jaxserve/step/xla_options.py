@@ -21,8 +21,8 @@ def xla_options(
     config: ProgramConfig, rows: int, *, timed: bool = True, quantized: bool = False
 ) -> Options:
     """Options for a program that computes `rows` tokens. timed: XLA may time kernels on the device
-    to choose among them; else it takes what it has chosen before in this process, or what is likely
-    to be fast. quantized: the linear kernels are int8 or float8.
+    to choose among them; else it takes what it has chosen before, or what is likely to be fast.
+    quantized: the linear kernels are int8 or float8.
 
     On a GPU, XLA counts the cache once more for each kernel that updates it in place, finds that
     all this does not fit the device, and recomputes small things over and over to save memory
