@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import signal
@@ -72,16 +71,10 @@ def kept_programs():
     """Engines keep whole programs, as those on a GPU do, in one folder for all processes of tests:
     what any of them has traced and compiled, others load. Not for tests that change what is traced,
     or look at how programs come to be."""
-    from jaxserve.config import EngineConfig
-
-    resolve = EngineConfig.resolve
-    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "whole"
-
-    def resolved(*args):
-        return dataclasses.replace(resolve(*args), program_folder=folder)
+    from tests.whole_programs import keep_programs  # imports JAX, which reads what is set above
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EngineConfig, "resolve", resolved)
+        keep_programs(patch, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "whole")
         yield
 
 

@@ -24,6 +24,7 @@ from jaxserve.step.xla_options import xla_options
 from tests import inside
 from tests.machines import GPU, MACHINES
 from tests.marks import long
+from tests.whole_programs import keep_programs
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -288,16 +289,6 @@ def test_several_decode_steps_are_for_small_models_on_a_gpu_unless_asked_for():
 # -- programs on disk -----------------------------------------------------------------------------
 
 
-def keep(monkeypatch, folder):
-    """Engines on this machine store whole programs in `folder`, as those on a GPU do."""
-    resolve = EngineConfig.resolve
-
-    def resolved(*args):
-        return dataclasses.replace(resolve(*args), program_folder=folder)
-
-    monkeypatch.setattr(EngineConfig, "resolve", resolved)
-
-
 def generated(folder, caplog, **options):
     """(tokens, programs compiled, programs loaded) of a small engine's life."""
     caplog.clear()
@@ -311,7 +302,7 @@ def generated(folder, caplog, **options):
 
 
 def test_a_second_start_loads_its_programs(tiny_models, monkeypatch, tmp_path, caplog):
-    keep(monkeypatch, tmp_path)
+    keep_programs(monkeypatch, tmp_path)
     folder = tiny_models("llama", num_hidden_layers=1)
     first, compiled, loaded = generated(folder, caplog)
     assert (compiled, loaded) == (2, 0)
@@ -327,7 +318,7 @@ def test_a_second_start_loads_its_programs(tiny_models, monkeypatch, tmp_path, c
 
 @pytest.mark.long
 def test_a_damaged_or_missing_store_only_costs_time(tiny_models, monkeypatch, tmp_path, caplog):
-    keep(monkeypatch, tmp_path)
+    keep_programs(monkeypatch, tmp_path)
     folder = tiny_models("llama", num_hidden_layers=1)
     first, *_ = generated(folder, caplog)
     for path in tmp_path.iterdir():
@@ -335,7 +326,7 @@ def test_a_damaged_or_missing_store_only_costs_time(tiny_models, monkeypatch, tm
     assert generated(folder, caplog) == (first, 2, 0)
     assert generated(folder, caplog) == (first, 0, 2)
     (tmp_path / "a file").write_text("")
-    keep(monkeypatch, tmp_path / "a file")
+    keep_programs(monkeypatch, tmp_path / "a file")
     assert generated(folder, caplog) == (first, 2, 0)
     assert len(warned(caplog)) == 1 and "compilation_cache_dir" in warned(caplog)[0]
 
@@ -347,7 +338,7 @@ def warned(caplog):
 
 
 def test_programs_that_nobody_uses_are_deleted(tiny_models, monkeypatch, tmp_path, caplog):
-    keep(monkeypatch, tmp_path)
+    keep_programs(monkeypatch, tmp_path)
     folder = tiny_models("llama", num_hidden_layers=1)
     generated(folder, caplog)
     old, new = tmp_path.iterdir()

@@ -17,7 +17,8 @@ from jaxserve.step.compiler import Compiler
 from jaxserve.step.workers import Workers
 from tests import inside
 from tests.prompts import ids
-from tests.test_programs import OPTIONS, SHORT, keep
+from tests.test_programs import OPTIONS, SHORT
+from tests.whole_programs import keep_programs
 
 EARLY = {**OPTIONS, "precompile": True}
 DECODE, EXTEND = [1, 2, 4, 8], [64, 128]
@@ -136,7 +137,7 @@ def test_programs_are_stored_as_they_come(tiny_models, gate, monkeypatch, tmp_pa
     def options(config, rows, *, timed=True, quantized=False):
         return {} if timed else {"xla_backend_optimization_level": "1"}
 
-    keep(monkeypatch, tmp_path)
+    keep_programs(monkeypatch, tmp_path)
     monkeypatch.setattr("jaxserve.step.runner.xla_options", options)
     path = tiny_models("llama", num_hidden_layers=1)
 
@@ -172,7 +173,7 @@ def untimed(monkeypatch, tmp_path):
     def options(config, rows, *, timed=True, quantized=False):
         return {} if timed else {"xla_backend_optimization_level": "1"}
 
-    keep(monkeypatch, tmp_path)
+    keep_programs(monkeypatch, tmp_path)
     monkeypatch.setattr("jaxserve.step.runner.xla_options", options)
     monkeypatch.setattr("jaxserve.step.retiming.REST_SECONDS", 0.05)
     monkeypatch.setattr("jaxserve.step.retiming.LOOK_SECONDS", 0.02)
