@@ -1,6 +1,7 @@
 """What chains of transforms cost: a decode step with and without, and a registration under load.
 
     python -m benchmarks.chains --model llama-3.1-8b --rows 1 64 256 --out-dir results
+    python -m benchmarks.chains --model qwen2.5-0.5b --rows 64 256 --fuse
     python -m benchmarks.chains --model tiny --rows 1 4 --tokens 16 --streams 4
 
 One engine. By rows, calls in turns, plain, with each chain, plain again, `--calls` times: ms a
@@ -9,6 +10,8 @@ token (128 in, `--tokens` out, greedy) and the ratio of medians to the plain one
     same        changes nothing: what drawing apart costs
     five        temperature, top-n-sigma, min-p, epsilon and exponential decay
     typical_p, top_h, dry     those that search or look back
+
+With `--fuse` they are registered with `fuse=True`.
 
 "register": while `--streams` requests decode, ms between their tokens before, and while a chain is
 compiled beside them; late compiles.
@@ -130,18 +133,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--calls", type=int, default=5)
+    parser.add_argument("--fuse", action="store_true", help="register chains with fuse=True")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--stream-tokens", type=int, default=1024)
     parser.add_argument("--engine", type=json.loads, default={}, help="Engine options, JSON")
     parser.add_argument("--out-dir", type=Path)
     given = parser.parse_args()
     vocab_size = workloads.SHAPES[given.model]["vocab_size"]
-    result: dict[str, Any] = {"benchmark": "chains", "model": given.model}
+    result: dict[str, Any] = {"benchmark": "chains", "model": given.model, "fuse": given.fuse}
     with dummy_engine(given.model, {"precompile": True, **given.engine}, ["long"]) as (engine, _):
         seconds = {}
         for name, (transform, _) in chains().items():
             started = time.perf_counter()
-            engine.register(name, transform)
+            engine.register(name, transform, fuse=given.fuse)
             seconds[name] = round(time.perf_counter() - started, 2)
         result["register_s"] = seconds
         print(json.dumps(result), flush=True)

@@ -20,13 +20,15 @@ class Apart:
     def __init__(self, loops: Sequence[EngineLoop]) -> None:
         self._loops = loops
 
-    def register(self, name: str, transform: Any, params: Any, tables: Any) -> Registered:
+    def register(
+        self, name: str, transform: Any, params: Any, tables: Any, fuse: bool
+    ) -> Registered:
         """Compile a chain of transforms (`Engine.register`) on the calling thread, for every loop
         or none; the first one compiles, and the others find what it has stored.
         InvalidRequestError: it cannot be; EngineDeadError, EngineShutdownError."""
-        chains = [loop.chains.build(name, transform, params, tables) for loop in self._loops]
+        chains = [loop.chains.build(name, transform, params, tables, fuse) for loop in self._loops]
         self._wait(lambda loop, chain: loop.chains.adopt(chain), chains)
-        return chains[0].registered
+        return chains[0].registered._replace(fused=fuse)
 
     def register_hook(self, name: str, points: Any, params: Any, tables: Any) -> Registered:
         """The same of a hook (`Engine.register_hook`)."""

@@ -85,9 +85,9 @@ def asks(tokens, name="oracle", **params):
     }
 
 
-def register(engine):
-    engine.register("oracle", oracle(), tables={"steps": TABLE})
-    engine.register("same", Transform(lambda logits, state, params, context: logits))
+def register(engine, **options):
+    engine.register("oracle", oracle(), tables={"steps": TABLE}, **options)
+    engine.register("same", Transform(lambda logits, state, params, context: logits), **options)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,10 @@ def test_raw_logprobs_that_cannot_be(engine, options, message):
 
 
 def test_observe_is_told_logprobs(engine):
+    check_logprobs(engine)
+
+
+def check_logprobs(engine, **options):
     """Each token is one of two, which follow from the logprobs of those before."""
 
     def apply(logits, state, params, context):
@@ -235,7 +239,7 @@ def test_observe_is_told_logprobs(engine):
         return state - logprob
 
     engine.register(
-        "sums", Transform(apply, lambda params: params["start"], observe, {"start": 1.0})
+        "sums", Transform(apply, lambda params: params["start"], observe, {"start": 1.0}), **options
     )
     params = {"max_new_tokens": 14, "transform": "sums", "ignore_eos": True, "sampling_seed": 4}
     result = engine.generate(input_ids=text(1, 12), sampling_params=params, return_logprob=True)

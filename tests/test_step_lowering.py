@@ -22,7 +22,7 @@ from jaxserve.packing.buckets import Buckets
 from jaxserve.packing.layout import ExtendLayout
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.server_args import ServerArgs
-from jaxserve.step import pictures, products, step
+from jaxserve.step import decode, pictures, products, step
 from jaxserve.step.payloads import USUAL
 from jaxserve.step.state import initial_state
 from jaxserve.weights import kept
@@ -70,7 +70,7 @@ def lowered(shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
     )
     state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
     if kind == "decode":
-        function = functools.partial(step.decode_steps, stepped, steps)
+        function = functools.partial(decode.decode_steps, stepped, steps)
         upload = (2, size)
     else:
         layout = ExtendLayout(size, engine.buckets.extend_rows(size), config.table_width)
@@ -166,7 +166,7 @@ def lowered_cut(shape, kind, size, parts):
     )
     state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
     if kind == "decode":
-        function, upload = functools.partial(step.decode_steps, stepped, 1), (2, size)
+        function, upload = functools.partial(decode.decode_steps, stepped, 1), (2, size)
     else:
         layout = ExtendLayout(size, engine.buckets.extend_rows(size), config.table_width)
         function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)

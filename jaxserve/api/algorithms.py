@@ -28,6 +28,7 @@ class Algorithms:
         transform: Transform,
         params: Mapping[str, Any] | None = None,
         tables: Mapping[str, Any] | None = None,
+        fuse: bool = False,
     ) -> None:
         """Compiles a transform of logits (`jaxserve.transforms`) into programs that draw tokens,
         for requests with `{"transform": name, "transform_params": {...}}`. Other requests go on
@@ -38,12 +39,18 @@ class Algorithms:
         `context.tables[name]`. A name that is registered again means the new transform from the
         next request on.
 
+        fuse: compile it into decode steps, too, of one and of `num_continuous_decode_steps` tokens
+        a dispatch, which batches run whose only chain it is and in which no row has a hook, a
+        grammar or a processor. For small models, whose steps take no longer than a dispatch: each
+        such program takes as long to compile as one of the model's. Not in deterministic mode.
+
         Raises InvalidRequestError (the cause is what a function has raised), EngineShutdownError
         and EngineDeadError.
         """
         self._home.check()
-        name = checks.name("name", name)
-        self._chains.publish(name, self._loop.apart.register(name, transform, params, tables))
+        name, fuse = checks.name("name", name), checks.boolean("fuse", fuse)
+        found = self._loop.apart.register(name, transform, params, tables, fuse)
+        self._chains.publish(name, found)
 
     def unregister(self, name: str) -> None:
         """No further request can ask for the transform `name`; those that have been submitted keep

@@ -24,6 +24,8 @@ class Registered(NamedTuple):
     """Its rows' tokens lie on the device, beside their keys and values."""
     reads_logprobs: bool
     """`observe` uses the logprobs of tokens."""
+    fused: bool = False
+    """Decode programs draw with it."""
 
 
 class ChainUse(NamedTuple):

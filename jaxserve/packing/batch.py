@@ -99,6 +99,11 @@ class DecodeBatch:
     steps: int = 1
 
     @property
+    def kind(self) -> str:
+        """Of the program that runs the rows, or would if none were drawn apart."""
+        return "decode" if self.steps == 1 else "decode_many"
+
+    @property
     def samples(self) -> bool:
         """As of an ExtendBatch."""
         return True

@@ -36,3 +36,16 @@ def parts_of(rows: Iterable[tuple[int, Request]], *, all_or_none: bool) -> tuple
     if not some:
         return ()
     return tuple(Part(kind, np.array(numbers, np.int32)) for kind, numbers in found.items())
+
+
+def fused_of(requests: Iterable[Request]) -> str:
+    """The kind of the chain that the rows' own program draws with, "" for none: the only one that
+    they have, where nothing else wants them drawn apart."""
+    kinds = set()
+    for request in requests:
+        use = request.chain
+        if request.hook is not None or request.guides or (use and not use.chain.fused):
+            return ""
+        if use:
+            kinds.add(use.chain.kind)
+    return kinds.pop() if len(kinds) == 1 else ""

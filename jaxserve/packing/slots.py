@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxserve.packing.parts import Part, parts_of
+from jaxserve.packing.parts import Part, fused_of, parts_of
 from jaxserve.packing.wanted import Wanted
 from jaxserve.request import Request
 
@@ -26,7 +26,8 @@ class Rows:
 
     slots, epochs, limit, simple [n] and stops [n, MAX_STOPS] as in Slots. watched: one of them
     streams. wanted: beside tokens. parts: by the programs that draw; () is the usual one for all.
-    guided: the numbers of rows with guides.
+    fused: the chain that draws all parts in the model's own program, see `fused_of`. guided: the
+    numbers of rows with guides.
     """
 
     sequences: tuple[Sequence, ...]
@@ -39,6 +40,7 @@ class Rows:
     wanted: Wanted
     watched: bool
     parts: tuple[Part, ...]
+    fused: str
     guided: tuple[int, ...]
 
 
@@ -138,6 +140,7 @@ class Slots:
             wanted=Wanted.of(s.request for s in sequences),
             watched=any(s.request.stream_interval for s in sequences),
             parts=parts_of(((i, s.request) for i, s in enumerate(sequences)), all_or_none=True),
+            fused=fused_of(s.request for s in sequences),
             guided=tuple([i for i, s in enumerate(sequences) if s.request.guides]),
         )
 

@@ -281,8 +281,8 @@ class Scheduler:
         steps = steps if self.running.drop_complete(steps) >= steps else 1
         rows, new_pages, ready = self.rows, [], self._ready()
         bucket = ready.buckets.decode_rows(len(rows.slots))
-        if steps > 1 and (rows.parts or bucket not in ready.several):
-            steps = 1
+        several = bool(rows.fused) if rows.parts else bucket in ready.several
+        steps = steps if several else 1
         starved = self.admission.grow(rows, new_pages, steps)
         if starved and steps > 1:
             self.admission.shrink(rows, new_pages)

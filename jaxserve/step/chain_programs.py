@@ -17,6 +17,7 @@ from jaxserve.parallel.mesh import abstract, replicated
 from jaxserve.step import chained
 from jaxserve.step.catalogue import Program
 from jaxserve.step.chain import Chain
+from jaxserve.step.chain_rows import ChainModel, ChainState
 from jaxserve.step.hook import Hook
 from jaxserve.step.payloads import USUAL, Variant
 from jaxserve.step.programs import Facts
@@ -185,21 +186,14 @@ def editing_programs(facts: Facts) -> list[Program]:
 
 def chain_programs(facts: Facts, chain: Chain) -> list[Program]:
     """What steps with `chain` need beside."""
-    kept = abstract(
-        jax.eval_shape(lambda: chained.ChainState.empty(chain, facts.config.program.max_rows + 1)),
-        replicated(facts.mesh),
-    )
+    kept, tables = abstract_state(facts, chain), abstract_tables(facts, chain)
     names, buckets = chain_arrays(chain), ChainBuckets.of(facts.config.buckets)
-    tables = {key: facts.array(*x.shape, dtype=x.dtype) for key, x in chain.tables.items()}
     history = {"token_pages": token_pages(facts)} if chain.history else {}
-    layers = facts.config.states.layers
     inner = functools.partial(_layers, facts)
     read = history | ({"layers": inner} if chain.layers else {})
     read |= {"params": facts.params} if chain.head else {}
 
-    draw = functools.partial(
-        chained.draw_chained, chain, facts.model.num_layers, layers, tuple(read)
-    )
+    draw = functools.partial(chained.draw_chained, chain_model(facts, chain), tuple(read))
     programs = [
         Program(
             chain.kind + variant.ending,
@@ -249,6 +243,24 @@ class ChainArrays:
 def chain_arrays(chain: Chain) -> ChainArrays:
     """Those of `chain`."""
     return ChainArrays(f"state of {chain.kind}", f"tables of {chain.kind}")
+
+
+def chain_model(facts: Facts, chain: Chain) -> ChainModel:
+    """`chain` as programs see it."""
+    return ChainModel(chain, facts.model.num_layers, facts.config.states.layers)
+
+
+def abstract_state(facts: Facts, chain: Chain) -> Any:
+    """A `ChainState` of every slot."""
+    rows = facts.config.program.max_rows + 1
+    return abstract(
+        jax.eval_shape(functools.partial(ChainState.empty, chain, rows)), replicated(facts.mesh)
+    )
+
+
+def abstract_tables(facts: Facts, chain: Chain) -> dict[str, jax.ShapeDtypeStruct]:
+    """By name."""
+    return {name: facts.array(*x.shape, dtype=x.dtype) for name, x in chain.tables.items()}
 
 
 def token_pages(facts: Facts) -> jax.ShapeDtypeStruct:

@@ -25,8 +25,10 @@ from jaxserve.step.chain_programs import (
     shared_programs,
     token_pages,
 )
-from jaxserve.step.chained import ChainState, Undrawn
+from jaxserve.step.chain_rows import ChainState
+from jaxserve.step.chained import Undrawn
 from jaxserve.step.compile import Programs
+from jaxserve.step.fused_programs import fused_kind, fused_programs
 from jaxserve.step.guided import Guides, Run
 from jaxserve.step.hook_steps import HookSteps
 from jaxserve.step.payloads import Variant
@@ -83,12 +85,22 @@ class ChainSteps:
     # -- registering ------------------------------------------------------------------------------
 
     def build(
-        self, name: str, transform: Any, params: Mapping[str, Any] | None, tables: Any
+        self,
+        name: str,
+        transform: Any,
+        params: Mapping[str, Any] | None,
+        tables: Any,
+        fuse: bool,
     ) -> Chain:
         """Trace a chain and compile what its requests can need, on the calling thread, while
         others run. (An engine that does not precompile does that when a program is first used.)
         InvalidRequestError: it cannot be."""
         facts = self._facts
+        if fuse and facts.config.program.deterministic:
+            raise InvalidRequestError(
+                f"fuse=True of the transform {name!r}: with enable_deterministic_inference=True a "
+                "request's neighbours may not decide which of two programs draws its tokens"
+            )
         model = facts.model
         layers = facts.config.states.layers
         sizes = (model.vocab_size, model.hidden_size, facts.dtype, model.num_layers)
@@ -101,7 +113,8 @@ class ChainSteps:
                 f"{window} tokens (its sliding window)"
             )
         self.build_shared()
-        self._build(chain_programs(facts, chain))
+        fused = fused_programs(facts, chain) if fuse else []
+        self._build([*chain_programs(facts, chain), *fused])
         return chain
 
     def build_shared(self, edits: bool = False) -> None:
@@ -191,19 +204,24 @@ class ChainSteps:
         variant: Variant,
         named: Mapping[str, Any],
     ) -> DrawnParts:
-        """Queue a decode step. upload: as `pack.pack_decode` makes it. named: see
+        """Queue one or several decode steps. upload: as `pack.pack_decode` makes it. named: see
         `Runner._named`."""
-        bucket = batch.row_bucket
-        hooked = self.hooks.of(batch, bucket)
-        key = ("forward" + hooked.ending, bucket)
-        undrawn, layers = self._run(key, rows=upload, **hooked.given)
+        bucket, fused = batch.row_bucket, batch.rows.fused
         if self._slots is None or self._slots[:2] != (batch.rows, bucket):
             slots = {
                 kind: jax.device_put(each, token_pages(self._facts).sharding)
                 for kind, each in self._slots_by_kind(batch, bucket)
             }
             self._slots = (batch.rows, bucket, slots)
-        return self._draw(batch, undrawn, layers, self._slots[2], variant, named)
+        slots = self._slots[2]
+        if fused:
+            kind = fused_kind(batch.kind, fused) + variant.ending
+            output = self._run((kind, bucket), rows=upload, chained=slots[fused], **named)
+            return DrawnParts.of_all(output)
+        hooked = self.hooks.of(batch, bucket)
+        key = ("forward" + hooked.ending, bucket)
+        undrawn, layers = self._run(key, rows=upload, **hooked.given)
+        return self._draw(batch, undrawn, layers, slots, variant, named)
 
     def extend(
         self,

@@ -12,25 +12,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import pallas_kernels
 from jaxserve.attention.paged import Cache
-from jaxserve.sampler.logprobs import chosen_logprobs
 from jaxserve.sampler.state import RowParams, Sampled, SparseRows
 from jaxserve.step.chain import Chain, arrays_of
+from jaxserve.step.chain_rows import ChainModel, ChainRows, ChainState, Kept
+from jaxserve.step.decode import Seen, decode_rows, forward
 from jaxserve.step.hooked import HookState, Taps, Tokens
 from jaxserve.step.payloads import STATES, Drawn
 from jaxserve.step.state import Progress
 from jaxserve.step.step import (
     StepModel,
     StepOutput,
-    decode_rows,
-    forward,
     one_of_many,
     report,
 )
-from jaxserve.transforms import Context
 
 
 class Undrawn(NamedTuple):
@@ -53,26 +50,6 @@ class Said(NamedTuple):
     """[B] int32: 1 where the logits are as a guide has left them."""
 
 
-class ChainState(NamedTuple):
-    """What a chain keeps for every slot, donated."""
-
-    state: Any
-    """A tree of arrays [R+1, ...]."""
-    floats: Any
-    """[R+1, F] float32: parameters."""
-    ints: Any
-    """[R+1, I] int32."""
-
-    @classmethod
-    def empty(cls, chain: Chain, rows: int) -> ChainState:
-        """Of `rows` = R + 1 slots, on the host."""
-        return cls(
-            jax.tree.map(lambda x: np.zeros((rows, *x.shape), x.dtype), chain.state),
-            np.zeros((rows, chain.spec.floats), np.float32),
-            np.zeros((rows, chain.spec.ints), np.int32),
-        )
-
-
 def forward_rows(
     model: StepModel,
     params: tuple[jax.Array, ...],
@@ -85,8 +62,8 @@ def forward_rows(
     hooked: jax.Array | None = None,
     *states: HookState,
 ) -> tuple[tuple[Cache, Progress], tuple[Undrawn, jax.Array | None]]:
-    """`step.decode_steps` of one step, without the draw. hooked, states: as of `step.extend_step`.
-    Returns the rows and, if they are reported, their inner layers [B, C, D]."""
+    """`decode.decode_steps` of one step, without the draw. hooked, states: as of
+    `step.extend_step`. Returns the rows and, if they are reported, their inner layers [B, C, D]."""
     rows = decode_rows(model, progress, upload)
     taps = None
     if hooked is not None:
@@ -152,84 +129,43 @@ def draw_rows(
 
 
 def draw_chained(
-    chain: Chain,
-    num_layers: int,
-    layers: tuple[int, ...],
+    of: ChainModel,
     wanted: tuple[str, ...],
     model: StepModel,
     progress: Progress,
     sampled: Sampled,
     row_params: RowParams,
     sparse: SparseRows,
-    kept: ChainState,
+    own: ChainState,
     tables: Mapping[str, jax.Array],
     undrawn: Undrawn,
     slots: jax.Array,
     said: Said,
     *given: Any,
 ) -> tuple[tuple[Any, ...], StepOutput]:
-    """The rows of `chain`: as `draw_rows`, with logits that it has changed.
+    """The rows of a chain: as `draw_rows`, with logits that it has changed.
 
     given: what only some chains read, by the names `wanted`: token_pages [P, S] int32, the tokens
-    beside their keys and values; layers [B, C, D], the inner `layers`; params, those of the model.
-    Returns (sampled, kept and token_pages as updated), the output.
+    beside their keys and values; layers [B, C, D], the inner layers; params, those of the model.
+    Returns (sampled, own and token_pages as updated), the output.
     """
     read = dict(zip(wanted, given, strict=True))
-    token_pages: jax.Array | None = read.get("token_pages")
-    positions = _positions(progress, slots)
-    table = progress.page_table[slots]
-    if token_pages is not None:
-        token_pages = _noted(token_pages, table, positions - 1, undrawn.tokens)
-    state, floats, ints = jax.tree.map(lambda x: x[slots], tuple(kept))
-    columns = row_params.columns(slots)
-
-    numbers = [columns[name] for name in ("prompt_len", "seed", "sample_index")]
-    facts = (positions, undrawn, read.get("layers"), *numbers)
+    positions, pages = _positions(progress, slots), progress.page_table[slots]
+    seen = Seen(undrawn.tokens, undrawn.hidden, undrawn.logits, read.get("layers"))
     module = model.bind(read["params"]) if "params" in read else None
-
-    def head(state: jax.Array) -> jax.Array:
-        assert module is not None, "found out when the chain was traced"
-        return module.logits(module.final_norm(state[None]))[0]
-
-    def of_row(
-        x: jax.Array, own: Any, floats: jax.Array, ints: jax.Array, pages: jax.Array, facts: Any
-    ) -> jax.Array:
-        position, row, inner, prompt_len, seed, sample_index = facts
-        context = Context(
-            position,
-            prompt_len,
-            row.tokens,
-            row.logits,
-            row.hidden,
-            seed,
-            sample_index,
-            functools.partial(_recent, token_pages, pages, position),
-            tables,
-            {} if inner is None else dict(zip(layers, inner, strict=True)),
-            num_layers,
-            head,
-        )
-        return chain.transform.apply(x, own, chain.params(floats, ints, tables), context)
+    kept = Kept(own, read.get("token_pages"))
+    rows = ChainRows(of, module, tables, kept, slots, pages, positions, row_params, seen)
 
     def change(logits: jax.Array) -> jax.Array:
-        logits = guided(said, undrawn.logits, logits)
-        return jax.vmap(of_row)(logits, state, floats, ints, table, facts)
+        return rows.apply(guided(said, undrawn.logits, logits))
 
     sampled, tokens, logprobs = model.sampler(
         undrawn.logits, sampled, slots, positions, row_params, sparse, change
     )
-
-    def observe(
-        own: Any, floats: jax.Array, ints: jax.Array, token: jax.Array, logprob: jax.Array
-    ) -> Any:
-        params = chain.params(floats, ints, tables)
-        return arrays_of(chain.transform.observe(own, params, token, logprob))
-
-    after = jax.vmap(observe)(state, floats, ints, tokens, chosen_logprobs(logprobs))
-    state = jax.tree.map(lambda x, new: x.at[slots].set(new), kept.state, after)
+    kept = rows.after(tokens, logprobs)
     output = report(model, Drawn(undrawn.hidden, undrawn.logits, tokens, logprobs))
-    noted = () if token_pages is None else (token_pages,)
-    return (sampled, kept._replace(state=state), *noted), one_of_many(output)
+    noted = () if kept.token_pages is None else (kept.token_pages,)
+    return (sampled, kept.own, *noted), one_of_many(output)
 
 
 def allowed(bits: jax.Array, logits: jax.Array) -> jax.Array:
@@ -311,25 +247,3 @@ def _positions(progress: Progress, slots: jax.Array) -> jax.Array:
     """[B] int32: of the tokens drawn now; 0 of padding."""
     live = slots < progress.lengths.shape[0] - 1
     return jnp.where(live, progress.lengths[slots], 0)
-
-
-def _noted(
-    token_pages: jax.Array, table: jax.Array, positions: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """With each row's last token [B] at its position [B]; rows of padding have -1."""
-    size = token_pages.shape[1]
-    own = jnp.take_along_axis(table, jnp.maximum(positions, 0)[:, None] // size, axis=1)[:, 0]
-    pages = jnp.where(positions >= 0, own, token_pages.shape[0])
-    return token_pages.at[pages, positions % size].set(tokens, mode="drop")
-
-
-def _recent(
-    token_pages: jax.Array | None, pages: jax.Array, position: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
-    """See `Context.history`. pages [W]: of the row."""
-    assert token_pages is not None, "found out when the chain was traced"
-    size = token_pages.shape[1]
-    at = position - count + jnp.arange(count, dtype=jnp.int32)
-    there = at >= 0
-    at = jnp.maximum(at, 0)
-    return jnp.where(there, token_pages[pages[at // size], at % size], 0), there

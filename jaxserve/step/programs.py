@@ -23,6 +23,7 @@ from jaxserve.parallel.mesh import TENSOR, first_device, replicated
 from jaxserve.sampler.sampler import Sampler
 from jaxserve.step import pages, products, prompt, state_programs, step
 from jaxserve.step.catalogue import Catalogue, Program, ProgramKey
+from jaxserve.step.decode import decode_steps
 from jaxserve.step.hook import Hook
 from jaxserve.step.memory import Memory
 from jaxserve.step.payloads import PAYLOADS, USUAL, PromptRows, Variant
@@ -200,7 +201,7 @@ def step_programs(facts: Facts, variant: Variant) -> list[Program]:
         return functools.partial(step.extend_step, facts.step_model(variant), facts.layout(tokens))
 
     def decode(steps: int) -> Callable[[int], Callable[..., Any]]:
-        return lambda rows: functools.partial(step.decode_steps, facts.step_model(variant), steps)
+        return lambda rows: functools.partial(decode_steps, facts.step_model(variant), steps)
 
     entries = [
         Program(

@@ -201,7 +201,7 @@ class Runner:
         if "rows" in names:
             batch = np.full((2, bucket), slot, np.int32)
             batch[1] = -1
-            return {"rows": batch}
+            return {"rows": batch} | ({"chained": batch[0]} if "chained" in names else {})
         return {"packed": pack.pack_nobody(self._layout(bucket), slot)}
 
     def _drain(self) -> None:
@@ -281,8 +281,7 @@ class Runner:
         named = self._named(batch, variant)
         if batch.parts:
             return self.chains.decode(batch, self._upload[1], variant, named)
-        kind = "decode" if batch.steps == 1 else "decode_many"
-        key = (kind + variant.ending, batch.row_bucket)
+        key = (batch.kind + variant.ending, batch.row_bucket)
         return DrawnParts.of_all(self._run(key, rows=self._upload[1], **named))
 
     def _extend(

@@ -1,8 +1,8 @@
 """The pure step: token ids -> model -> logits, with the cache and progress carried through.
 
 Two programs, each from token ids to sampled tokens. `extend` runs packed ragged tokens (prompts,
-chunks, resumed sequences); `decode` runs a token a row, taken from the device's own last sample,
-once or several times. Rows of `extend` may be decode steps, too.
+chunks, resumed sequences); `decode` (in decode.py) runs a token a row, taken from the device's own
+last sample, once or several times. Rows of `extend` may be decode steps, too.
 """
 
 from __future__ import annotations
@@ -117,77 +117,6 @@ def cache_slots(
     return jnp.where(valid, live, num_slots + jnp.arange(rows.shape[0], dtype=jnp.int32))
 
 
-class DecodeRows(NamedTuple):
-    """The B rows of a decode step."""
-
-    slots: jax.Array
-    """[B] int32: R for padding."""
-    live: jax.Array
-    """[B] bool: no padding."""
-    first: jax.Array
-    """[B] int32: the position that each row's next token has."""
-    table: jax.Array
-    """[R+1, W] int32: all page tables, with the pages that rows begin now."""
-    page_table: jax.Array
-    """[B, W] int32: the rows' own."""
-
-    def after(self, progress: Progress, steps: int) -> Progress:
-        """When each row has run `steps` tokens."""
-        lengths = jnp.where(self.live, self.first + steps, 0)
-        return Progress(progress.lengths.at[self.slots].set(lengths), self.table)
-
-
-class Seen(NamedTuple):
-    """What a model makes of one token for each of B rows."""
-
-    hidden: jax.Array
-    """[B, D] after the final norm."""
-    logits: jax.Array
-    """[B, V] float32."""
-    layers: jax.Array | None
-    """[B, C, D] of the inner layers that are reported; None: of none."""
-
-
-def decode_rows(model: StepModel, progress: Progress, upload: jax.Array) -> DecodeRows:
-    """The rows of `upload`, see `decode_steps`."""
-    slots, new_pages = upload
-    num_rows = progress.lengths.shape[0]
-    first = progress.lengths[slots]
-    begins = jnp.where(new_pages >= 0, slots, num_rows)
-    begun = (first + (model.page_size - 1)) // model.page_size
-    table = progress.page_table.at[begins, begun].set(new_pages, mode="drop")
-    return DecodeRows(slots, slots < num_rows - 1, first, table, table[slots])
-
-
-def forward(
-    model: StepModel,
-    module: Decoder,
-    ops: PagedOps,
-    rows: DecodeRows,
-    tokens: jax.Array,
-    positions: jax.Array,
-    cache: Cache,
-    row_params: RowParams,
-    taps: Taps | None = None,
-) -> tuple[Seen, Cache]:
-    """One token [B] for each row, at `positions` [B]: what comes of it, new cache."""
-    slots = cache_slots(
-        rows.page_table,
-        jnp.arange(rows.slots.shape[0]),
-        positions,
-        rows.live,
-        model.page_size,
-        num_slots=cache.k.shape[0] * model.page_size,
-    )
-    meta = DecodeMeta(slots, rows.page_table, jnp.where(rows.live, positions + 1, 0))
-    rotated = positions
-    if model.shifted:
-        rotated = positions + row_params.column("position_delta", rows.slots)
-    begun = embed(module, tokens)
-    hidden, layers, cache = run_model(model, module, ops, begun, rotated, cache, meta, taps)
-    return Seen(hidden, module.logits(hidden), layers), cache
-
-
 def run_model(
     model: StepModel,
     module: Decoder,
@@ -208,51 +137,6 @@ def run_model(
     if taps is not None:
         hidden = taps.touch("final_norm", hidden)
     return hidden, watched.stacked(hidden), cache
-
-
-def decode_steps(
-    model: StepModel,
-    steps: int,
-    params: tuple[jax.Array, ...],
-    cache: Cache,
-    progress: Progress,
-    sampled: Sampled,
-    row_params: RowParams,
-    sparse: SparseRows,
-    upload: jax.Array,
-    comm: jax.Array | None = None,
-) -> tuple[tuple[Cache, Progress, Sampled], StepOutput]:
-    """`steps` tokens for each of B rows, one after the other: at most S, so that a row begins one
-    page at most.
-
-    upload [2, B] int32: slots (R for padding), and the page each row begins with these tokens (-1
-    for none). comm: see `PagedOps.joined`. Returns (the cache, progress and carry as updated), the
-    output.
-    """
-    rows = decode_rows(model, progress, upload)
-    module, ops = model.bind(params), model.ops.joined(comm)
-
-    def one_step(
-        carry: tuple[Cache, Sampled], positions: jax.Array
-    ) -> tuple[tuple[Cache, Sampled], StepOutput]:
-        cache, sampled = carry
-        tokens = sampled.last_tokens[rows.slots]
-        seen, cache = forward(model, module, ops, rows, tokens, positions, cache, row_params)
-        lengths = jnp.where(rows.live, positions + 1, 0)
-        slots, logits = rows.slots, seen.logits
-        sampled, *drawn = model.sampler(logits, sampled, slots, lengths, row_params, sparse)
-        drawn = Drawn(seen.hidden, logits, *drawn, layers=seen.layers)
-        return (cache, sampled), report(model, drawn)
-
-    carry = (cache, sampled)
-    if steps == 1:
-        carry, output = one_step(carry, rows.first)
-        output = one_of_many(output)
-    else:
-        positions = rows.first + jnp.arange(steps, dtype=jnp.int32)[:, None]
-        carry, output = jax.lax.scan(one_step, carry, positions)
-    cache, sampled = carry
-    return (cache, rows.after(progress, steps), sampled), output
 
 
 def extend_step(

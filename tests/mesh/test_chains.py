@@ -36,9 +36,10 @@ def expected(folder):
 def test_the_tokens_of_one_device(folder, expected, mesh, guided):  # noqa: F811
     prompts = [test_chains.text(seed, 9 + 11 * seed) for seed in range(6)]
     with jaxserve.Engine(folder, **{**OPTIONS, **SIZES}, **MESHES[mesh]) as engine:
-        test_chains.register(engine)
-        found = engine.generate(input_ids=prompts, sampling_params=test_chains.asks(12))
-        assert ids(found) == [test_chains.expected(prompt, 12) for prompt in prompts]
+        for fuse in (False, True):
+            test_chains.register(engine, fuse=fuse)
+            found = engine.generate(input_ids=prompts, sampling_params=test_chains.asks(12))
+            assert ids(found) == [test_chains.expected(prompt, 12) for prompt in prompts]
         case = CASES["seeded"]
         params = {**case["sampling_params"], "transform": "same"}
         assert ids(engine.generate(**{**case, "sampling_params": params})) == expected[0]
