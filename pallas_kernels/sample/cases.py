@@ -125,8 +125,10 @@ def _broken(logits: np.ndarray, slots: SlotLists) -> None:
 
 
 def _nearly_all_banned(logits: np.ndarray, slots: SlotLists) -> None:
+    """The first 70 tokens, one bias each; the others by their logits."""
+    logits[:, 70:] = -np.inf
     count = slots.bias_ids.shape[1]
-    slots.bias_ids[...] = np.minimum(np.arange(count), logits.shape[1] - 1)
+    slots.bias_ids[...] = np.minimum(np.arange(count), 69)
     slots.bias_values[...] = -np.inf
     slots.bias_until[...] = LIVE_FOREVER
 
@@ -162,7 +164,7 @@ EDGES = (
     Case("NaN and infinities", 5, 300, rows=_FILTERS, change=_broken),
     Case("NaN and infinities, cold", 5, 300, rows=({"temperature": 0.1, **_REPORT},),
          change=_broken),
-    Case("top_k of V and more", 5, 70, rows=({"top_k": 70}, {"top_k": 69}, {"top_k": 71})),
+    Case("top_k of V and more", 5, 300, rows=({"top_k": 300}, {"top_k": 299}, {"top_k": 301})),
     Case("top_k 2", 5, 2101, rows=({"top_k": 2},)),
     Case("tiny top_p", 5, 2101, rows=({"top_p": 1e-6}, {"top_p": 1e-3, "temperature": 1.7})),
     Case(
@@ -172,9 +174,9 @@ EDGES = (
     Case("nearly all of top_p", 5, 2101, rows=({"top_p": 0.9999}, {"top_p": 1.0})),
     Case("min_p 1", 5, 300, rows=({"min_p": 1.0}, {"min_p": 0.9, "top_k": 50})),
     Case("min_p with others", 5, 2101, rows=({"min_p": 0.05, "top_p": 0.99, "top_k": 500},)),
-    Case("nearly all banned", 5, 70, rows=({**_REPORT, "num_bias": 68},),
+    Case("nearly all banned", 5, 300, rows=({**_REPORT, "num_bias": 68},),
          change=_nearly_all_banned),
-    Case("all banned", 5, 70, rows=({**_REPORT, "num_bias": 70, "temperature": 0.5},),
+    Case("all banned", 5, 300, rows=({**_REPORT, "num_bias": 70, "temperature": 0.5},),
          change=_nearly_all_banned),
     Case("one token with many biases", 5, 300, rows=({"num_bias": 70},), change=_repeated_bias),
     Case("penalties", 5, 2101, rows=({"frequency": 0.7, "presence": -0.3, "repetition": 1.4},)),
