@@ -214,7 +214,7 @@ def test_locks_come_back_from_the_public_function():
     assert not np.asarray(locks).any()
 
 
-@pytest.mark.parametrize("name", ["xla", "triton", "mosaic_sm90", "mosaic_cluster"])
+@pytest.mark.parametrize("name", [long("xla"), "triton", long("mosaic_sm90"), "mosaic_cluster"])
 def test_locks_lower_and_come_back(name):
     shapes = decode_shapes(4, 4, (64, 64, 2, 64), 32, locks=8)
     run = functools.partial(implementation("paged_decode", name, interpret=False), scale=0.1)
@@ -230,11 +230,11 @@ def test_locks_lower_and_come_back(name):
 @pytest.mark.parametrize(
     ("case", "dtype", "splits", "block"),
     [
-        ("one head a group", "bfloat16", 1, 64),
-        ("smollm", "bfloat16", 2, 64),
+        long("one head a group", "bfloat16", 1, 64),
+        long("smollm", "bfloat16", 2, 64),
         ("group of 8", "float16", 1, 64),
         ("page boundaries", "bfloat16", 2, 64),
-        ("window", "bfloat16", 2, 64),
+        long("window", "bfloat16", 2, 64),
         ("all empty", "bfloat16", 2, 64),
         ("soft cap window", "bfloat16", 2, 64),
         ("fp8", "bfloat16", 1, 64),
@@ -252,28 +252,28 @@ def test_mosaic_interpreted(case, dtype, splits, block):
 @pytest.mark.parametrize(
     ("case", "dtype", "splits", "stages"),
     [
-        ("one head a group", "bfloat16", 2, 4),
-        ("qwen-0.5b", "bfloat16", 8, 2),
-        ("group of 8", "float16", 2, 2),
+        long("one head a group", "bfloat16", 2, 4),
+        long("qwen-0.5b", "bfloat16", 8, 2),
+        long("group of 8", "float16", 2, 2),
         ("page boundaries", "bfloat16", 2, 2),
-        ("long", "bfloat16", 2, 1),
+        long("long", "bfloat16", 2, 1),
         ("long window", "bfloat16", 2, 1),
-        ("wide table", "bfloat16", 4, 2),
-        ("all empty", "bfloat16", 4, 2),
+        long("wide table", "bfloat16", 4, 2),
+        long("all empty", "bfloat16", 4, 2),
         ("soft cap window", "bfloat16", 4, 1),
         ("fp8", "bfloat16", 2, 2),
         ("head dim 80", "bfloat16", 2, 2),
         ("smollm", "float32", 2, 2),
     ],
 )
-def test_cluster_interpreted(case, dtype, splits, stages):
+def test_mosaic_cluster_interpreted(case, dtype, splits, stages):
     """All but the exchange between the blocks, which the interpreter lacks. Blocks of the long
     rows refill their ring."""
-    long = {
+    refilled = {
         "long": cases.Case("long", 4, 2, 64, 32, (330, 100)),
         "long window": cases.Case("long window", 7, 1, 64, 64, (500, 70), window=400),
     }
-    case = long.get(case) or EDGES[case]
+    case = refilled.get(case) or EDGES[case]
     check(case, "mosaic_cluster", dtype, interpret=True, splits=splits, stages=stages)
 
 

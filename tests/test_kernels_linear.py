@@ -94,7 +94,7 @@ def test_triton_sizes(case, dtype, sizes):
     check(EDGES[case], "triton", dtype, interpret=True, **sizes)
 
 
-@pytest.mark.parametrize("act", [None, "silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("act", [None, "silu", long("gelu"), "gelu_pytorch_tanh", long("relu")])
 def test_xla_is_the_models_own_mathematics(act):
     layers = pytest.importorskip("jaxserve.models.layers")
     case = cases.Case("model", 6, 96, 64, norm=True, bias=True, act=act, residual=True, eps=1e-5)

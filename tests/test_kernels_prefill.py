@@ -194,27 +194,29 @@ def test_extreme_numbers_on_fp8_pages_on_device(edit):
     ("case", "dtype", "sizes"),
     [
         ("two warpgroups", "bfloat16", {"block": 64, "stages": 2, "programs": 2}),
-        ("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
-        long("smollm mixed", "bfloat16", {"block": 64, "stages": 3}),
         ("group of 8", "float16", {"programs": 1}),
-        ("page boundaries", "bfloat16", {"programs": 2}),
-        ("page boundaries", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 1}),
-        ("qwen-0.5b", "bfloat16", {"packed": 7, "programs": 2}),
+        ("causal edges", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 2}),
+        ("window edges", "bfloat16", {"block": 64, "stages": 3, "programs": 1}),
+        ("head dim 256", "bfloat16", {"block": 64, "queries": 1, "programs": 1}),
+        ("nothing to do", "bfloat16", {"programs": 3}),
+        long("nothing to do", "bfloat16", {}),
+        long("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
+        long("smollm mixed", "bfloat16", {"block": 64, "stages": 3}),
+        long("page boundaries", "bfloat16", {"programs": 2}),
+        long("page boundaries", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 1}),
+        long("qwen-0.5b", "bfloat16", {"packed": 7, "programs": 2}),
         long("window", "bfloat16", {"block": 64, "programs": 2}),
-        ("causal edges", "bfloat16", {"block": 64, "programs": 2}),
-        ("window edges", "bfloat16", {"block": 64, "programs": 1}),
-        ("many short", "bfloat16", {"block": 64, "stages": 3, "programs": 3}),
+        long("causal edges", "bfloat16", {"block": 64, "programs": 2}),
+        long("many short", "bfloat16", {"block": 64, "stages": 3, "programs": 3}),
         long("many short", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
-        ("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
+        long("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
         long("blocks", "bfloat16", {"block": 64, "programs": 2}),
         long("blocks", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 3}),
         long("blocks window", "bfloat16", {"block": 64, "packed": 3, "programs": 2}),
         long("blocks cap", "bfloat16", {"programs": 1}),
         long("head dim 96", "bfloat16", {"block": 64, "packed": 1, "programs": 2}),
-        ("head dim 256", "bfloat16", {"block": 64, "queries": 1, "programs": 1}),
         long("head dim 256", "bfloat16", {"block": 64, "queries": 1, "turns": 0, "programs": 3}),
         long("smollm mixed", "bfloat16", {"block": 64, "queries": 1, "programs": 2}),
-        ("nothing to do", "bfloat16", {}),
         ("head dim 80", "bfloat16", {}),
         ("smollm mixed", "float32", {}),
         ("fp8", "bfloat16", {}),
@@ -358,7 +360,7 @@ def test_float32_lowers_for_cuda_in_triton_only():
     ("name", "model"),
     [
         ("triton", "qwen2.5-0.5b"),
-        ("mosaic_sm90", "llama-3.1-8b"),
+        long("mosaic_sm90", "llama-3.1-8b"),
         long("triton", "llama-3.1-8b"),
         long("triton", "smollm"),
         long("mosaic_sm90", "qwen2.5-0.5b"),
@@ -405,7 +407,7 @@ def reach_shapes(heads, kv_heads, head_dim, page_size):
     ("name", "model", "window"),
     [
         ("triton", "smollm", 100),
-        ("mosaic_sm90", "llama-3.1-8b", 100),
+        long("mosaic_sm90", "llama-3.1-8b", 100),
         ("xla", "qwen2.5-0.5b", None),
         long("triton", "llama-3.1-8b", None),
         long("triton", "qwen2.5-0.5b", 40),
@@ -432,7 +434,7 @@ def test_reach_lowers_for_cuda(name, model, window):
     ("name", "model"),
     [
         ("mosaic_sm90", "phi-3-mini"),
-        ("mosaic_sm90", "gemma-3-4b"),
+        long("mosaic_sm90", "gemma-3-4b"),
         long("mosaic_sm90", "gemma-2-9b"),
         *(long("triton", model) for model in OTHER_HEADS),
     ],
@@ -444,9 +446,7 @@ def test_other_head_dims_lower_for_cuda(name, model):
     assert "custom_call" in compat.lower_for_cuda(run, *shapes)
 
 
-@pytest.mark.parametrize(
-    "sizes", [x if i in (0, 3) else long(x) for i, x in enumerate(MOSAIC_SIZES)], ids=str
-)
+@pytest.mark.parametrize("sizes", [MOSAIC_SIZES[0], *map(long, MOSAIC_SIZES[1:])], ids=str)
 def test_every_mosaic_schedule_lowers_for_cuda(sizes):
     q, pages, row = ((512, 32, 128), jnp.bfloat16), ((64, 64, 8, 128), jnp.bfloat16), (4,)
     row = (row, jnp.int32)
@@ -486,10 +486,12 @@ def test_mistakes_are_named(change, message):
 BLOCKS = (range(10, 100), range(130, 256), range(256, 300), range(384, 430))
 
 
-def check_cuts(name, dtype, group, window, blocks=(), *, interpret=False):
-    """A sequence of 430 tokens whole, and cut at 128, 256 or both, behind another sequence: every
-    token is bitwise the same. blocks: of tokens that see each other."""
-    page_size, kv_heads, head_dim, tokens, length = 64, 2, 64, 512, 430
+def check_cuts(
+    name, dtype, group, window, blocks=(), *, length=430, kv_heads=2, cuts=None, interpret=False
+):
+    """A sequence of `length` tokens whole, and cut in different ways, behind another sequence:
+    every token is bitwise the same. blocks: of tokens that see each other."""
+    page_size, head_dim, tokens = 64, 64, -(-(length + 40) // 128) * 128
     keys = jax.random.split(jax.random.key(group), 3)
     pages = (24, page_size, kv_heads, head_dim)
     k_pages, v_pages = (jax.random.normal(key, pages, jnp.dtype(dtype)) for key in keys[:2])
@@ -518,10 +520,10 @@ def check_cuts(name, dtype, group, window, blocks=(), *, interpret=False):
         return np.asarray(out)[beside : beside + stop - start]
 
     whole = attend(0, length, 0)
-    for cuts in ((128,), (256,), (128, 384))[-1 if interpret else 0 :]:
-        edges = (0, *cuts, length)
+    for cut in cuts or ((128,), (256,), (128, 384)):
+        edges = (0, *cut, length)
         parts = [attend(a, b, 40) for a, b in itertools.pairwise(edges)]
-        assert np.concatenate(parts).tobytes() == whole.tobytes(), cuts
+        assert np.concatenate(parts).tobytes() == whole.tobytes(), cut
 
 
 CUTS = pytest.mark.parametrize(("group", "window"), [(2, None), (3, None), (7, 100), (1, 200)])
@@ -544,15 +546,24 @@ def test_cuts_at_fixed_tiles_change_no_bit(group, window, blocks):
     ("group", "window", "blocks"), [(3, None, ()), long(7, 100, ()), long(2, 100, BLOCKS)]
 )
 def test_cuts_at_fixed_tiles_change_no_bit_in_triton_interpreted(group, window, blocks):
-    check_cuts("triton", "float32", group, window, blocks, interpret=True)
+    check_cuts("triton", "float32", group, window, blocks, cuts=[(128, 384)], interpret=True)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @interprets_mosaic
 @nan_keys_are_meant
-@pytest.mark.parametrize("blocks", [(), long(BLOCKS)])
-def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted(blocks):
-    check_cuts("mosaic_sm90", "bfloat16", 2, 100, blocks, interpret=True)
+def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted():
+    sizes = {"length": 170, "kv_heads": 1, "cuts": [(128,)]}
+    check_cuts("mosaic_sm90", "bfloat16", 2, 100, **sizes, interpret=True)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@interprets_mosaic
+@nan_keys_are_meant
+@pytest.mark.long
+def test_cuts_between_blocks_change_no_bit_in_mosaic_interpreted():
+    cuts = [(128, 384)]
+    check_cuts("mosaic_sm90", "bfloat16", 2, 100, BLOCKS, kv_heads=1, cuts=cuts, interpret=True)
 
 
 @pytest.mark.gpu

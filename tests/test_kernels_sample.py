@@ -35,8 +35,8 @@ RAW = 300
 
 
 def sizes_of(case):
-    """Of interpreted kernels: with several launches, and with one for all of a row."""
-    return ALONE if case.vocab == 2101 else SMALL
+    """Of interpreted kernels: small rows are decided without refine, others in it."""
+    return ALONE if case.vocab <= 300 else SMALL
 
 
 def assert_logprobs(got, expected, rows, *, order=True):
@@ -67,12 +67,15 @@ def check(name, case, seed=0, *, sizes=()):
 
 
 # each with programs of its own, which others have the parts of
-RARE = ("random tiny", "random one row", "as many top as chunks have tokens", "more top than V")
+RARE = (
+    "random tiny", "random one row", "as many top as chunks have tokens", "more top than V",
+    "random across blocks", "random flat across blocks", "ties across blocks",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "case",
-    [long(case) if case.name in RARE[:3] else case for case in cases.EDGES],
+    [long(case) if case.name in RARE[:4] else case for case in cases.EDGES],
     **by_name,
 )
 def test_xla(case):
@@ -87,18 +90,18 @@ def test_triton_interpreted(case):
     check("triton", case, sizes=sizes_of(case))
 
 
-RANDOM = [long(name) if name in RARE else name for name in EDGES if name.startswith("random")]
+RANDOM = [name for name in EDGES if name.startswith("random")]
 
 
-@pytest.mark.parametrize("seed", range(1, 9))
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("seed", long_but(range(1, 9), 1, 2, 3, 4))
+@pytest.mark.parametrize("name", long_but(RANDOM, *(x for x in RANDOM if x not in RARE[:2])))
 def test_xla_on_random_rows(name, seed):
     check("xla", EDGES[name], seed)
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(1, 9))
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("seed", long_but(range(1, 9), 1, 2, 3, 4))
+@pytest.mark.parametrize("name", long_but(RANDOM, *(x for x in RANDOM if x not in RARE)))
 def test_triton_on_random_rows(name, seed):
     check("triton", EDGES[name], seed, sizes=sizes_of(EDGES[name]))
 
@@ -128,9 +131,9 @@ def test_sizes_change_nothing(sizes):
 
 @interpreted
 @pytest.mark.long
-def test_cases_whose_rows_are_decided_alone_are_the_same_in_refine():
+def test_small_rows_are_decided_the_same_in_refine():
     for case in cases.EDGES:
-        if sizes_of(case) == ALONE and case.name not in RARE:
+        if case.vocab == RAW and case.batch == 5:
             check("triton", case, sizes=SMALL)
 
 
@@ -268,14 +271,27 @@ def shapes(batch, vocab, slots=9, bias=64, named=16):
     return array((batch, vocab), jnp.float32), rows, lists
 
 
+def lowers(batch, vocab, top, *, raw):
+    run = implementation("sample", "triton", interpret=False)
+    run = functools.partial(run, top=top, raw_logprobs=raw, fixed_split=top == 3)
+    text = compat.lower_for_cuda(run, *shapes(batch, vocab))
+    # the rounds of refine share one
+    assert text.count("custom_call @") == 3
+
+
+PROGRAMS = ((151_936, 20, False), (128_256, 3, True))
+
+
+@pytest.mark.long
+def test_programs_without_top_lower_for_cuda():
+    for batch in (1, 8):
+        lowers(batch, 128_256, 0, raw=True)
+
+
 @pytest.mark.parametrize("batch", long_but([1, 8, 512], 8))
 def test_lowers_for_cuda(batch):
-    for vocab, top, raw in ((151_936, 20, False), (128_256, 0, True), (151_936, 3, True)):
-        run = implementation("sample", "triton", interpret=False)
-        run = functools.partial(run, top=top, raw_logprobs=raw, fixed_split=top == 3)
-        text = compat.lower_for_cuda(run, *shapes(batch, vocab))
-        # the rounds of refine share one
-        assert text.count("custom_call @") == 3
+    for vocab, top, raw in PROGRAMS:
+        lowers(batch, vocab, top, raw=raw)
 
 
 def test_xla_lowers_for_cuda():
