@@ -187,30 +187,30 @@ def test_extreme_numbers_on_fp8_pages_on_device(edit):
     check(EDGES["fp8"], "triton", "bfloat16", edit=edit)
 
 
+# those of two cases, and one without new tokens between them
+TOGETHER = cases.Case(
+    "edges and two warpgroups", 2, 1, 64, 16, (130, 0, 70, 9, 3, 4, 1, 5),
+    (0, 5, 5, 30, 31, 62, 63, 61), tail=8,
+)  # fmt: skip
+
+
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @interprets_mosaic
 @nan_keys_are_meant
 @pytest.mark.parametrize(
     ("case", "dtype", "sizes"),
     [
-        ("two warpgroups", "bfloat16", {"block": 64, "stages": 2, "programs": 2}),
+        ("edges and two warpgroups", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
         ("group of 8", "float16", {"programs": 1}),
-        ("causal edges", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 2}),
-        ("window edges", "bfloat16", {"block": 64, "stages": 3, "programs": 1}),
+        ("window edges", "bfloat16", {"block": 64, "stages": 3, "packed": 1, "programs": 1}),
         ("head dim 256", "bfloat16", {"block": 64, "queries": 1, "programs": 1}),
-        ("nothing to do", "bfloat16", {"programs": 3}),
+        long("edges and two warpgroups", "bfloat16", {"block": 64, "packed": 1, "programs": 3}),
         long("nothing to do", "bfloat16", {}),
         long("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
-        long("smollm mixed", "bfloat16", {"block": 64, "stages": 3}),
-        long("page boundaries", "bfloat16", {"programs": 2}),
-        long("page boundaries", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 1}),
+        long("page boundaries", "bfloat16", {"packed": 1, "turns": 0, "programs": 2}),
         long("qwen-0.5b", "bfloat16", {"packed": 7, "programs": 2}),
-        long("window", "bfloat16", {"block": 64, "programs": 2}),
-        long("causal edges", "bfloat16", {"block": 64, "programs": 2}),
-        long("many short", "bfloat16", {"block": 64, "stages": 3, "programs": 3}),
-        long("many short", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
+        long("many short", "bfloat16", {"block": 64, "stages": 3, "turns": 0, "programs": 3}),
         long("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
-        long("blocks", "bfloat16", {"block": 64, "programs": 2}),
         long("blocks", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 3}),
         long("blocks window", "bfloat16", {"block": 64, "packed": 3, "programs": 2}),
         long("blocks cap", "bfloat16", {"programs": 1}),
@@ -223,7 +223,7 @@ def test_extreme_numbers_on_fp8_pages_on_device(edit):
     ],
 )
 def test_mosaic_interpreted(case, dtype, sizes):
-    check(EDGES[case], "mosaic_sm90", dtype, interpret=True, **sizes)
+    check(EDGES.get(case, TOGETHER), "mosaic_sm90", dtype, interpret=True, **sizes)
 
 
 def test_mosaic_refuses_sizes_that_do_not_fit():
@@ -361,10 +361,8 @@ def test_float32_lowers_for_cuda_in_triton_only():
     [
         ("triton", "qwen2.5-0.5b"),
         long("mosaic_sm90", "llama-3.1-8b"),
-        long("triton", "llama-3.1-8b"),
         long("triton", "smollm"),
         long("mosaic_sm90", "qwen2.5-0.5b"),
-        long("mosaic_sm90", "smollm"),
     ],
 )
 def test_fixed_tiles_lower_for_cuda(name, model):
@@ -410,11 +408,8 @@ def reach_shapes(heads, kv_heads, head_dim, page_size):
         long("mosaic_sm90", "llama-3.1-8b", 100),
         ("xla", "qwen2.5-0.5b", None),
         long("triton", "llama-3.1-8b", None),
-        long("triton", "qwen2.5-0.5b", 40),
-        long("triton", "smollm", None),
         long("mosaic_sm90", "llama-3.1-8b", None),
         long("mosaic_sm90", "qwen2.5-0.5b", None),
-        long("mosaic_sm90", "smollm", 40),
     ],
 )
 def test_reach_lowers_for_cuda(name, model, window):
@@ -552,6 +547,7 @@ def test_cuts_at_fixed_tiles_change_no_bit_in_triton_interpreted(group, window, 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @interprets_mosaic
 @nan_keys_are_meant
+@pytest.mark.long
 def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted():
     sizes = {"length": 170, "kv_heads": 1, "cuts": [(128,)]}
     check_cuts("mosaic_sm90", "bfloat16", 2, 100, **sizes, interpret=True)
