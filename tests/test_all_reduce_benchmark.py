@@ -34,6 +34,7 @@ def test_on_two_cpu_devices(tmp_path):
     assert stress["all_reduces"] == 36 and stress["wrong"] == 0 and stress["shapes"] == 3
 
 
+@pytest.mark.long
 def test_sums_that_are_not_are_counted():
     counted = on_cpu_devices(
         2,

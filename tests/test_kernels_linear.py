@@ -72,7 +72,7 @@ def test_triton_interpreted(case):
         ("o", "float16", MMA),
         ("o transposed", "float32", {**MMA, "evict_first": False}),
         long("gate_up", "bfloat16", {**MMA, "splits": 2}),
-        ("gate_up one row", "bfloat16", {**FMA, "splits": 2}),
+        long("gate_up one row", "bfloat16", {**FMA, "splits": 2}),
         long("odd sizes", "float32", {**MMA, "splits": 2}),
         ("odd sizes transposed", "bfloat16", {**MMA, "splits": 2}),
         long("odd sizes one row", "float16", FMA),
@@ -82,7 +82,7 @@ def test_triton_interpreted(case):
         ("down one row", "float32", {**FMA, "num_stages": 4}),
         ("down one row", "float32", {**FMA, "splits": 4}),  # the last split has no tile
         long("down one row transposed", "float32", {**MMA, "splits": 4}),
-        ("qkv", "bfloat16", FMA),
+        long("qkv", "bfloat16", FMA),
         long("qkv transposed", "float16", {**FMA, "splits": 2}),
         ("int8", "float32", {**MMA, "splits": 2}),
         long("int8 one row transposed", "float16", FMA),

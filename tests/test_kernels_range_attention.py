@@ -59,7 +59,7 @@ def test_xla(case, dtype):
     "case",
     [
         cases.Case("blocks", 2, 8, 2021, ((513, 1000, 3, 500),)),
-        cases.Case("blocks, alone", 2, 8, 1100, ((600,),), alone=True),
+        long(cases.Case("blocks, alone", 2, 8, 1100, ((600,),), alone=True)),
         cases.Case("tiles", 2, 8, 577, times=3),
     ],
     **by_name,
@@ -78,7 +78,7 @@ def test_xla_in_several_blocks(case, monkeypatch):
         ("qwen2.5-vl", "bfloat16"),
         ("siglip", "float16"),
         ("head dim 100", "float32"),
-        ("one patch", "float32"),
+        long("one patch", "float32"),
         ("nothing seen", "bfloat16"),
         ("two rows of ranges", "float32"),
         ("blocks' edges", "bfloat16"),
