@@ -52,12 +52,14 @@ def test_xla(case, dtype):
 
 # each case in one of its layouts: as it is, and transposed, in turn
 IN_TURN = [
-    case for i, case in enumerate(cases.EDGES) if case.transposed == bool(i % (len(EDGES) // 2) % 2)
+    case.name
+    for i, case in enumerate(cases.EDGES)
+    if case.transposed == bool(i % (len(EDGES) // 2) % 2)
 ]
 
 
 @interpreting
-@pytest.mark.parametrize("case", long_but(cases.EDGES, *(case.name for case in IN_TURN)), **by_name)
+@pytest.mark.parametrize("case", long_but(cases.EDGES, *IN_TURN), **by_name)
 def test_triton_interpreted(case):
     check(case, "triton", "bfloat16", interpret=True)
 
@@ -166,7 +168,7 @@ def test_lowers_for_cuda(model, rows, transposed):
         lowers(case)
 
 
-@pytest.mark.parametrize("case", long_but(cases.EDGES, *(case.name for case in IN_TURN)), **by_name)
+@pytest.mark.parametrize("case", long_but(cases.EDGES, *IN_TURN), **by_name)
 def test_edges_lower_for_cuda(case):
     lowers(case)
 

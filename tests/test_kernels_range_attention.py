@@ -71,6 +71,12 @@ def test_xla_in_several_blocks(case, monkeypatch):
     check(case, "xla", "float32")
 
 
+# ranges of several cases
+TOGETHER = cases.Case(
+    "rows of edges", 1, 64, 320, ((63, 1, 65, 127, 64), (), (64, 36), (3, 1, 50), (60, 9))
+)
+
+
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @pytest.mark.parametrize(
     ("case", "dtype"),
@@ -79,13 +85,14 @@ def test_xla_in_several_blocks(case, monkeypatch):
         ("siglip", "float16"),
         ("head dim 100", "float32"),
         long("one patch", "float32"),
-        ("nothing seen", "bfloat16"),
-        ("two rows of ranges", "float32"),
-        ("blocks' edges", "bfloat16"),
+        ("rows of edges", "bfloat16"),
         ("windows", "float16"),
         ("windows and nothing", "float32"),
         ("a scale", "float32"),
         ("large scores", "float16"),
+        long("nothing seen", "bfloat16"),
+        long("two rows of ranges", "float32"),
+        long("blocks' edges", "bfloat16"),
         long("qwen2.5-vl", "float32"),
         long("siglip", "bfloat16"),
         long("clip", "float32"),
@@ -104,7 +111,7 @@ def test_xla_in_several_blocks(case, monkeypatch):
     ],
 )
 def test_triton_interpreted(case, dtype):
-    check(EDGES[case], "triton", dtype, interpret=True)
+    check(EDGES.get(case, TOGETHER), "triton", dtype, interpret=True)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
