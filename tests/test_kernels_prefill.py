@@ -192,6 +192,7 @@ TOGETHER = cases.Case(
     "edges and two warpgroups", 2, 1, 64, 16, (130, 0, 70, 9, 3, 4, 1, 5),
     (0, 5, 5, 30, 31, 62, 63, 61), tail=8,
 )  # fmt: skip
+WITH_TOGETHER = {**EDGES, TOGETHER.name: TOGETHER}
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
@@ -223,7 +224,7 @@ TOGETHER = cases.Case(
     ],
 )
 def test_mosaic_interpreted(case, dtype, sizes):
-    check(EDGES.get(case, TOGETHER), "mosaic_sm90", dtype, interpret=True, **sizes)
+    check(WITH_TOGETHER[case], "mosaic_sm90", dtype, interpret=True, **sizes)
 
 
 def test_mosaic_refuses_sizes_that_do_not_fit():

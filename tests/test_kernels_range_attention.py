@@ -75,6 +75,7 @@ def test_xla_in_several_blocks(case, monkeypatch):
 TOGETHER = cases.Case(
     "rows of edges", 1, 64, 320, ((63, 1, 65, 127, 64), (), (64, 36), (3, 1, 50), (60, 9))
 )
+WITH_TOGETHER = {**EDGES, TOGETHER.name: TOGETHER}
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
@@ -111,7 +112,7 @@ TOGETHER = cases.Case(
     ],
 )
 def test_triton_interpreted(case, dtype):
-    check(EDGES.get(case, TOGETHER), "triton", dtype, interpret=True)
+    check(WITH_TOGETHER[case], "triton", dtype, interpret=True)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
