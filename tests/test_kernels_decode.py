@@ -300,9 +300,8 @@ LOWERED = (
         *LOWERED,
         *(
             long(*case)
-            for case in itertools.product(
-                ("triton", "mosaic_sm90", "xla"), MODELS, (1, 64), (None, 1024)
-            )
+            for name, model in itertools.product(("triton", "mosaic_sm90", "xla"), MODELS)
+            for case in ((name, model, 1, 1024), (name, model, 64, None))
             if case not in LOWERED
         ),
     ],
