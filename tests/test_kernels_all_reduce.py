@@ -30,7 +30,7 @@ from pallas_kernels.all_reduce.plan import Plan, Sizes
 from pallas_kernels.all_reduce.reference import all_reduce, all_reduce_add_norm
 from tests.kernels import simt
 from tests.kernels.support import ON_GPU, needs_gpu, quiet, shape_list
-from tests.marks import long
+from tests.marks import long, long_but
 
 pytestmark = quiet
 ROOT = Path(__file__).parent.parent
@@ -160,9 +160,18 @@ def mixed(form: str) -> list[Call]:
     ]
 
 
-@pytest.mark.parametrize("seed", [0, long(1)])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("ranks", "form", "seed"),
+    [
+        (2, "two_shot", 0),
+        (3, "one_shot", 0),
+        (8, "two_shot", 0),
+        long(2, "one_shot", 0),
+        long(3, "two_shot", 0),
+        long(8, "one_shot", 0),
+        *(long(ranks, form, 1) for ranks in (2, 3, 8) for form in FORMS),
+    ],
+)
 def test_many_calls_on_ranks_at_their_own_pace(ranks, form, seed):
     world = World(ranks, mixed(form)[: 6 if ranks == 8 else None], seed)
     world.run()
@@ -186,14 +195,23 @@ def noticing(form: str) -> World:
     return World(2, [Call(form, 3, 128, False), *[Call(form, 3, 128)] * 6], seed=1)
 
 
-@pytest.mark.parametrize("form", FORMS)
+NOTHING_EMPTIED = r"st.global.v4.b32 \[clear\], .*", ""
+NANS_LIKE_EMPTY_WORDS = r"selp.b32 (x\w+), \d+, \1, q;", ""
+NOBODY_WAITS = r"setp.ne.u32 q, m, 4294967295;", "setp.eq.u32 q, m, m;"
+ONE_THREAD_EMPTIES = r"mov.u32 filled, \d+;", "mov.u32 filled, 16;"
+
+
 @pytest.mark.parametrize(
-    ("line", "instead"),
+    ("line", "instead", "form"),
     [
-        (r"st.global.v4.b32 \[clear\], .*", ""),  # nothing is emptied
-        (r"selp.b32 (x\w+), \d+, \1, q;", ""),  # NaNs are sent that look like an empty word
-        (r"setp.ne.u32 q, m, 4294967295;", "setp.eq.u32 q, m, m;"),  # nobody waits
-        (r"mov.u32 filled, \d+;", "mov.u32 filled, 16;"),  # one thread empties its word
+        (*NOTHING_EMPTIED, "one_shot"),
+        (*NANS_LIKE_EMPTY_WORDS, "two_shot"),
+        (*NOBODY_WAITS, "two_shot"),
+        (*ONE_THREAD_EMPTIES, "one_shot"),
+        long(*NOTHING_EMPTIED, "two_shot"),
+        long(*NANS_LIKE_EMPTY_WORDS, "one_shot"),
+        long(*NOBODY_WAITS, "one_shot"),
+        long(*ONE_THREAD_EMPTIES, "two_shot"),
     ],
 )
 def test_a_kernel_that_breaks_the_protocol_is_noticed(form, line, instead):
@@ -218,7 +236,7 @@ def test_kernels_as_they_are_break_nothing_there(form):
     world.check()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", long_but(FORMS, "two_shot"))
 def test_two_buffers_would_not_do(monkeypatch, form):
     monkeypatch.setattr(protocol, "BUFFERS", 2)
     with pytest.raises(AssertionError):
@@ -454,7 +472,7 @@ def on_mesh(**environment: str) -> dict[str, int]:
 def test_xla_on_eight_devices():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     right = on_mesh(XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
-    assert right == {"xla 2": 10, "xla 4": 10, "xla 8": 10}
+    assert right == {"xla 2": 5, "xla 4": 5, "xla 8": 10}
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from tests.kernels.support import (
     reuse_passed_pages,
     second_layer,
 )
-from tests.marks import long
+from tests.marks import long, long_but
 
 pytestmark = quiet
 EDGES = {case.name: case for case in cases.EDGES}
@@ -42,17 +43,30 @@ by_name = {"ids": lambda case: case.name}
 want = reference("paged_decode")
 
 
-def check(case, name, dtype, *, seed=0, interpret=False, edit=None, **sizes):
+@functools.cache
+def program(name, interpret, sizes, scale, window, soft_cap):
+    """Traced once for all calls of the same shapes."""
+    run = implementation("paged_decode", name, interpret=interpret, **dict(sizes))
+    return jax.jit(functools.partial(run, scale=scale, window=window, soft_cap=soft_cap))
+
+
+def check(case, name, dtype, *, seed=0, interpret=False, edit=None, passed=False, **sizes):
+    """passed: pages wholly before the windows went to others."""
     arrays = case.inputs(seed, jnp.dtype(dtype))
     if edit is not None:
         arrays = edit(arrays)
-    run = implementation("paged_decode", name, interpret=interpret, **sizes)
-    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
+    options = tuple(sizes.items()), case.head_dim**-0.5, case.window, case.soft_cap
+    call = program(name, interpret, *options)
     if refuses(name, case, dtype):
         with pytest.raises(NotImplementedError):
             call(*arrays)
         return
-    placed, first_page = second_layer(arrays)
+    given = arrays
+    if passed:
+        q, *cache, lengths = arrays
+        before = np.maximum(np.asarray(lengths) - case.window, 0)
+        given = (q, *reuse_passed_pages(*cache, before), lengths)
+    placed, first_page = second_layer(given)
     poison(arrays[0].shape, arrays[0].dtype)
     tolerance = FP8_TOLERANCE if case.fp8 and edit is not faint_keys else TOLERANCE
     expected = want(*arrays, **case.options)
@@ -76,28 +90,33 @@ def check_locked(case, dtype, *, seed=0, calls=1, interpret=False, **sizes):
             assert_close(got, want(query, *arrays[1:], **case.options), dtype, tolerance)
 
 
+# what others have the parts of
+RARE = ("llama-8b", "one head a group", "fp8 head dim 80", "soft cap window")
+
+
 @pytest.mark.parametrize("dtype", ["float32", long("bfloat16")])
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+@pytest.mark.parametrize("case", long_but(cases.EDGES, *(EDGES.keys() - RARE)), **by_name)
 def test_xla(case, dtype):
     check(case, "xla", dtype)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize("name", ["xla", "triton"])
-@pytest.mark.parametrize("case", ["window", "window of one", "soft cap window"])
-def test_pages_before_the_window_are_not_read(case, name):
-    case = EDGES[case]
-    q, *cache, lengths = case.inputs(0, jnp.float32)
-    passed = np.maximum(np.asarray(lengths) - case.window, 0)
-    changed = reuse_passed_pages(*cache, passed)
-    sizes = {} if name == "xla" else {"block": 16, "splits": 2}
-    run = implementation("paged_decode", name, interpret=True, **sizes)
-    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
-    got = call(q, *changed, lengths)
-    assert_close(got, want(q, *cache, lengths, **case.options), "float32")
+@pytest.mark.parametrize(
+    ("case", "name", "dtype", "sizes"),
+    [  # cases whose programs other tests have traced
+        ("window", "xla", "float32", {}),
+        ("window of one", "xla", "float32", {}),
+        ("window", "triton", "float32", {"block": 32, "splits": 4}),
+        long("soft cap window", "xla", "float32", {}),
+        long("window of one", "triton", "bfloat16", {"block": 32, "splits": 1}),
+        long("soft cap window", "triton", "float32", {"block": 16, "splits": 2}),
+    ],
+)
+def test_pages_before_the_window_are_not_read(case, name, dtype, sizes):
+    check(EDGES[case], name, dtype, interpret=name != "xla", passed=True, **sizes)
 
 
-@pytest.mark.parametrize("block", [16, 64, 512])
+@pytest.mark.parametrize("block", [16, long(64), 512])
 def test_xla_block_sizes(block):
     case = EDGES["smollm"]
     arrays = case.inputs(1, jnp.float32)
@@ -110,22 +129,23 @@ def test_xla_block_sizes(block):
 @pytest.mark.parametrize(
     ("case", "dtype", "splits"),
     [
-        ("llama-8b", "bfloat16", 2),
-        ("qwen-0.5b", "bfloat16", 4),
+        long("llama-8b", "bfloat16", 2),
+        long("qwen-0.5b", "bfloat16", 4),
         ("smollm", "float32", 4),
-        ("smollm", "bfloat16", 1),
+        long("smollm", "bfloat16", 1),
         ("group of 8", "float16", 2),
         ("head dim 80", "float32", 2),
-        ("page boundaries", "bfloat16", 4),
+        ("page boundaries", "bfloat16", 1),
+        long("page boundaries", "bfloat16", 4),
         ("window", "float32", 4),
-        ("window of one", "bfloat16", 1),
-        ("wide table", "float32", 16),
-        ("all empty", "float32", 2),
+        long("window of one", "bfloat16", 1),
+        long("wide table", "float32", 16),
+        long("all empty", "float32", 2),
         ("all empty", "bfloat16", 1),
         ("soft cap", "float32", 2),
-        ("soft cap window", "bfloat16", 4),
+        long("soft cap window", "bfloat16", 4),
         ("fp8", "bfloat16", 2),
-        ("fp8 head dim 80", "float16", 1),
+        long("fp8 head dim 80", "float16", 1),
     ],
 )
 def test_triton_interpreted(case, dtype, splits):
@@ -148,7 +168,7 @@ def test_extreme_numbers_on_fp8_pages_in_xla(dtype, edit):
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @EXTREMES
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("splits", [long(1), 2])
 def test_extreme_numbers_on_fp8_pages_interpreted(splits, edit):
     check(EDGES["fp8"], "triton", "bfloat16", interpret=True, edit=edit, block=32, splits=splits)
 
@@ -164,13 +184,13 @@ def test_extreme_numbers_on_fp8_pages_on_device(edit):
 @pytest.mark.parametrize(
     ("case", "dtype", "splits"),
     [
-        ("llama-8b", "bfloat16", 2),
+        long("llama-8b", "bfloat16", 2),
         ("smollm", "float32", 4),
         ("qwen-0.5b", "bfloat16", 1),
-        ("head dim 80", "float32", 2),
-        ("window", "float32", 4),
-        ("wide table", "float32", 16),
-        ("all empty", "float32", 2),
+        long("head dim 80", "float32", 2),
+        long("window", "float32", 4),
+        long("wide table", "float32", 16),
+        long("all empty", "float32", 2),
         ("fp8", "bfloat16", 2),
     ],
 )
@@ -195,7 +215,7 @@ def test_locks_come_back_from_the_public_function():
     assert not np.asarray(locks).any()
 
 
-@pytest.mark.parametrize("name", ["xla", "triton", "mosaic_sm90", "mosaic_cluster"])
+@pytest.mark.parametrize("name", [long("xla"), "triton", long("mosaic_sm90"), "mosaic_cluster"])
 def test_locks_lower_and_come_back(name):
     shapes = decode_shapes(4, 4, (64, 64, 2, 64), 32, locks=8)
     run = functools.partial(implementation("paged_decode", name, interpret=False), scale=0.1)
@@ -211,12 +231,12 @@ def test_locks_lower_and_come_back(name):
 @pytest.mark.parametrize(
     ("case", "dtype", "splits", "block"),
     [
-        ("one head a group", "bfloat16", 1, 64),
-        ("smollm", "bfloat16", 2, 64),
+        long("one head a group", "bfloat16", 1, 64),
+        long("smollm", "bfloat16", 2, 64),
         ("group of 8", "float16", 1, 64),
         ("page boundaries", "bfloat16", 2, 64),
-        ("window", "bfloat16", 2, 64),
-        ("all empty", "bfloat16", 2, 64),
+        long("window", "bfloat16", 2, 64),
+        long("all empty", "bfloat16", 2, 64),
         ("soft cap window", "bfloat16", 2, 64),
         ("fp8", "bfloat16", 1, 64),
         ("head dim 80", "bfloat16", 1, 64),
@@ -233,28 +253,28 @@ def test_mosaic_interpreted(case, dtype, splits, block):
 @pytest.mark.parametrize(
     ("case", "dtype", "splits", "stages"),
     [
-        ("one head a group", "bfloat16", 2, 4),
-        ("qwen-0.5b", "bfloat16", 8, 2),
-        ("group of 8", "float16", 2, 2),
-        ("page boundaries", "bfloat16", 2, 2),
-        ("long", "bfloat16", 2, 1),
+        long("one head a group", "bfloat16", 2, 4),
+        long("qwen-0.5b", "bfloat16", 8, 2),
+        long("group of 8", "float16", 2, 2),
+        long("page boundaries", "bfloat16", 2, 2),
+        long("long", "bfloat16", 2, 1),
         ("long window", "bfloat16", 2, 1),
-        ("wide table", "bfloat16", 4, 2),
-        ("all empty", "bfloat16", 4, 2),
+        long("wide table", "bfloat16", 4, 2),
+        long("all empty", "bfloat16", 4, 2),
         ("soft cap window", "bfloat16", 4, 1),
         ("fp8", "bfloat16", 2, 2),
         ("head dim 80", "bfloat16", 2, 2),
         ("smollm", "float32", 2, 2),
     ],
 )
-def test_cluster_interpreted(case, dtype, splits, stages):
+def test_mosaic_cluster_interpreted(case, dtype, splits, stages):
     """All but the exchange between the blocks, which the interpreter lacks. Blocks of the long
     rows refill their ring."""
-    long = {
+    refilled = {
         "long": cases.Case("long", 4, 2, 64, 32, (330, 100)),
         "long window": cases.Case("long window", 7, 1, 64, 64, (500, 70), window=400),
     }
-    case = long.get(case) or EDGES[case]
+    case = refilled.get(case) or EDGES[case]
     check(case, "mosaic_cluster", dtype, interpret=True, splits=splits, stages=stages)
 
 
@@ -265,10 +285,27 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 1024])
-@pytest.mark.parametrize("batch", [1, 64])
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
+LOWERED = (
+    ("triton", "llama-3.1-8b", 1, None),
+    ("triton", "smollm", 64, 1024),
+    ("mosaic_sm90", "qwen2.5-0.5b", 64, None),
+    ("mosaic_sm90", "llama-3.1-8b", 1, 1024),
+    ("xla", "smollm", 1, 1024),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "batch", "window"),
+    [
+        *LOWERED,
+        *(
+            long(*case)
+            for name, model in itertools.product(("triton", "mosaic_sm90", "xla"), MODELS)
+            for case in ((name, model, 1, 1024), (name, model, 64, None))
+            if case not in LOWERED
+        ),
+    ],
+)
 def test_lowers_for_cuda(name, model, batch, window):
     heads, kv_heads, head_dim, page_size = MODELS[model]
     shapes = decode_shapes(batch, heads, (4096, page_size, kv_heads, head_dim), 128)
@@ -277,9 +314,20 @@ def test_lowers_for_cuda(name, model, batch, window):
     assert (name == "xla") != ("custom_call" in text)
 
 
-@pytest.mark.parametrize("window", [None, 1024])
-@pytest.mark.parametrize(("batch", "block"), [(1, 64), (1, 128), (8, 64)])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "batch", "block", "window"),
+    [
+        ("llama-3.1-8b", 1, 64, None),
+        ("qwen2.5-0.5b", 1, 128, 1024),
+        ("smollm", 8, 64, None),
+        long("llama-3.1-8b", 8, 64, 1024),
+        long("llama-3.1-8b", 1, 128, None),
+        long("qwen2.5-0.5b", 8, 64, None),
+        long("qwen2.5-0.5b", 1, 64, None),
+        long("smollm", 1, 128, None),
+        long("smollm", 1, 64, 1024),
+    ],
+)
 def test_clusters_lower_for_cuda(model, batch, block, window):
     heads, kv_heads, head_dim, page_size = MODELS[model]
     shapes = decode_shapes(batch, heads, (4096, page_size, kv_heads, head_dim), 512)

@@ -22,7 +22,7 @@ from tests.kernels.support import (
     quiet,
     reference,
 )
-from tests.marks import long
+from tests.marks import long, long_but
 
 pytestmark = quiet
 interpreting = pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
@@ -50,8 +50,16 @@ def test_xla(case, dtype):
     check(case, "xla", dtype)
 
 
+# each case in one of its layouts: as it is, and transposed, in turn
+IN_TURN = [
+    case.name
+    for i, case in enumerate(cases.EDGES)
+    if case.transposed == bool(i % (len(EDGES) // 2) % 2)
+]
+
+
 @interpreting
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+@pytest.mark.parametrize("case", long_but(cases.EDGES, *IN_TURN), **by_name)
 def test_triton_interpreted(case):
     check(case, "triton", "bfloat16", interpret=True)
 
@@ -60,27 +68,27 @@ def test_triton_interpreted(case):
 @pytest.mark.parametrize(
     ("case", "dtype", "sizes"),
     [
-        ("qkv", "float32", MMA),
-        ("qkv one row", "float32", FMA),
-        ("qkv one row transposed", "bfloat16", MMA),
+        long("qkv", "float32", MMA),
+        long("qkv one row", "float32", FMA),
+        long("qkv one row transposed", "bfloat16", MMA),
         ("o", "float16", MMA),
         ("o transposed", "float32", {**MMA, "evict_first": False}),
-        ("gate_up", "bfloat16", {**MMA, "splits": 2}),
-        ("gate_up one row", "bfloat16", {**FMA, "splits": 2}),
-        ("odd sizes", "float32", {**MMA, "splits": 2}),
+        long("gate_up", "bfloat16", {**MMA, "splits": 2}),
+        long("gate_up one row", "bfloat16", {**FMA, "splits": 2}),
+        long("odd sizes", "float32", {**MMA, "splits": 2}),
         ("odd sizes transposed", "bfloat16", {**MMA, "splits": 2}),
-        ("odd sizes one row", "float16", FMA),
-        ("odd sizes one row", "float32", {**FMA, "splits": 2}),
+        long("odd sizes one row", "float16", FMA),
+        long("odd sizes one row", "float32", {**FMA, "splits": 2}),
         ("odd sizes one row transposed", "bfloat16", {**FMA, "num_stages": 1}),
         ("odd sizes one row transposed", "bfloat16", {**FMA, "block_n": 8, "block_k": 16}),
         ("down one row", "float32", {**FMA, "num_stages": 4}),
         ("down one row", "float32", {**FMA, "splits": 4}),  # the last split has no tile
-        ("down one row transposed", "float32", {**MMA, "splits": 4}),
-        ("qkv", "bfloat16", FMA),
-        ("qkv transposed", "float16", {**FMA, "splits": 2}),
+        long("down one row transposed", "float32", {**MMA, "splits": 4}),
+        long("qkv", "bfloat16", FMA),
+        long("qkv transposed", "float16", {**FMA, "splits": 2}),
         ("int8", "float32", {**MMA, "splits": 2}),
-        ("int8 one row transposed", "float16", FMA),
-        ("fp8", "float32", MMA),
+        long("int8 one row transposed", "float16", FMA),
+        long("fp8", "float32", MMA),
         ("fp8 one row", "float16", {**FMA, "splits": 3}),
     ],
 )
@@ -88,7 +96,7 @@ def test_triton_sizes(case, dtype, sizes):
     check(EDGES[case], "triton", dtype, interpret=True, **sizes)
 
 
-@pytest.mark.parametrize("act", [None, "silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("act", [None, "silu", long("gelu"), "gelu_pytorch_tanh", long("relu")])
 def test_xla_is_the_models_own_mathematics(act):
     layers = pytest.importorskip("jaxserve.models.layers")
     case = cases.Case("model", 6, 96, 64, norm=True, bias=True, act=act, residual=True, eps=1e-5)
@@ -137,23 +145,50 @@ def lowers(case, dtype=jnp.bfloat16, **sizes):
     assert text.count("stablehlo.custom_call") == (2 if sizes.get("splits", 1) > 1 else 1)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows", [1, 8, 16])
-@pytest.mark.parametrize("model", cases.MODELS)
+@pytest.mark.parametrize(
+    ("model", "rows", "transposed"),
+    [
+        ("llama-8b", 1, True),
+        ("qwen-0.5b", 8, False),
+        ("qwen-0.5b", 16, True),
+        long("llama-8b", 1, False),
+        long("llama-8b", 8, False),
+        long("llama-8b", 8, True),
+        long("llama-8b", 16, False),
+        long("llama-8b", 16, True),
+        long("qwen-0.5b", 1, False),
+        long("qwen-0.5b", 1, True),
+        long("qwen-0.5b", 8, True),
+        long("qwen-0.5b", 16, False),
+    ],
+)
 def test_lowers_for_cuda(model, rows, transposed):
     products = cases.products(model, rows)
     for case in cases.layouts(products)[len(products) if transposed else 0 :][:4]:
         lowers(case)
 
 
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+@pytest.mark.parametrize("case", long_but(cases.EDGES, *IN_TURN), **by_name)
 def test_edges_lower_for_cuda(case):
     lowers(case)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("weights", ["int8", "float8_e4m3fn", None])
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("rows", "weights", "splits"),
+    [
+        (1, "int8", 4),
+        (4, "float8_e4m3fn", 1),
+        (1, None, 1),
+        (4, None, 4),
+        *(
+            long(rows, weights, splits)
+            for rows, weights, splits in (
+                (4, "int8", 1), (4, "int8", 4), (1, "int8", 1), (1, "float8_e4m3fn", 1),
+                (1, "float8_e4m3fn", 4), (4, "float8_e4m3fn", 4), (4, None, 1), (1, None, 4),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_both_products_lower_for_cuda(rows, weights, splits):
     for case in cases.layouts(cases.products("qwen-0.5b", rows, weights)[1:3]):
         lowers(case, **MMA, splits=splits)

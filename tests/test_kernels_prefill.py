@@ -46,19 +46,34 @@ EDGES = {case.name: case for case in cases.EDGES}
 LARGE = {case.name: case for case in cases.LARGE}
 by_name = {"ids": lambda case: case.name}
 want = reference("paged_prefill")
+TRITON = {"rows": 32, "block": 32}
+"""Of interpreted kernels: cases have several tiles of both."""
 
 
-def check(case, name, dtype, *, seed=0, interpret=False, edit=None, **sizes):
+@functools.cache
+def program(name, interpret, sizes, scale, window, soft_cap):
+    """Traced once for all calls of the same shapes."""
+    run = implementation("paged_prefill", name, interpret=interpret, **dict(sizes))
+    return jax.jit(functools.partial(run, scale=scale, window=window, soft_cap=soft_cap))
+
+
+def check(case, name, dtype, *, seed=0, interpret=False, edit=None, passed=False, **sizes):
+    """passed: pages wholly before the windows went to others."""
     arrays = case.inputs(seed, jnp.dtype(dtype))
     if edit is not None:
         arrays = edit(arrays)
-    run = implementation("paged_prefill", name, interpret=interpret, **sizes)
-    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
+    options = tuple(sizes.items()), case.head_dim**-0.5, case.window, case.soft_cap
+    call = program(name, interpret, *options)
     if refuses(name, case, dtype, head_dims=(64, 96, 128, 256)):
         with pytest.raises(NotImplementedError):
             call(*arrays)
         return
-    placed, first_page = second_layer(arrays)
+    given = arrays
+    if passed:
+        q, *cache, starts, lens, prefixes = arrays
+        before = np.maximum(np.asarray(prefixes) - case.window + 1, 0)
+        given = (q, *reuse_passed_pages(*cache, before), starts, lens, prefixes)
+    placed, first_page = second_layer(given)
     poison(arrays[0].shape, arrays[0].dtype)
     live = case.live()
     reach = case.reach()
@@ -67,7 +82,11 @@ def check(case, name, dtype, *, seed=0, interpret=False, edit=None, **sizes):
     assert_close(got, want(*arrays, reach=reach, **case.options)[live], dtype, tolerance)
 
 
-RARE = ("blocks cap", "blocks fp8", "head dim 96", "head dim 256")
+# what others have the parts of
+RARE = (
+    "llama-8b", "one head a group", "two warpgroups", "window of one", "many short",
+    "soft cap window", "blocks cap", "blocks fp8", "head dim 96", "head dim 256",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", long("bfloat16")])
@@ -77,23 +96,25 @@ def test_xla(case, dtype):
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize("name", ["xla", "triton"])
-@pytest.mark.parametrize("case", ["window", "window of one", "window edges", "soft cap window"])
-def test_pages_before_the_window_are_not_read(case, name):
-    case = EDGES[case]
-    q, *cache, starts, lens, prefixes = case.inputs(0, jnp.float32)
-    passed = np.maximum(np.asarray(prefixes) - case.window + 1, 0)
-    changed = reuse_passed_pages(*cache, passed)
-    sizes = {} if name == "xla" else {"rows": 32, "block": 32}
-    run = implementation("paged_prefill", name, interpret=True, **sizes)
-    rows = (starts, lens, prefixes)
-    call = jax.jit(functools.partial(run, scale=case.head_dim**-0.5, **case.options))
-    got = np.asarray(call(q, *changed, *rows))
-    live = case.live()
-    assert_close(got[live], want(q, *cache, *rows, **case.options)[live], "float32")
+@pytest.mark.parametrize(
+    ("case", "name", "dtype"),
+    [  # cases whose programs other tests have traced
+        ("window", "xla", "float32"),
+        ("window edges", "xla", "float32"),
+        ("window edges", "triton", "float32"),
+        long("window of one", "xla", "float32"),
+        long("soft cap window", "xla", "float32"),
+        long("window", "triton", "float32"),
+        long("window of one", "triton", "bfloat16"),
+        long("soft cap window", "triton", "float32"),
+    ],
+)
+def test_pages_before_the_window_are_not_read(case, name, dtype):
+    sizes = {} if name == "xla" else TRITON
+    check(EDGES[case], name, dtype, interpret=name != "xla", passed=True, **sizes)
 
 
-@pytest.mark.parametrize(("tile", "block"), [(8, 16), (16, 64), (256, 256)])
+@pytest.mark.parametrize(("tile", "block"), [(8, 16), long(16, 64), (256, 256)])
 def test_xla_block_sizes(tile, block):
     case = EDGES["smollm mixed"]
     arrays = case.inputs(1, jnp.float32)
@@ -107,31 +128,31 @@ def test_xla_block_sizes(tile, block):
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        ("llama-8b", "bfloat16"),
-        ("qwen-0.5b", "bfloat16"),
         ("smollm mixed", "float32"),
-        ("smollm mixed", "bfloat16"),
         ("group of 8", "float16"),
         ("head dim 80", "float32"),
         ("page boundaries", "bfloat16"),
-        ("window", "float32"),
-        ("window of one", "bfloat16"),
-        ("causal edges", "bfloat16"),
         ("window edges", "float32"),
         ("nothing to do", "bfloat16"),
         ("soft cap", "float32"),
         ("fp8", "bfloat16"),
-        ("blocks", "bfloat16"),
         ("blocks window", "float32"),
+        long("llama-8b", "bfloat16"),
+        long("qwen-0.5b", "bfloat16"),
+        long("smollm mixed", "bfloat16"),
+        long("window", "float32"),
+        long("window of one", "bfloat16"),
+        long("causal edges", "bfloat16"),
         long("head dim 96", "bfloat16"),
         long("head dim 256", "bfloat16"),
+        long("blocks", "bfloat16"),
         long("blocks", "float32"),
         long("blocks cap", "float16"),
         long("blocks fp8", "bfloat16"),
     ],
 )
 def test_triton_interpreted(case, dtype):
-    check(EDGES[case], "triton", dtype, interpret=True, rows=32, block=32)
+    check(EDGES[case], "triton", dtype, interpret=True, **TRITON)
 
 
 def huge_queries(arrays):
@@ -156,7 +177,7 @@ def test_extreme_numbers_on_fp8_pages_in_xla(dtype, edit):
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @EXTREMES
 def test_extreme_numbers_on_fp8_pages_interpreted(edit):
-    check(EDGES["fp8"], "triton", "bfloat16", interpret=True, edit=edit, rows=32, block=32)
+    check(EDGES["fp8"], "triton", "bfloat16", interpret=True, edit=edit, **TRITON)
 
 
 @pytest.mark.gpu
@@ -166,41 +187,42 @@ def test_extreme_numbers_on_fp8_pages_on_device(edit):
     check(EDGES["fp8"], "triton", "bfloat16", edit=edit)
 
 
+# those of two cases, and one without new tokens between them
+TOGETHER = cases.Case(
+    "edges and two warpgroups", 2, 1, 64, 16, (130, 0, 70, 9, 3, 4, 1, 5),
+    (0, 5, 5, 30, 31, 62, 63, 61), tail=8,
+)  # fmt: skip
+WITH_TOGETHER = {**EDGES, TOGETHER.name: TOGETHER}
+
+
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @interprets_mosaic
 @nan_keys_are_meant
 @pytest.mark.parametrize(
     ("case", "dtype", "sizes"),
     [
-        ("two warpgroups", "bfloat16", {"block": 64, "stages": 2, "programs": 2}),
-        ("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
-        long("smollm mixed", "bfloat16", {"block": 64, "stages": 3}),
+        ("edges and two warpgroups", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
         ("group of 8", "float16", {"programs": 1}),
-        ("page boundaries", "bfloat16", {"programs": 2}),
-        ("page boundaries", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 1}),
-        ("qwen-0.5b", "bfloat16", {"packed": 7, "programs": 2}),
-        long("window", "bfloat16", {"block": 64, "programs": 2}),
-        ("causal edges", "bfloat16", {"block": 64, "programs": 2}),
-        ("window edges", "bfloat16", {"block": 64, "programs": 1}),
-        ("many short", "bfloat16", {"block": 64, "stages": 3, "programs": 3}),
-        long("many short", "bfloat16", {"block": 64, "turns": 0, "programs": 2}),
-        ("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
-        long("blocks", "bfloat16", {"block": 64, "programs": 2}),
+        ("window edges", "bfloat16", {"block": 64, "stages": 3, "packed": 1, "programs": 1}),
+        ("head dim 256", "bfloat16", {"block": 64, "queries": 1, "programs": 1}),
+        long("nothing to do", "bfloat16", {}),
+        long("smollm mixed", "bfloat16", {"block": 64, "stages": 4, "packed": 3, "programs": 3}),
+        long("page boundaries", "bfloat16", {"packed": 1, "turns": 0, "programs": 2}),
+        long("qwen-0.5b", "bfloat16", {"packed": 7, "programs": 2}),
+        long("many short", "bfloat16", {"block": 64, "stages": 3, "turns": 0, "programs": 3}),
+        long("soft cap window", "bfloat16", {"block": 64, "programs": 2}),
         long("blocks", "bfloat16", {"block": 64, "packed": 1, "turns": 0, "programs": 3}),
         long("blocks window", "bfloat16", {"block": 64, "packed": 3, "programs": 2}),
         long("blocks cap", "bfloat16", {"programs": 1}),
         long("head dim 96", "bfloat16", {"block": 64, "packed": 1, "programs": 2}),
-        ("head dim 256", "bfloat16", {"block": 64, "queries": 1, "programs": 1}),
         long("head dim 256", "bfloat16", {"block": 64, "queries": 1, "turns": 0, "programs": 3}),
-        long("smollm mixed", "bfloat16", {"block": 64, "queries": 1, "programs": 2}),
-        ("nothing to do", "bfloat16", {}),
         ("head dim 80", "bfloat16", {}),
         ("smollm mixed", "float32", {}),
         ("fp8", "bfloat16", {}),
     ],
 )
 def test_mosaic_interpreted(case, dtype, sizes):
-    check(EDGES[case], "mosaic_sm90", dtype, interpret=True, **sizes)
+    check(WITH_TOGETHER[case], "mosaic_sm90", dtype, interpret=True, **sizes)
 
 
 def test_mosaic_refuses_sizes_that_do_not_fit():
@@ -212,14 +234,15 @@ def test_mosaic_refuses_sizes_that_do_not_fit():
             run(*map(jnp.asarray, arrays), scale=0.1)
 
 
+planned = jax.jit(plan_work, static_argnums=3, static_argnames=("tile", "block", "window"))
+
+
 def test_work_is_every_tile_heaviest_first():
     rng = np.random.default_rng(0)
     for window in (None, 40):
         starts, lens, prefixes = (rng.integers(0, 90, 5).astype(np.int32) for _ in range(3))
         total = int(lens.sum())
-        work, used = plan_work(
-            *map(jnp.asarray, (starts, lens, prefixes)), total, tile=16, block=32, window=window
-        )
+        work, used = planned(starts, lens, prefixes, total, tile=16, block=32, window=window)
         work = np.asarray(work)[: int(used[0])]
         tiles = [(s, o) for s in range(5) for o in range(0, lens[s], 16)]
         found = [(int(s), int(p - prefixes[s])) for _, _, p, s in work]
@@ -244,11 +267,9 @@ def test_wide_heads_do_not_take_sizes_measured_with_others(head_dim, sizes):
 
 def test_work_of_blocks_knows_their_ends():
     case = cases.Case("", 1, 1, 64, 16, (70, 0, 20), (5, 9, 40), blocks=((0, 10, 45), (2, 0, 9)))
-    starts, lens, prefixes = (jnp.asarray(x) for x in case.inputs(0, np.float32)[-3:])
+    starts, lens, prefixes = case.inputs(0, np.float32)[-3:]
     reach = case.reach()
-    work, used = plan_work(
-        starts, lens, prefixes, 96, tile=16, block=8, window=None, reach=jnp.asarray(reach)
-    )
+    work, used = planned(starts, lens, prefixes, 96, tile=16, block=8, window=None, reach=reach)
     work = np.asarray(work)[: int(used[0])]
     for row, left, _, _, least, greatest in work:
         of_tile = reach[row : row + min(left, 16)]
@@ -259,11 +280,11 @@ def test_work_of_blocks_knows_their_ends():
 
 def test_plan_covers_every_token_once():
     rng = np.random.default_rng(0)
-    planned = jax.jit(plan_tiles, static_argnums=(1, 2))
+    tiles_of = jax.jit(plan_tiles, static_argnums=(1, 2))
     for _ in range(20):
         # any number of tokens, of few sizes that are compiled
         lens = rng.integers(0, 50, 5).astype(np.int32)
-        sequence, offset = map(np.asarray, planned(lens, -(-int(lens.sum()) // 100) * 100, 16))
+        sequence, offset = map(np.asarray, tiles_of(lens, -(-int(lens.sum()) // 100) * 100, 16))
         used = [(s, o) for s, o in zip(sequence, offset, strict=True) if s >= 0]
         assert used == [(s, o) for s in range(5) for o in range(0, lens[s], 16)]
         assert (sequence[len(used) :] == -1).all()
@@ -286,11 +307,29 @@ OTHER_HEADS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("tokens", "window"), [(2048, None), (64, 1024), long(64, None), long(2048, 1024)]
+LOWERED = (
+    ("triton", "llama-3.1-8b", 2048, None),
+    ("triton", "smollm", 64, 1024),
+    ("mosaic_sm90", "smollm", 2048, None),
+    ("mosaic_sm90", "qwen2.5-0.5b", 64, 1024),
+    ("xla", "qwen2.5-0.5b", 64, 1024),
 )
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["triton", "mosaic_sm90", "xla"])
+"""The first of `make test`, then every model with both numbers of tokens, both windows."""
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "tokens", "window"),
+    [
+        *LOWERED,
+        *(
+            long(name, model, *sizes)
+            for name in ("triton", "mosaic_sm90", "xla")
+            for model in MODELS
+            for sizes in ((2048, None), (64, 1024))
+            if (name, model, *sizes) not in LOWERED
+        ),
+    ],
+)
 def test_lowers_for_cuda(name, model, tokens, window):
     heads, kv_heads, head_dim, page_size = MODELS[model]
     pages = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16)
@@ -316,8 +355,15 @@ def test_float32_lowers_for_cuda_in_triton_only():
         compat.lower_for_cuda(functools.partial(mosaic, scale=0.1), *shapes)
 
 
-@pytest.mark.parametrize("name", ["triton", "mosaic_sm90"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("triton", "qwen2.5-0.5b"),
+        long("mosaic_sm90", "llama-3.1-8b"),
+        long("triton", "smollm"),
+        long("mosaic_sm90", "qwen2.5-0.5b"),
+    ],
+)
 def test_fixed_tiles_lower_for_cuda(name, model):
     heads, kv_heads, head_dim, page_size = MODELS[model]
     pages, row = ((4096, page_size, kv_heads, head_dim), jnp.bfloat16), ((16,), jnp.int32)
@@ -330,7 +376,7 @@ def test_fixed_tiles_lower_for_cuda(name, model):
     assert "custom_call" in compat.lower_for_cuda(run, *shapes)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", long_but(MODELS, "smollm"))
 def test_cap_and_fp8_lower_for_cuda(model):
     heads, kv_heads, head_dim, page_size = MODELS[model]
     q, row = ((256, heads, head_dim), jnp.bfloat16), ((16,), jnp.int32)
@@ -358,9 +404,11 @@ def reach_shapes(heads, kv_heads, head_dim, page_size):
     ("name", "model", "window"),
     [
         ("triton", "smollm", 100),
-        ("mosaic_sm90", "llama-3.1-8b", 100),
+        long("mosaic_sm90", "llama-3.1-8b", 100),
         ("xla", "qwen2.5-0.5b", None),
-        *(long(*case) for case in itertools.product(("triton", "mosaic_sm90"), MODELS, (40, None))),
+        long("triton", "llama-3.1-8b", None),
+        long("mosaic_sm90", "llama-3.1-8b", None),
+        long("mosaic_sm90", "qwen2.5-0.5b", None),
     ],
 )
 def test_reach_lowers_for_cuda(name, model, window):
@@ -380,7 +428,7 @@ def test_reach_lowers_for_cuda(name, model, window):
     ("name", "model"),
     [
         ("mosaic_sm90", "phi-3-mini"),
-        ("mosaic_sm90", "gemma-3-4b"),
+        long("mosaic_sm90", "gemma-3-4b"),
         long("mosaic_sm90", "gemma-2-9b"),
         *(long("triton", model) for model in OTHER_HEADS),
     ],
@@ -392,7 +440,7 @@ def test_other_head_dims_lower_for_cuda(name, model):
     assert "custom_call" in compat.lower_for_cuda(run, *shapes)
 
 
-@pytest.mark.parametrize("sizes", MOSAIC_SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [MOSAIC_SIZES[0], *map(long, MOSAIC_SIZES[1:])], ids=str)
 def test_every_mosaic_schedule_lowers_for_cuda(sizes):
     q, pages, row = ((512, 32, 128), jnp.bfloat16), ((64, 64, 8, 128), jnp.bfloat16), (4,)
     row = (row, jnp.int32)
@@ -432,10 +480,12 @@ def test_mistakes_are_named(change, message):
 BLOCKS = (range(10, 100), range(130, 256), range(256, 300), range(384, 430))
 
 
-def check_cuts(name, dtype, group, window, blocks=(), *, interpret=False):
-    """A sequence of 430 tokens whole, and cut at 128, 256 or both, behind another sequence: every
-    token is bitwise the same. blocks: of tokens that see each other."""
-    page_size, kv_heads, head_dim, tokens, length = 64, 2, 64, 512, 430
+def check_cuts(
+    name, dtype, group, window, blocks=(), *, length=430, kv_heads=2, cuts=None, interpret=False
+):
+    """A sequence of `length` tokens whole, and cut in different ways, behind another sequence:
+    every token is bitwise the same. blocks: of tokens that see each other."""
+    page_size, head_dim, tokens = 64, 64, -(-(length + 40) // 128) * 128
     keys = jax.random.split(jax.random.key(group), 3)
     pages = (24, page_size, kv_heads, head_dim)
     k_pages, v_pages = (jax.random.normal(key, pages, jnp.dtype(dtype)) for key in keys[:2])
@@ -464,10 +514,10 @@ def check_cuts(name, dtype, group, window, blocks=(), *, interpret=False):
         return np.asarray(out)[beside : beside + stop - start]
 
     whole = attend(0, length, 0)
-    for cuts in ((128,), (256,), (128, 384))[-1 if interpret else 0 :]:
-        edges = (0, *cuts, length)
+    for cut in cuts or ((128,), (256,), (128, 384)):
+        edges = (0, *cut, length)
         parts = [attend(a, b, 40) for a, b in itertools.pairwise(edges)]
-        assert np.concatenate(parts).tobytes() == whole.tobytes(), cuts
+        assert np.concatenate(parts).tobytes() == whole.tobytes(), cut
 
 
 CUTS = pytest.mark.parametrize(("group", "window"), [(2, None), (3, None), (7, 100), (1, 200)])
@@ -475,7 +525,11 @@ CUTS = pytest.mark.parametrize(("group", "window"), [(2, None), (3, None), (7, 1
 
 @pytest.mark.parametrize(
     ("group", "window", "blocks"),
-    [(3, None, ()), (7, 100, ()), long(2, None, ()), long(1, 200, ()), long(2, 100, BLOCKS)],
+    [
+        (7, 100, ()),
+        *(long(*x) for x in ((3, None, ()), (2, None, ()), (1, 200, ()))),
+        long(2, 100, BLOCKS),
+    ],
 )
 def test_cuts_at_fixed_tiles_change_no_bit(group, window, blocks):
     check_cuts("xla", "float32", group, window, blocks)
@@ -483,18 +537,28 @@ def test_cuts_at_fixed_tiles_change_no_bit(group, window, blocks):
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @pytest.mark.parametrize(
-    ("group", "window", "blocks"), [(3, None, ()), (7, 100, ()), long(2, 100, BLOCKS)]
+    ("group", "window", "blocks"), [(3, None, ()), long(7, 100, ()), long(2, 100, BLOCKS)]
 )
 def test_cuts_at_fixed_tiles_change_no_bit_in_triton_interpreted(group, window, blocks):
-    check_cuts("triton", "float32", group, window, blocks, interpret=True)
+    check_cuts("triton", "float32", group, window, blocks, cuts=[(128, 384)], interpret=True)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
 @interprets_mosaic
 @nan_keys_are_meant
-@pytest.mark.parametrize("blocks", [(), long(BLOCKS)])
-def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted(blocks):
-    check_cuts("mosaic_sm90", "bfloat16", 2, 100, blocks, interpret=True)
+@pytest.mark.long
+def test_cuts_at_fixed_tiles_change_no_bit_in_mosaic_interpreted():
+    sizes = {"length": 170, "kv_heads": 1, "cuts": [(128,)]}
+    check_cuts("mosaic_sm90", "bfloat16", 2, 100, **sizes, interpret=True)
+
+
+@pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
+@interprets_mosaic
+@nan_keys_are_meant
+@pytest.mark.long
+def test_cuts_between_blocks_change_no_bit_in_mosaic_interpreted():
+    sizes = {"length": 270, "kv_heads": 1, "cuts": [(128,)]}
+    check_cuts("mosaic_sm90", "bfloat16", 2, 100, BLOCKS[:2], **sizes, interpret=True)
 
 
 @pytest.mark.gpu

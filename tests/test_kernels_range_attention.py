@@ -22,8 +22,10 @@ from tests.kernels.support import (
     reference,
     shape_list,
 )
+from tests.marks import long, long_but
 
 pytestmark = quiet
+EDGES = {case.name: case for case in cases.EDGES}
 by_name = {"ids": lambda case: case.name}
 want = reference("range_attention")
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -47,7 +49,7 @@ def check(case, name, dtype, *, interpret=False, seed=0, **sizes):
         assert not np.asarray(got)[empty].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", long_but(DTYPES, "float32"))
 @pytest.mark.parametrize("case", cases.EDGES, **by_name)
 def test_xla(case, dtype):
     check(case, "xla", dtype)
@@ -57,7 +59,7 @@ def test_xla(case, dtype):
     "case",
     [
         cases.Case("blocks", 2, 8, 2021, ((513, 1000, 3, 500),)),
-        cases.Case("blocks, alone", 2, 8, 1100, ((600,),), alone=True),
+        long(cases.Case("blocks, alone", 2, 8, 1100, ((600,),), alone=True)),
         cases.Case("tiles", 2, 8, 577, times=3),
     ],
     **by_name,
@@ -69,23 +71,96 @@ def test_xla_in_several_blocks(case, monkeypatch):
     check(case, "xla", "float32")
 
 
+# ranges of several cases
+TOGETHER = cases.Case(
+    "rows of edges", 1, 64, 320, ((63, 1, 65, 127, 64), (), (64, 36), (3, 1, 50), (60, 9))
+)
+WITH_TOGETHER = {**EDGES, TOGETHER.name: TOGETHER}
+
+
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("qwen2.5-vl", "bfloat16"),
+        ("siglip", "float16"),
+        ("head dim 100", "float32"),
+        long("one patch", "float32"),
+        ("rows of edges", "bfloat16"),
+        ("windows", "float16"),
+        ("windows and nothing", "float32"),
+        ("a scale", "float32"),
+        ("large scores", "float16"),
+        long("nothing seen", "bfloat16"),
+        long("two rows of ranges", "float32"),
+        long("blocks' edges", "bfloat16"),
+        long("qwen2.5-vl", "float32"),
+        long("siglip", "bfloat16"),
+        long("clip", "float32"),
+        long("head dim 96", "bfloat16"),
+        long("head dim 128", "float16"),
+        long("head dim 256", "bfloat16"),
+        long("head dim 8", "float32"),
+        long("one patch a tile", "float16"),
+        long("padding sees nothing", "float32"),
+        long("a whole picture", "bfloat16"),
+        long("many short", "float32"),
+        long("windows", "float32"),
+        long("windows of one", "bfloat16"),
+        long("wide windows", "float32"),
+        long("large scores", "bfloat16"),
+    ],
+)
 def test_triton_interpreted(case, dtype):
-    check(case, "triton", dtype, interpret=True)
+    check(WITH_TOGETHER[case], "triton", dtype, interpret=True)
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_triton_sizes_interpreted(sizes):
-    for case in (cases.EDGES[i] for i in (0, 1, 11, 14, 16)):
-        check(case, "triton", "float32", interpret=True, **sizes)
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        ("blocks' edges", SIZES[0]),
+        ("windows", SIZES[1]),
+        ("siglip", SIZES[2]),
+        *(long("qwen2.5-vl", sizes) for sizes in SIZES),
+        long("siglip", SIZES[1]),
+        long("windows", SIZES[0]),
+        long("padding sees nothing", SIZES[0]),
+        long("padding sees nothing", SIZES[2]),
+        long("blocks' edges", SIZES[1]),
+        long("windows", SIZES[2]),
+    ],
+)
+def test_triton_sizes_interpreted(case, sizes):
+    check(EDGES[case], "triton", "float32", interpret=True, **sizes)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 96, 128, 256])
-@pytest.mark.parametrize("most", [None, 64, "tiles"])
+@pytest.mark.parametrize(
+    ("most", "head_dim", "dtype"),
+    [
+        (None, 16, "float32"),
+        (64, 72, "bfloat16"),
+        (64, 80, "float32"),
+        ("tiles", 64, "bfloat16"),
+        (None, 256, "bfloat16"),
+        long(None, 64, "bfloat16"),
+        long(None, 72, "float32"),
+        long(None, 80, "bfloat16"),
+        long(None, 96, "float32"),
+        long(None, 128, "bfloat16"),
+        long(64, 16, "bfloat16"),
+        long(64, 64, "float32"),
+        long(64, 96, "bfloat16"),
+        long(64, 128, "float32"),
+        long(64, 256, "float32"),
+        long("tiles", 16, "bfloat16"),
+        long("tiles", 72, "bfloat16"),
+        long("tiles", 80, "float32"),
+        long("tiles", 96, "float32"),
+        long("tiles", 128, "bfloat16"),
+        long("tiles", 256, "float32"),
+    ],
+)
 def test_lowers_for_cuda(most, head_dim, dtype):
     heads, ranges = ((2, 1000, 16, head_dim), jnp.dtype(dtype)), ((2, 1000), jnp.int32)
     shapes = shape_list([heads] * 3 + [ranges] * 2 * (most != "tiles"))
@@ -96,16 +171,21 @@ def test_lowers_for_cuda(most, head_dim, dtype):
         assert ("custom_call" in text) == (name == "triton")
 
 
-def test_every_size_of_a_sweep_lowers():
-    for problem in bench.problems():
-        arguments = jax.eval_shape(problem.build, jax.random.key(0))
-        q, ranges, turns = arguments
-        sweep = bench.sweep("triton", problem.features)
-        assert len(sweep) > 5
-        for sizes in sweep[:: len(sweep) - 1]:
-            run = implementation("range_attention", "triton", interpret=False, **sizes)
-            step = functools.partial(problem.step, run)
-            assert "custom_call" in compat.lower_for_cuda(step, q, ranges, turns[0])
+PROBLEMS = bench.problems()
+
+
+@pytest.mark.parametrize("index", long_but(range(len(PROBLEMS)), 0, 1))
+def test_sizes_of_a_sweep_lower(index):
+    """The first and the last."""
+    problem = PROBLEMS[index]
+    arguments = jax.eval_shape(problem.build, jax.random.key(0))
+    q, ranges, turns = arguments
+    sweep = bench.sweep("triton", problem.features)
+    assert len(sweep) > 5
+    for sizes in sweep[:: len(sweep) - 1]:
+        run = implementation("range_attention", "triton", interpret=False, **sizes)
+        step = functools.partial(problem.step, run)
+        assert "custom_call" in compat.lower_for_cuda(step, q, ranges, turns[0])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 
 import jax
@@ -24,20 +25,15 @@ from tests.kernels.support import (
     reference,
     shape_list,
 )
-from tests.marks import long
+from tests.marks import long, long_but
 
 pytestmark = quiet
 EDGES = {case.name: case for case in cases.EDGES}
 by_name = {"ids": lambda case: case.name}
-ELSEWHERE = (
-    "llama-8b", "qwen-0.5b", "qwen3-8b", "smollm", "odd page size", "one token", "fp8",
-    "head dim 256",
-)  # fmt: skip
-INTERPRETED = [
-    # with other tiles most of them are always interpreted
-    long(case) if case.name in ELSEWHERE else case
-    for case in cases.EDGES
-]
+# with other tiles most of the others are always interpreted
+INTERPRETED = long_but(
+    cases.EDGES, "head dim 96, norm", "second layer", "all dropped", "every slot"
+)
 want = reference("rope_kv_write")
 # largest error of a row (one token, one head) relative to its norm: numbers next to a rounding
 # boundary may fall to the other side, and angles are float32
@@ -86,8 +82,15 @@ def bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", long("float16"), "bfloat16"])
-@pytest.mark.parametrize("case", cases.EDGES, **by_name)
+@pytest.mark.parametrize("dtype", [long("float32"), long("float16"), "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        long(x) if x.name in ("llama-8b", "qwen-0.5b", "smollm", "one token") else x
+        for x in cases.EDGES
+    ],
+    **by_name,
+)
 def test_xla(case, dtype):
     check(case, "xla", dtype)
 
@@ -100,9 +103,11 @@ TILES = {
 }
 """Of each case, the tile without which no change is made."""
 TILED = [
-    (case, *tile) if TILES[case] == tile else long(case, *tile)
-    for case in TILES
-    for tile in TILES.values()
+    *(long(case, *tile) if case == "smollm" else (case, *tile) for case, tile in TILES.items()),
+    long("llama-8b", 8, 4),
+    long("fp8, norm, head dim 80", 16, 3),
+    long("smollm", 2, 8),
+    long("qwen3-8b", 1, 1),
 ]
 
 
@@ -127,13 +132,26 @@ def test_triton_tiles_interpreted(case, tokens, heads):
 
 
 @pytest.mark.skipif(ON_GPU, reason="interpreting is for machines without a GPU")
-@pytest.mark.parametrize("case", ["one token", "qwen-0.5b", "odd page size", "fp8"])
+@pytest.mark.parametrize(
+    "case", ["one token", long("qwen-0.5b"), long("odd page size"), long("fp8")]
+)
 def test_triton_default_sizes_interpreted(case):
     check(EDGES[case], "triton", "bfloat16", interpret=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", ["llama-8b", "qwen3-8b", "head dim 96, norm", "one token"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("llama-8b", "bfloat16"),
+        ("qwen3-8b", "float32"),
+        ("head dim 96, norm", "bfloat16"),
+        long("llama-8b", "float32"),
+        long("qwen3-8b", "bfloat16"),
+        long("head dim 96, norm", "float32"),
+        long("one token", "float32"),
+        long("one token", "bfloat16"),
+    ],
+)
 def test_xla_equals_the_composition_of_its_parts(case, dtype):
     """Bit for bit what the models computed with a split, two norms, two rotations and kv_write."""
     case = EDGES[case]
@@ -242,16 +260,43 @@ def lowered(name, shape, tokens, dtype, pages_dtype, tile=None, *, page_count=40
     return compat.lower_for_cuda(functools.partial(run, num_heads=heads, eps=1e-6), *shapes)
 
 
-@pytest.mark.parametrize("pages", ["bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize("tokens", [1, 256, 8192])
-@pytest.mark.parametrize("model", MODELS)
+LOWERED = (
+    ("llama-3.1-8b", 256, "bfloat16"),
+    ("qwen2.5-0.5b", 1, "float8_e4m3fn"),
+    ("qwen3-8b", 8192, "bfloat16"),
+    ("smollm", 256, "float8_e4m3fn"),
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "pages"),
+    [
+        *LOWERED,
+        *(
+            long(*case)
+            for case in itertools.product(MODELS, (1, 256, 8192), ("bfloat16", "float8_e4m3fn"))
+            if case not in LOWERED
+        ),
+    ],
+)
 def test_lowers_for_cuda(model, tokens, pages):
     text = lowered("triton", MODELS[model], tokens, jnp.bfloat16, jnp.dtype(pages))
     assert text.count("stablehlo.custom_call") == 1
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("head_dim", [long(2), 80, long(96), 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        (80, "float16"),
+        (256, "float32"),
+        long(80, "float32"),
+        long(256, "float16"),
+        long(2, "float16"),
+        long(2, "float32"),
+        long(96, "float16"),
+        long(96, "float32"),
+    ],
+)
 def test_other_dtypes_and_head_dims_lower_for_cuda(head_dim, dtype):
     for pages in (jnp.dtype(dtype), FP8):
         for tokens in (1, 1000):
@@ -259,7 +304,7 @@ def test_other_dtypes_and_head_dims_lower_for_cuda(head_dim, dtype):
             assert "custom_call" in lowered("triton", shape, tokens, jnp.dtype(dtype), pages)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (32, 8, 8), (64, 1, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [long((1, 8, 1)), (32, 8, 8), (64, 1, 4)], ids=str)
 def test_swept_tiles_lower_for_cuda(sizes):
     tile = dict(zip(("tokens", "heads", "num_warps"), sizes, strict=True))
     assert "custom_call" in lowered(

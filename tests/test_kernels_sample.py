@@ -15,6 +15,7 @@ from pallas_kernels import SampleRows, SlotLists, compat, sample
 from pallas_kernels.sample import cases, noise
 from pallas_kernels.sample import reference as plain
 from pallas_kernels.sample.api import FLOATS
+from tests.kernels.draws import ALONE, SMALL, draw
 from tests.kernels.support import (
     ON_GPU,
     fresh_seed,
@@ -31,23 +32,11 @@ EDGES = {case.name: case for case in cases.EDGES}
 by_name = {"ids": lambda case: case.name}
 want = reference("sample")
 RAW = 300
-SMALL = (
-    ("lanes", 256), ("programs", 10), ("rounds", 1), ("refine_lanes", 512), ("refine_programs", 15),
-    ("finish_lanes", 512),
-)  # fmt: skip
 
 
-@functools.cache
-def program(name, top, raw, sizes=()):
-    """One compiled program for each shape: rows may want anything."""
-    interpret = name == "triton" and not ON_GPU
-    run = implementation("sample", name, interpret=interpret, **dict(sizes))
-    return jax.jit(functools.partial(run, top=top, raw_logprobs=raw))
-
-
-def draw(name, case, inputs, *, raw=False, sizes=()):
-    result = program(name, case.top, raw, sizes)(*inputs)
-    return type(result)(*map(np.asarray, result))
+def sizes_of(case):
+    """Of interpreted kernels: small rows are decided without refine, others in it."""
+    return ALONE if case.vocab <= 300 else SMALL
 
 
 def assert_logprobs(got, expected, rows, *, order=True):
@@ -78,12 +67,15 @@ def check(name, case, seed=0, *, sizes=()):
 
 
 # each with programs of its own, which others have the parts of
-RARE = ("random tiny", "random one row", "as many top as chunks have tokens", "more top than V")
+RARE = (
+    "random tiny", "random one row", "as many top as chunks have tokens", "more top than V",
+    "random across blocks", "random flat across blocks", "ties across blocks",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "case",
-    [long(case) if case.name in RARE[:2] else case for case in cases.EDGES],
+    [long(case) if case.name in RARE[:4] else case for case in cases.EDGES],
     **by_name,
 )
 def test_xla(case):
@@ -95,23 +87,23 @@ def test_xla(case):
     "case", [long(case) if case.name in RARE else case for case in cases.EDGES], **by_name
 )
 def test_triton_interpreted(case):
-    check("triton", case, sizes=SMALL)
+    check("triton", case, sizes=sizes_of(case))
 
 
-RANDOM = [long(name) if name in RARE else name for name in EDGES if name.startswith("random")]
+RANDOM = [name for name in EDGES if name.startswith("random")]
 
 
-@pytest.mark.parametrize("seed", range(1, 9))
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("seed", long_but(range(1, 9), 1, 2, 3, 4))
+@pytest.mark.parametrize("name", long_but(RANDOM, *(x for x in RANDOM if x not in RARE[:2])))
 def test_xla_on_random_rows(name, seed):
     check("xla", EDGES[name], seed)
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(1, 9))
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("seed", long_but(range(1, 9), 1, 2, 3, 4))
+@pytest.mark.parametrize("name", long_but(RANDOM, *(x for x in RANDOM if x not in RARE)))
 def test_triton_on_random_rows(name, seed):
-    check("triton", EDGES[name], seed, sizes=SMALL)
+    check("triton", EDGES[name], seed, sizes=sizes_of(EDGES[name]))
 
 
 @pytest.mark.parametrize("name", ["xla", pytest.param("triton", marks=interpreted)])
@@ -119,21 +111,30 @@ def test_raw_logprobs(name):
     for seed in range(4):
         for case in ("random", "NaN and infinities"):
             assert EDGES[case].vocab == RAW
-            check(name, EDGES[case], seed, sizes=SMALL if name == "triton" else ())
+            check(name, EDGES[case], seed, sizes=sizes_of(EDGES[case]) if name == "triton" else ())
 
 
 @interpreted
 @pytest.mark.parametrize(
     "sizes",
     [
-        (("lanes", 512), ("programs", 1), ("rounds", 0), ("finish_lanes", 256)),
-        long((("lanes", 128), ("programs", 64), ("rounds", 3), ("refine_lanes", 128))),
-        long((("lanes", 2048), ("programs", 10), ("rounds", 2), ("refine_programs", 10))),
+        ALONE,
+        (("lanes", 128), ("programs", 64), ("rounds", 3), ("refine_lanes", 128)),
+        (("lanes", 2048), ("programs", 10), ("rounds", 2), ("refine_programs", 10)),
     ],
 )
+@pytest.mark.long
 def test_sizes_change_nothing(sizes):
     for name in ("random flat across blocks", "random across blocks", "ties across blocks"):
         check("triton", EDGES[name], 3, sizes=sizes)
+
+
+@interpreted
+@pytest.mark.long
+def test_small_rows_are_decided_the_same_in_refine():
+    for case in cases.EDGES:
+        if case.vocab == RAW and case.batch == 5:
+            check("triton", case, sizes=SMALL)
 
 
 @interpreted
@@ -242,76 +243,12 @@ def test_a_row_draws_the_same_in_any_company(name):
     case = EDGES["random across halves"]
     logits, rows, slots = case.inputs(4)
     live = rows._replace(live=np.ones_like(rows.live))
-    sizes = SMALL if name == "triton" else ()
+    sizes = sizes_of(case) if name == "triton" else ()
     together = draw(name, case, (logits, live, slots), sizes=sizes).tokens
     order = np.asarray([3, 0, 4, 4, 1])
     company = SampleRows(*(array[order] for array in live))
     mixed = draw(name, case, (logits[order], company, slots), sizes=sizes).tokens
     np.testing.assert_array_equal(mixed, together[order])
-
-
-# -- distribution ---------------------------------------------------------------------------------
-
-SETTINGS = (
-    {},
-    {"temperature": 0.5},
-    {"temperature": 1.7, "top_k": 7},
-    {"top_p": 0.8},
-    {"top_p": 0.3, "temperature": 1.3},
-    {"min_p": 0.1},
-    {"top_k": 20, "top_p": 0.95, "min_p": 0.02},
-    {"frequency": 0.4, "presence": 0.3, "repetition": 1.2, "top_p": 0.9},
-    {"num_bias": 5, "top_k": 30},
-    {"temperature": 0.8, "top_p": 0.95, "top_k": 40},
-)
-VOCAB, ROWS = 60, 1000
-
-
-def frequencies(name, setting, calls, rows, sizes=()):
-    """(counts of the tokens drawn, exact probabilities): one row of logits, the seed and the
-    position vary."""
-    case = cases.Case("one", 1, VOCAB, scale=1.5)
-    logits, _, slots = case.inputs(11)
-    slots.bias_until[...] = cases.LIVE_FOREVER
-    one = cases.row_params([{**setting, "slot": 0, "position": 20}])
-    first = SampleRows(*(array[0] for array in one))
-    x = plain.scaled(plain.processed(logits[0], first, slots), first.temperature)
-    p = np.where(
-        plain.keep_mask(x, first.top_k, first.top_p, first.min_p), plain.probabilities(x), 0.0
-    )
-    many = SampleRows(*(np.repeat(array, rows) for array in one))
-    tokens = []
-    for call in range(calls):
-        seeds = np.arange(rows, dtype=np.int32) % 10
-        positions = 20 + call * rows + np.arange(rows, dtype=np.int32)
-        batch = np.repeat(logits, rows, 0), many._replace(seed=seeds, position=positions), slots
-        tokens.append(draw(name, case, batch, sizes=sizes).tokens)
-    return np.bincount(np.concatenate(tokens), minlength=VOCAB), p / p.sum()
-
-
-def assert_drawn_from(counts, p):
-    assert not counts[p == 0].any()
-    expected = counts.sum() * p
-    rare = expected < 5
-    observed = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    statistic = np.sum((observed - expected) ** 2 / expected)
-    degrees = max(1, len(expected) - 1)
-    # five standard deviations of a chi-square
-    assert statistic < degrees + 5 * np.sqrt(2 * degrees) + 5, (statistic, degrees)
-
-
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_frequencies_xla(setting):
-    assert_drawn_from(*frequencies("xla", setting, 40, ROWS))
-
-
-@interpreted
-@pytest.mark.long
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_frequencies_triton(setting):
-    assert_drawn_from(*frequencies("triton", setting, 20, 200, SMALL))
 
 
 # -- lowering, mistakes ---------------------------------------------------------------------------
@@ -334,14 +271,27 @@ def shapes(batch, vocab, slots=9, bias=64, named=16):
     return array((batch, vocab), jnp.float32), rows, lists
 
 
+def lowers(batch, vocab, top, *, raw):
+    run = implementation("sample", "triton", interpret=False)
+    run = functools.partial(run, top=top, raw_logprobs=raw, fixed_split=top == 3)
+    text = compat.lower_for_cuda(run, *shapes(batch, vocab))
+    # the rounds of refine share one
+    assert text.count("custom_call @") == 3
+
+
+PROGRAMS = ((151_936, 20, False), (128_256, 3, True))
+
+
+@pytest.mark.long
+def test_programs_without_top_lower_for_cuda():
+    for batch in (1, 8):
+        lowers(batch, 128_256, 0, raw=True)
+
+
 @pytest.mark.parametrize("batch", long_but([1, 8, 512], 8))
 def test_lowers_for_cuda(batch):
-    for vocab, top, raw in ((151_936, 20, False), (128_256, 0, True), (151_936, 3, True)):
-        run = implementation("sample", "triton", interpret=False)
-        run = functools.partial(run, top=top, raw_logprobs=raw, fixed_split=top == 3)
-        text = compat.lower_for_cuda(run, *shapes(batch, vocab))
-        # the rounds of refine share one
-        assert text.count("custom_call @") == 3
+    for vocab, top, raw in PROGRAMS:
+        lowers(batch, vocab, top, raw=raw)
 
 
 def test_xla_lowers_for_cuda():
@@ -442,10 +392,3 @@ def test_large_on_device(case):
         pick = [type(got)(*(array[same] for array in result)) for result in (got, expected)]
         assert_logprobs(*pick, rows, order=False)
     assert different <= 0.01 * total
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 6, 7)], ids=str)
-def test_frequencies_on_device(setting):
-    assert_drawn_from(*frequencies("triton", setting, 100, ROWS))

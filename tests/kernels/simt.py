@@ -9,6 +9,7 @@ counter of its own; those at the lowest one go on. What memory need not promise 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,10 +17,15 @@ from typing import Any
 import numpy as np
 
 DTYPES = {
-    "pred": np.bool_, "u32": np.uint32, "b32": np.uint32, "s32": np.int32, "u64": np.uint64,
-    "f32": np.float32, "b16": np.uint16, "f16": np.float16,
+    kind: np.dtype(dtype)
+    for kind, dtype in {
+        "pred": np.bool_, "u32": np.uint32, "b32": np.uint32, "s32": np.int32, "u64": np.uint64,
+        "f32": np.float32, "b16": np.uint16, "f16": np.float16,
+    }.items()
 }  # fmt: skip
 LANES = 32
+ALL = np.ones(LANES, np.bool_)
+ALL.setflags(write=False)
 END = 1 << 30
 
 
@@ -113,8 +119,9 @@ def parse(line: str) -> Callable[[Warp, np.ndarray], None]:
         )
     function, read, result = OPERATIONS[name]
     kinds = read if isinstance(read, tuple) else (read,) * len(arguments)
+    pairs = list(zip(arguments, kinds, strict=True))
     return lambda warp, on: warp.put(
-        to, function(*(warp.get(x, k) for x, k in zip(arguments, kinds, strict=True))), result, on
+        to, function(*[warp.get(x, kind) for x, kind in pairs]), result, on
     )
 
 
@@ -173,12 +180,26 @@ def _operations() -> dict[str, tuple[Callable[..., Any], Any, str]]:
 OPERATIONS = _operations()
 
 
+@functools.cache
+def _number(name: str, kind: str) -> np.ndarray:
+    """A number of the text in all lanes, its bits read as `kind`."""
+    if name.startswith("0f"):
+        value = np.full(LANES, int(name[2:], 16), np.uint32).view(DTYPES[kind])
+    else:
+        assert re.match(r"-?\d|0x", name), f"{name} is read before it is written"
+        value = np.full(LANES, int(name, 0), DTYPES[kind])
+    value.setflags(write=False)
+    return value
+
+
 class Warp:
     """32 lanes of one block of one rank. operands: addresses, by $0, $1, ..."""
 
     def __init__(self, device: Device, block: Block, first: int):
         self.device, self.block = device, block
         self.at = np.zeros(LANES, np.int64)
+        self.together: int | None = 0
+        """The program counter of all lanes; None where they differ, and `at` has them."""
         self.waiting = False
         tids = np.arange(first, first + LANES, dtype=np.uint32)
         self.registers: dict[str, np.ndarray] = {
@@ -189,27 +210,27 @@ class Warp:
     def get(self, name: str, kind: str) -> np.ndarray:
         """A register or a number, its bits read as `kind`."""
         dtype = DTYPES[kind]
+        value = self.registers.get(name)
+        if value is not None:
+            if value.dtype is dtype:
+                return value
+            assert value.dtype.itemsize == dtype.itemsize, f"{name} read as {kind}"
+            return value.view(dtype)
         if name == "%globaltimer":
             memory = self.device.memory
             memory.clock += memory.tick
             return np.full(LANES, memory.clock, np.uint64)
         if name.startswith("$"):
             return np.full(LANES, self.block.operands[int(name[1:])], dtype)
-        if name in self.registers:
-            value = self.registers[name]
-            assert value.dtype.itemsize == np.dtype(dtype).itemsize, f"{name} read as {kind}"
-            return value.view(dtype)
-        if name.startswith("0f"):
-            return np.full(LANES, int(name[2:], 16), np.uint32).view(dtype)
-        assert re.match(r"-?\d|0x", name), f"{name} is read before it is written"
-        return np.full(LANES, int(name, 0), dtype)
+        return _number(name, kind)
 
     def put(self, name: str, value: np.ndarray, kind: str, on: np.ndarray) -> None:
         declared = DTYPES[self.block.program.kinds[name]]
         value = np.asarray(value, DTYPES[kind])
-        assert value.dtype.itemsize == np.dtype(declared).itemsize, f"{kind} into {name}"
-        value = value.view(declared)
-        if on.all():
+        if value.dtype is not declared:
+            assert value.dtype.itemsize == declared.itemsize, f"{kind} into {name}"
+            value = value.view(declared)
+        if on is ALL or on.all():
             self.registers[name] = value
         else:  # lanes that never wrote it hold garbage
             old = self.registers.get(name)
@@ -223,28 +244,31 @@ class Warp:
 
     @property
     def done(self) -> bool:
-        return bool((self.at == END).all())
+        return self.together == END
 
     def run(self, steps: int) -> None:
         """Up to so many instructions, until a barrier or a jump back."""
         program = self.block.program
         for _ in range(steps):
-            here = int(self.at.min())
+            here, lanes = self.together, ALL
+            if here is None:
+                here = int(self.at.min())
+                lanes = self.at == here
             if here >= len(program.steps):
-                self.at[:] = END
+                self.together = END
                 self.block.running -= 1
                 return
-            lanes = self.at == here
             guard, sense, step = program.steps[here]
             on = lanes
             if guard is not None:
                 on = lanes & (self.get(guard, "pred") == sense)
-            self.at[lanes] = here + 1
+                on = ALL if on.all() else on
+            self.go(lanes, here + 1)
             if not isinstance(step, str):
                 step(self, on)
             elif step.startswith("bra "):
                 target = program.labels[step[4:]]
-                self.at[on] = target
+                self.go(on, target)
                 if target <= here and on.any():
                     return
             else:
@@ -252,6 +276,17 @@ class Warp:
                 self.waiting = True
                 self.block.arrive()
                 return
+
+    def go(self, lanes: np.ndarray, to: int) -> None:
+        """These lanes go on at `to`."""
+        if lanes is ALL:
+            self.together = to
+            return
+        if self.together is not None:
+            self.at[:] = self.together
+        self.at[lanes] = to
+        first = int(self.at[0])
+        self.together = first if (self.at == first).all() else None
 
 
 def _places(warp: Warp, base: str, offset: int, size: int, on: np.ndarray) -> np.ndarray:
