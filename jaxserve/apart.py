@@ -6,9 +6,12 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxserve import checks
+
 if TYPE_CHECKING:
     from jaxserve.chains.use import Registered
     from jaxserve.guides.guide import Guide
+    from jaxserve.lab.lab import Lab
     from jaxserve.loop import EngineLoop
 
 T = TypeVar("T")
@@ -45,6 +48,11 @@ class Apart:
         asked = [loop.ask(functools.partial(adopt, loop, each)) for loop, each in pairs]
         for future in asked:
             future.result()
+
+    def lab(self, max_tokens: int, replica: int) -> Lab:
+        """See `Engine.lab`."""
+        replica = checks.integer("replica", replica, 0, len(self._loops) - 1)
+        return self._loops[replica].bench.open(max_tokens)
 
     def prepare(self, guides: Iterable[Guide]) -> None:
         """Compile what `guides` need, on the calling thread, if it is not there."""

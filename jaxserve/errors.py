@@ -52,6 +52,15 @@ class EngineDeadError(JaxserveError, RuntimeError):
     """The engine thread has stopped after a failure; `__cause__` is that failure."""
 
 
+class OutOfPagesError(JaxserveError, MemoryError):
+    """Fewer KV pages are free than were asked for; nothing was taken."""
+
+
+class HandleLostError(JaxserveError, RuntimeError):
+    """The device has lost the keys and values of a handle (`Engine.lab`) in a failed step.
+    `Lab.rebuild` computes them again from the tokens."""
+
+
 class ForkedProcessError(JaxserveError, RuntimeError):
     """An engine, or JAX, was used in a process forked from the one that started it."""
 

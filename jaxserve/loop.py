@@ -25,6 +25,7 @@ from jaxserve.cache.window import Window
 from jaxserve.compat import Settings
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.errors import EngineShutdownError, RequestFailedError
+from jaxserve.lab.bench import Bench
 from jaxserve.leftovers import Nobody, Owner, collect_left
 from jaxserve.machine import machine_of
 from jaxserve.output.commit import commit, fail
@@ -91,6 +92,7 @@ class EngineLoop(Reception):
             on_finish=self._ended,
         )
         super().__init__(scheduler, QueueLimit(config.max_queued, config.policy.priorities))
+        self.bench = Bench(self, runner, scheduler.pages, self._host)
         self._owner = owner or Nobody()
         self._progress = ProgressLog(self._scheduler, self._stats, config.log_interval)
         self._profiler = Profiler()
@@ -159,8 +161,7 @@ class EngineLoop(Reception):
     # -- from any thread --------------------------------------------------------------------------
 
     def flush_cache(self) -> bool:
-        """Forget cached prefixes; False, and nothing is forgotten, while requests are queued or
-        running."""
+        """Forget cached prefixes. False: requests are queued or running, so they are kept."""
         return self.ask_flush().result()
 
     def ask_flush(self) -> Future[bool]:
@@ -321,6 +322,7 @@ class EngineLoop(Reception):
         self._in_flight.clear()
         self._scheduler.retract_all()
         self._runner.reset()
+        self.bench.lost()
 
     def _ended(self, request: Request) -> None:
         self._stats.ended(request)

@@ -8,8 +8,12 @@ import threading
 import pytest
 
 import jaxserve
-from jaxserve.cache.pages import OutOfPagesError
-from jaxserve.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from jaxserve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    OutOfPagesError,
+    RequestFailedError,
+)
 from jaxserve.inbox import Task
 from jaxserve.packing.batch import ExtendBatch
 from tests import inside

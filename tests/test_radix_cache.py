@@ -12,9 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from jaxserve.cache.pages import OutOfPagesError, PageAllocator
+from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.prefix import Lease, PrefixCache
 from jaxserve.cache.radix import RadixTree
+from jaxserve.errors import OutOfPagesError
 from tests.oracles.page_trie import Holder, PageTrie
 
 SIZE = 2

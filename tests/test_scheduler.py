@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.cache.host import HostPages
-from jaxserve.cache.pages import OutOfPagesError, PageAllocator
+from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.window import Window
+from jaxserve.errors import OutOfPagesError
 from jaxserve.media.picture import Picture, PromptMedia
 from jaxserve.output.commit import commit, finish
 from jaxserve.output.ends import Ends

@@ -1,4 +1,4 @@
-"""The methods of an engine that compile a user's functions into its programs."""
+"""The methods of an engine for those who bring a decoding algorithm."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxserve.process import Home
 
 if TYPE_CHECKING:
     from jaxserve.core import Core
+    from jaxserve.lab.lab import Lab
     from jaxserve.transforms import Transform
 
 
@@ -84,3 +85,17 @@ class Algorithms:
         self._home.check()
         name = checks.name("name", name)
         self._hooks.publish(name, self._loop.apart.register_hook(name, points, params, tables))
+
+    def lab(self, max_tokens: int, *, replica: int = 0) -> Lab:
+        """Prefixes as values, for search and other algorithms that are no `generate`: prefill,
+        fork, step, extend, truncate, with logits and hidden states as arrays on the device, beside
+        the requests that the engine serves (docs/guide/lab.md).
+
+        max_tokens: whose keys and values fit at once; their pages are taken from the pool until the
+        laboratory is closed. replica: of several (`dp_size`), the number of the one that runs it.
+        The first one compiles two kinds of programs.
+
+        Raises InvalidRequestError, OutOfPagesError, EngineShutdownError and EngineDeadError.
+        """
+        self._home.check()
+        return self._loop.apart.lab(max_tokens, replica)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxserve import checks
-from jaxserve.api.prompts import NamingRow, Prompts, check_prompts, token_ids
+from jaxserve.api.prompts import NamingRow, Prompts, check_prompts
 from jaxserve.errors import InvalidRequestError, NotSupportedError
 from jaxserve.text import chat
 from jaxserve.text.chat import ChatPrompts
 from jaxserve.text.codec import Codec
 from jaxserve.text.parts import images_of
+from jaxserve.token_ids import token_ids
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
-class OutOfPagesError(Exception):
-    """Fewer pages are free than were asked for; nothing was taken."""
+from jaxserve.errors import OutOfPagesError
 
 
 class PageAllocator:

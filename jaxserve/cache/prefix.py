@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 
 from jaxserve.cache.host import HostPages, Place
 from jaxserve.cache.keys import chain, namespace_key
-from jaxserve.cache.pages import OutOfPagesError, PageAllocator
+from jaxserve.cache.pages import PageAllocator
 from jaxserve.cache.radix import Node, RadixTree
+from jaxserve.errors import OutOfPagesError
 
 
 @dataclasses.dataclass(slots=True)

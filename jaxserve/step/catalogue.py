@@ -32,6 +32,10 @@ def nothing(bucket: int) -> tuple[ProgramKey, ...]:
     return ()
 
 
+def no_step(bucket: int) -> Mapping[str, Any]:
+    return {}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """One kind of program, compiled for each of its buckets.
@@ -64,6 +68,8 @@ class Program:
     and larger programs do almost as well until then."""
     mosaic: Callable[[int], bool] = never
     """Whether the program of a bucket has a Mosaic kernel: those are compiled first."""
+    nobody: Callable[[int], Mapping[str, Any]] = no_step
+    """Of a step: arguments with which it changes nothing but padding, see `step.first_runs`."""
     result: PartitionSpec = dataclasses.field(default_factory=PartitionSpec)
     """How what it returns beside the donated arguments is cut over several devices; the default is
     not at all: all of them compute the same."""

@@ -19,6 +19,7 @@ from jaxserve.step.catalogue import Program
 from jaxserve.step.chain import Chain
 from jaxserve.step.chain_rows import ChainModel, ChainState
 from jaxserve.step.hook import Hook
+from jaxserve.step.nobody import no_rows
 from jaxserve.step.payloads import USUAL, Variant
 from jaxserve.step.programs import Facts
 
@@ -77,6 +78,7 @@ def forward_program(facts: Facts, hooks: tuple[Hook, ...] = ()) -> Program:
         buckets=ChainBuckets.of(facts.config.buckets).decode[::-1],
         choices=lambda rows: facts.choices(rows, rows),
         mosaic=facts.decodes_with_mosaic,
+        nobody=functools.partial(no_rows, facts),
     )
 
 

@@ -78,7 +78,7 @@ class ChainSteps:
         self._adopted: dict[str, Chain] = {}
         self._reading: set[str] = set()
         self.guides = Guides(facts, run)
-        self.hooks = HookSteps(facts, self._build, run, arrays)
+        self.hooks = HookSteps(facts, self.compile, run, arrays)
         self._built: set[Callable[[Facts], list[Program]]] = set()
         self._slots: tuple[Any, int, Mapping[str, jax.Array]] | None = None
 
@@ -114,7 +114,7 @@ class ChainSteps:
             )
         self.build_shared()
         fused = fused_programs(facts, chain) if fuse else []
-        self._build([*chain_programs(facts, chain), *fused])
+        self.compile([*chain_programs(facts, chain), *fused])
         return chain
 
     def build_shared(self, edits: bool = False) -> None:
@@ -123,10 +123,11 @@ class ChainSteps:
         kinds = [shared_programs, editing_programs] if edits else [shared_programs]
         for programs in kinds:
             if programs not in self._built:
-                self._build(programs(self._facts))
+                self.compile(programs(self._facts))
                 self._built.add(programs)
 
-    def _build(self, entries: list[Program]) -> None:
+    def compile(self, entries: list[Program]) -> None:
+        """Programs beside those of the engine, on the calling thread, while others run."""
         for entry in entries:
             self._catalogue.add(entry)
         if self._facts.config.precompile:  # otherwise each is compiled when it is first used

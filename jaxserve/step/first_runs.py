@@ -21,15 +21,15 @@ class FirstRuns:
         peers: Peers,
         queue: Callable[[ProgramKey, Any, Mapping[str, Any]], object],
         drain: Callable[[], None],
-        neutral: Callable[[ProgramKey], Mapping[str, Any]],
+        nobody: Callable[[ProgramKey], Mapping[str, Any]],
     ) -> None:
         """queue: a program with arguments by name. drain: waits until the devices have nothing to
-        do. neutral: for a step, arguments with which it changes nothing but padding; nothing for
-        other programs, which have no kernels that wait."""
+        do. nobody: as `Program.nobody`; nothing for what is no step, and has no kernels that
+        wait."""
         self._quiet = peers.quiet
         self._queue = queue
         self._drain = drain
-        self._neutral = neutral
+        self._nobody = nobody
         self._known: dict[ProgramKey, Any] = {}
 
     def before(self, key: ProgramKey, program: Any, given: Mapping[str, Any]) -> None:
@@ -39,8 +39,8 @@ class FirstRuns:
         if self._quiet is None or self._known.get(key) is program:
             return
         self._drain()
-        neutral = self._neutral(key)
-        if neutral:
-            self._queue(key, program, {**given, **neutral, "comm": self._quiet})
+        nobody = self._nobody(key)
+        if nobody:
+            self._queue(key, program, {**given, **nobody, "comm": self._quiet})
             self._drain()
         self._known[key] = program

@@ -18,6 +18,7 @@ from jaxserve.step.chain_programs import (
     token_pages,
 )
 from jaxserve.step.fused import decode_fused
+from jaxserve.step.nobody import no_rows
 from jaxserve.step.payloads import Variant
 from jaxserve.step.programs import Facts
 from jaxserve.step.state_programs import beforehand
@@ -40,6 +41,10 @@ def fused_programs(facts: Facts, chain: Chain) -> list[Program]:
             model = dataclasses.replace(model, layers=facts.config.states.layers)
         return lambda rows: functools.partial(decode_fused, chain_model(facts, chain), model, steps)
 
+    def nobody(rows: int) -> dict[str, Any]:
+        given = no_rows(facts, rows)
+        return {**given, "chained": given["rows"][0]}
+
     return [
         Program(
             fused_kind(kind, chain.kind) + variant.ending,
@@ -57,6 +62,7 @@ def fused_programs(facts: Facts, chain: Chain) -> list[Program]:
             buckets=rows if variant in usual else (),
             choices=lambda rows: facts.choices(rows, rows),
             mosaic=facts.decodes_with_mosaic,
+            nobody=nobody,
         )
         for variant in Variant.all(facts.config.states)
         for kind, steps in facts.decode_kinds.items()

@@ -26,6 +26,7 @@ from jaxserve.step.catalogue import Catalogue, Program, ProgramKey
 from jaxserve.step.decode import decode_steps
 from jaxserve.step.hook import Hook
 from jaxserve.step.memory import Memory
+from jaxserve.step.nobody import no_rows, no_tokens
 from jaxserve.step.payloads import PAYLOADS, USUAL, PromptRows, Variant
 from jaxserve.step.picture_programs import TowerFacts, picture_programs
 from jaxserve.step.xla_options import chooses_by_timing
@@ -214,6 +215,7 @@ def step_programs(facts: Facts, variant: Variant) -> list[Program]:
             ladder="extend",
             choices=lambda tokens: facts.choices(tokens, buckets.extend_rows(tokens)),
             mosaic=lambda tokens: True,
+            nobody=functools.partial(no_tokens, facts),
         )
     ]
     entries += [
@@ -228,6 +230,7 @@ def step_programs(facts: Facts, variant: Variant) -> list[Program]:
             choices=lambda rows: facts.choices(rows, rows),
             postponed=lambda rows: bool(facts.choices(rows, rows)) and buckets.has_stand_in(rows),
             mosaic=facts.decodes_with_mosaic,
+            nobody=functools.partial(no_rows, facts),
         )
         for kind, steps in facts.decode_kinds.items()
     ]

@@ -67,7 +67,7 @@ class Runner:
         self._peers = connect(mesh, self.model_config.hidden_size, loaded.declaration.dtype)
         self._arrays: dict[str, Any] = {"params": params, "tower": tower, "comm": self._peers.comm}
         """What the device keeps, by the names that programs have for it."""
-        self._first_runs = FirstRuns(self._peers, self._queue, self._drain, self._neutral)
+        self._first_runs = FirstRuns(self._peers, self._queue, self._drain, self._nobody)
         self.dtype = loaded.declaration.dtype
         self._mesh = mesh
         self._replicated = replicated(mesh)
@@ -80,18 +80,16 @@ class Runner:
             bytes_on_each((*params, *tower)),
             None if shared is None else shared.devices,
         )
-        self._picker = Picker(self._run)
+        self._picker = Picker(self.run)
         self._always = bool(config.states.names) and config.program.deterministic
         self._declare_programs()
         self._precompilation.first()
         if config.program.platform != "cpu":
             self._fit_pool()
         self.host = self.memory.make_host_pool()
-        self.pages = PageSteps(self.memory, self.host, self._run, self._arrays)
-        self.pictures = PictureSteps(self._facts, self._run, self._arrays, self.programs)
-        self.chains = ChainSteps(
-            self._facts, self._catalogue, self.programs, self._run, self._arrays
-        )
+        self.pages = PageSteps(self.memory, self.host, self.run, self._arrays)
+        self.pictures = PictureSteps(self.facts, self.run, self._arrays, self.programs)
+        self.chains = ChainSteps(self.facts, self._catalogue, self.programs, self.run, self._arrays)
         self.reset()
         if self._peers.comm is not None:
             self._run_once()
@@ -116,7 +114,7 @@ class Runner:
         comm = self._peers.comm
         way = None if comm is None else abstract(comm, comm.sharding)
         facts = Facts(self._declaration, self.memory, self._kept, self._mesh, way, self._tower)
-        self._facts = facts
+        self.facts = facts
         quantized = self._declaration.quantization is not None
         self._layout = functools.cache(facts.layout)
         self._largest = largest(facts)
@@ -178,7 +176,7 @@ class Runner:
         """GiB by use, and the device's own count where it keeps one."""
         return self.memory.usage(self._arrays, self.host)
 
-    def _run(self, key: ProgramKey, **given: Any) -> Any:
+    def run(self, key: ProgramKey, **given: Any) -> Any:
         """Queue a program. Its arguments are `given` or among the arrays that the device keeps,
         whose new states replace the donated ones. Returns the rest of its results."""
         executable = self.programs.program(key)
@@ -192,17 +190,10 @@ class Runner:
         arrays.update(zip(program.donated, updated, strict=True))
         return output
 
-    def _neutral(self, key: ProgramKey) -> dict[str, Any]:
-        """What a step is given in which nobody takes part; {} for what is no step."""
+    def _nobody(self, key: ProgramKey) -> Mapping[str, Any]:
+        """See `Program.nobody`."""
         kind, bucket = key
-        names, slot = self._catalogue[kind].arguments, self.config.program.max_rows
-        if "comm" not in names:
-            return {}
-        if "rows" in names:
-            batch = np.full((2, bucket), slot, np.int32)
-            batch[1] = -1
-            return {"rows": batch} | ({"chained": batch[0]} if "chained" in names else {})
-        return {"packed": pack.pack_nobody(self._layout(bucket), slot)}
+        return self._catalogue[kind].nobody(bucket)
 
     def _drain(self) -> None:
         """Until the device has nothing to do: steps have the cache one after the other."""
@@ -211,7 +202,7 @@ class Runner:
     def _run_once(self) -> None:
         """The steps that are there, so that no request waits for a first run."""
         for key, executable in self.programs.present():
-            if self._neutral(key):
+            if self._nobody(key):
                 self._first_runs.before(key, executable, {})
 
     def check_peers(self) -> None:
@@ -252,7 +243,7 @@ class Runner:
         else:
             self.pictures.queue(prepared.pictures)
             for slot, lists in prepared.sparse:
-                self._run(("install_sparse", 0), slot=np.int32(slot), **lists._asdict())
+                self.run(("install_sparse", 0), slot=np.int32(slot), **lists._asdict())
             if prepared.chained is not None:
                 self.chains.begin(prepared.chained)
             drawn, prompts = self._extend(batch, prepared.upload, variant)
@@ -282,7 +273,7 @@ class Runner:
         if batch.parts:
             return self.chains.decode(batch, self._upload[1], variant, named)
         key = (batch.kind + variant.ending, batch.row_bucket)
-        return DrawnParts.of_all(self._run(key, rows=self._upload[1], **named))
+        return DrawnParts.of_all(self.run(key, rows=self._upload[1], **named))
 
     def _extend(
         self, batch: ExtendBatch, packed: np.ndarray, variant: Variant
@@ -293,7 +284,7 @@ class Runner:
         hooked = self.chains.hooks.of(batch, self._layout(batch.tokens).rows)
         kind, named = "extend" + variant.ending + hooked.ending, self._named(batch, variant)
         key = (kind, batch.tokens)
-        output, hidden = self._run(key, packed=packed, **named, **hooked.given)
+        output, hidden = self.run(key, packed=packed, **named, **hooked.given)
         drawn = DrawnParts.of_all(output)
         if batch.parts:
             drawn = drawn.and_then(self.chains.extend(batch, hidden, output.layers, variant, named))
@@ -304,7 +295,7 @@ class Runner:
         return drawn, {
             name: self._picker.prompts(batch, name, inside[name])
             if name in inside
-            else self._run(
+            else self.run(
                 (f"prompt_{name}{ending}", batch.tokens), packed=packed, hidden=hidden, **named
             )
             for name in sorted(names)

@@ -15,7 +15,7 @@ from jaxserve.parallel.mesh import TENSOR
 from jaxserve.parallel.peers import Peers
 from jaxserve.step import runner as runner_module
 from pallas_kernels.all_reduce.workspace import COMM_WORDS
-from tests import inside
+from tests import inside, test_chains
 from tests.mesh.cases import CASES, OPTIONS
 from tests.prompts import ids
 
@@ -97,22 +97,31 @@ def test_a_quiet_run_changes_only_padding(tiny_models, runs):
     """Whatever its kernels return: here they compute as ever."""
     with jaxserve.Engine(tiny_models("llama"), tp_size=2, **OPTIONS) as engine:
         engine.generate(**CASES["seeded"])
+        test_chains.register(engine, fuse=True)
+        engine.generate(input_ids=[[5, 6], [7]], sampling_params=test_chains.asks(3))
+        lab = engine.lab(max_tokens=16)
+        lab.step(lab.prefill([[5, 6, 7]]).handles, [8])
         runner = inside.runner(engine)
         padding = runner.config.program.max_rows
 
         def run_all():
             before = jax.tree.map(np.asarray, kept())
             for key, executable in runner.programs.present():
-                if runner._neutral(key):
-                    runner._queue(key, executable, runner._neutral(key))
+                if nobody := runner._nobody(key):
+                    kinds.add(key[0])
+                    runner._queue(key, executable, nobody)
             return before, jax.tree.map(np.asarray, kept())
 
         def kept():
             arrays = runner._arrays
-            slots = {name: arrays[name] for name in ("progress", "sampled", "row_params")}
+            own = [name for name in arrays if name.startswith("state of ")]
+            slots = {name: arrays[name] for name in ("progress", "sampled", "row_params", *own)}
             return arrays["cache"], jax.tree.map(lambda x: x[:padding], slots)
 
+        kinds: set[str] = set()
         before, after = engine._loop.call(run_all)
+    fused = {kind for kind in kinds if kind.startswith("decode_sample_")}
+    assert kinds == {"extend", "decode", "lab_step", *fused} and len(fused) == 1
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 

@@ -1,0 +1,1 @@
+"""Sequences as values: see `lab.Lab`, and docs/guide/lab.md."""
