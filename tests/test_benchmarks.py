@@ -576,7 +576,7 @@ def test_streams_beside_a_long_prompt_on_a_tiny_engine(tmp_path):
 
 @pytest.mark.long
 def test_hidden_states_of_a_tiny_engine(tmp_path):
-    options = {"precompile": True, "max_running_requests": 16, "chunked_prefill_size": 64}
+    options = {"precompile": True, "max_running_requests": 16, "chunked_prefill_size": 512}
     options |= {"cuda_graph_bs": [16], "max_total_tokens": 16384}
     result = hidden_states.run("tiny", 0.04, 1, options)
     ways = result["ways"]

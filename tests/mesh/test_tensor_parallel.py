@@ -60,6 +60,7 @@ def test_deterministic_inference(folder):
     assert [logprobs(x) for x in batch] == [logprobs(x) for x in alone]
 
 
+@pytest.mark.long
 def test_quantized_weights(pair):
     calls = [CASES["greedy"], CASES["prefixes"]]
     (cut, whole), _ = pair("qwen2", calls, quantization="w8a16_int8")
