@@ -8,9 +8,11 @@ from typing import Any
 
 SMALL = {
     "skip_tokenizer_init": True, "context_length": 512, "max_running_requests": 8,
-    "chunked_prefill_size": 128, "dtype": "float32", "precompile": False, "page_size": 16,
+    "cuda_graph_bs": [8], "chunked_prefill_size": 64, "dtype": "float32", "precompile": False,
+    "page_size": 16,
 }  # fmt: skip
-"""Options of an engine for tiny checkpoints."""
+"""Options of an engine for tiny checkpoints, of which an extend and a decode program are all that
+most calls need."""
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 
 

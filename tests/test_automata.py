@@ -116,6 +116,7 @@ def test_python_matches_the_same_texts(regex, letters):
     assert counts == {True, False}
 
 
+@pytest.mark.long
 def test_python_knows_the_same_digits_and_spaces():
     everything = "".join(map(chr, others(()) and [*range(0xD800), *range(0xE000, LAST + 1)]))
     for name in "dDsS":

@@ -28,11 +28,14 @@ from jaxserve.errors import (
 )
 from tests.checkpoints import VOCAB
 from tests.gguf_files import write_model
+from tests.processes import environment
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 CONTEXT = 64
 OPTIONS = {
     "context_length": CONTEXT, "max_running_requests": 8, "chunked_prefill_size": 128,
-    "max_total_tokens": 1024,
+    "cuda_graph_bs": [1, 8], "max_total_tokens": 1024,
 }  # fmt: skip
 PROMPT = "The capital of France is"
 SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
@@ -525,7 +528,7 @@ def test_ctrl_c(model):
     ends the process, with the main thread's traceback only."""
     with subprocess.Popen(
         [sys.executable, "-W", "error", "-c", INTERRUPTED, model],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         cwd=Path(__file__).resolve().parent.parent,
     ) as process:  # fmt: skip
         assert process.stdout is not None and process.stderr is not None

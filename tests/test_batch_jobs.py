@@ -23,6 +23,9 @@ from jaxserve.batch.folder import OWN
 from jaxserve.batch.tally import Report, Tally
 from tests.batch_engine import EchoEngine
 from tests.pictures import file_of, noise, text_of
+from tests.processes import environment
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +120,7 @@ def test_images_go_with_their_rows_and_a_broken_one_costs_its_own(echo, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_captions_images_in_every_form(speaking_model, tmp_path, monkeypatch):
     """Paths relative to the working directory, data URLs, base64 and parts of messages."""
     monkeypatch.chdir(tmp_path)
@@ -435,7 +439,7 @@ def test_the_command_line_is_the_function(echo, tmp_path, capsys):
 # -- engines ---------------------------------------------------------------------------------------
 
 SAMPLING = {"temperature": 0.0, "max_new_tokens": 6}
-OPTIONS = {"context_length": 256, "max_total_tokens": 4096}
+OPTIONS = {"context_length": 256, "max_total_tokens": 4096, "cuda_graph_bs": [16]}
 
 
 def test_a_job_says_what_the_engine_says(tiny_models, tmp_path):
@@ -482,7 +486,9 @@ def test_a_process_that_is_killed_loses_nothing(tiny_models, tmp_path):
         *("--sampling-params", json.dumps({**SAMPLING, "max_new_tokens": 24})),
         *("--context-length", "256", "--max-total-tokens", "4096", "--cuda-graph-bs", "4"),
     ]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
     try:
         wait_for(lambda: len(list((tmp_path / "out").glob("*.jsonl"))) >= 4)
         [killed, *_] = [p for p in children(job.pid) if "spawn_main" in " ".join(p.cmdline())]

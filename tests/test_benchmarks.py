@@ -535,7 +535,8 @@ def test_plots(tmp_path):
 
 @pytest.mark.long
 def test_the_suite_on_a_tiny_engine(tmp_path):
-    options = {"precompile": True, "max_running_requests": 4, "chunked_prefill_size": 128}
+    options = {"precompile": True, "max_running_requests": 4, "chunked_prefill_size": 64}
+    options |= {"cuda_graph_bs": [4]}
     runs.run(suite.BENCHMARKS, "tiny", ["lat1_s", "prefix"], tmp_path, options, 2, scale=0.01)
     short = machine.short_name(machine.describe())
     lat1, prefix = (
@@ -556,6 +557,7 @@ def test_the_suite_on_a_tiny_engine(tmp_path):
 @pytest.mark.long
 def test_streams_beside_a_long_prompt_on_a_tiny_engine(tmp_path):
     options = {"chunked_prefill_size": 128, "max_prefill_tokens": 1024, "precompile": True}
+    options |= {"max_running_requests": 4, "cuda_graph_bs": [4]}
     result = interference.run("tiny", 1000, 3, 1, options)
     chunked, whole = result["ways"]
     assert (chunked["chunked_prefill_size"], whole["chunked_prefill_size"]) == (128, -1)
@@ -606,7 +608,7 @@ def test_grammars_on_a_tiny_engine():
 
 @pytest.mark.long
 def test_images_on_a_tiny_engine(tmp_path):
-    options = {"precompile": True, "chunked_prefill_size": 256, "max_total_tokens": 16384}
+    options = {"precompile": True, "chunked_prefill_size": 128, "max_total_tokens": 16384}
     options |= {"max_running_requests": 4, "cuda_graph_bs": [4]}
     words = ["--model", "tiny-vl", "--size", "64", "--requests", "3", "--new", "4"]
     words += ["--repeats", "2", "--scale", "0.01", "--engine", json.dumps(options)]

@@ -12,18 +12,23 @@ import pytest
 import jaxserve
 from jaxserve.transforms import Transform, chain
 from tests import inside
+from tests.marks import long
 from tests.prompts import ids
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
     "context_length": 256,
     "max_running_requests": 4,
+    "cuda_graph_bs": [1, 4],
     "max_total_tokens": 1024,
     "chunked_prefill_size": 64,
     "page_size": 8,
 }
+DETERMINISTIC = {
+    "enable_deterministic_inference": True, "chunked_prefill_size": None, "cuda_graph_bs": None,
+}  # fmt: skip
 VOCAB = 512
 KEPT, SEEN = 6, 5
 """Tokens that the oracle's history has, and steps that its state remembers."""
@@ -317,7 +322,7 @@ def test_registered_while_others_run(engine):
     [
         ({"max_total_tokens": 160, "disable_overlap_schedule": True}, True),
         ({"max_total_tokens": 160, "num_continuous_decode_steps": 4}, True),
-        ({"enable_deterministic_inference": True, "chunked_prefill_size": None}, False),
+        long(DETERMINISTIC, False),
     ],
     ids=str,
 )

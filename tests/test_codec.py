@@ -32,6 +32,9 @@ from tests.api_fakes import (
     loop_of,
     metaspace_tokenizer,
 )
+from tests.marks import long
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 BYTES = byte_level_tokenizer()
 texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
@@ -252,7 +255,7 @@ def small_heap():
 
 
 @pytest.mark.usefixtures("small_heap")
-@pytest.mark.parametrize("slow_call", ["encode", "render"])
+@pytest.mark.parametrize("slow_call", [long("encode"), "render"])
 def test_nobody_waits_for_anothers_prompt(fakes, slow_call):
     """Five megabytes encoded, or a template that takes its whole second."""
     if slow_call == "render":

@@ -173,7 +173,7 @@ def check_batch(engine, alone, size, seed):
         assert got == alone[i], f"row {row} of {size}, prompt {i}"
 
 
-@pytest.mark.parametrize("size", [long(1), 2, long(7), 32])
+@pytest.mark.parametrize("size", [long(1), long(2), long(7), 32])
 def test_any_batch(engine, alone, size):
     """Prefixes of 1, 511, 2048 and 4097 tokens mixed at random, beside others."""
     with company(engine, size):
@@ -231,6 +231,7 @@ def test_samples_of_a_prompt(engine):
             assert ask(engine, [prompt], sampling) == together
 
 
+@pytest.mark.long
 def test_cached_on_the_host_or_not(case, engine):
     """Prompts come back from host memory, in whole units; a pool of 10."""
     prompts, sampling = [text(40 + i, 600) for i in range(3)], [params(1)] * 3

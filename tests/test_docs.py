@@ -22,6 +22,8 @@ from jaxserve.config import States
 from tests.marks import long
 from tests.prompts import SMALL
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 ELSEWHERE = {"docs/gguf.md"}
@@ -256,7 +258,7 @@ PAGES = [
 
 SEEING = ("images",)
 """Pages whose model takes images."""
-OFTEN = ("README", "quickstart", "sampling", "streaming", "observability", "many_gpus")
+OFTEN = ("README", "quickstart", "sampling", "observability")
 """Pages whose examples run after every change."""
 
 

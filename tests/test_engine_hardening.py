@@ -19,7 +19,7 @@ from tests.faults import fail_at
 pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 8,
-    "chunked_prefill_size": 128, "max_total_tokens": 1024,
+    "cuda_graph_bs": [1, 8], "chunked_prefill_size": 128, "max_total_tokens": 1024,
 }  # fmt: skip
 LONG = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
 SHORT = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}

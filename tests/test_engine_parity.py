@@ -14,16 +14,12 @@ from jaxserve.attention.paged import PagedOps
 from tests.checkpoints import LLAMA_LIKE, make_checkpoint
 from tests.marks import long, long_but
 from tests.oracles.huggingface import Reference
-from tests.prompts import ids
+from tests.prompts import SMALL, ids
 from tests.whole_programs import keep_programs
 
 pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
-OPTIONS = {
-    "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 16,
-    "chunked_prefill_size": 256, "max_total_tokens": 4096, "dtype": "float32",
-    "precompile": False, "page_size": 16,
-}  # fmt: skip
-TIGHT = {"max_total_tokens": 256, "max_running_requests": 12, "cuda_graph_bs": [4, 12]}
+OPTIONS = {**SMALL, "max_total_tokens": 4096, "cuda_graph_bs": [1, 8]}
+TIGHT = {"max_total_tokens": 256, "cuda_graph_bs": [8]}
 GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
 
 
@@ -36,7 +32,7 @@ def prompts(count, seed=0, longest=100):
 
 
 # test_engine_families.py has the other families
-@pytest.fixture(scope="module", params=long_but(LLAMA_LIKE, "mistral"))
+@pytest.fixture(scope="module", params=long_but(LLAMA_LIKE, "llama"))
 def family(request, tiny_models):
     folder = tiny_models(request.param)
     with jaxserve.Engine(model_path=folder, **OPTIONS) as engine:
@@ -258,13 +254,13 @@ def test_input_logprobs_of_a_chunked_prompt_equal_those_of_a_whole_one(tiny_mode
     engine, folder = llama
     prompt = prompts(1, seed=11)[0] * 3
     ask = {
-        "input_ids": prompt[:200], "sampling_params": {**GREEDY, "max_new_tokens": 3},
+        "input_ids": prompt[:60], "sampling_params": {**GREEDY, "max_new_tokens": 3},
         "return_logprob": True, "logprob_start_len": 5, "top_logprobs_num": 2,
     }  # fmt: skip
     whole = engine.generate(**ask)["meta_info"]
-    with jaxserve.Engine(model_path=folder, **{**OPTIONS, "chunked_prefill_size": 40}) as small:
+    with jaxserve.Engine(model_path=folder, **{**OPTIONS, "chunked_prefill_size": 24}) as small:
         chunked = small.generate(**ask)["meta_info"]
-    assert len(whole["input_token_logprobs"]) == min(len(prompt), 200) - 5
+    assert len(whole["input_token_logprobs"]) == min(len(prompt), 60) - 5
     for a, b in zip(whole["input_token_logprobs"], chunked["input_token_logprobs"], strict=True):
         assert a[1] == b[1]
         assert a[0] == b[0] or a[0] == pytest.approx(b[0], abs=1e-4)

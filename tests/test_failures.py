@@ -25,7 +25,7 @@ from tests.test_engine_hardening import LONG, PROMPT, SHORT, assert_works, in_th
 pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
     "context_length": 256, "max_running_requests": 8, "chunked_prefill_size": 128,
-    "max_total_tokens": 1024, "log_level": "critical",
+    "cuda_graph_bs": [1, 8], "max_total_tokens": 1024, "log_level": "critical",
 }  # fmt: skip
 CHUNKED = [5 + i % 300 for i in range(200)]
 MANY = {"input_ids": [PROMPT, CHUNKED], "sampling_params": {**LONG, "max_new_tokens": 50, "n": 3}}

@@ -13,11 +13,14 @@ import pytest
 
 import jaxserve
 from jaxserve.errors import CopyError, JaxserveError
+from tests.processes import environment
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 4,
-    "chunked_prefill_size": 64, "max_total_tokens": 1024,
+    "cuda_graph_bs": [1, 4], "chunked_prefill_size": 64, "max_total_tokens": 1024,
 }  # fmt: skip
 PROGRAM = """
 import gc, multiprocessing, os, signal, sys, threading, time
@@ -60,12 +63,15 @@ def run(tiny_models, body):
     """`body` as a script of its own, after PROGRAM."""
     program = PROGRAM.format(model=tiny_models("llama"), options=OPTIONS) + body
     command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, cwd=ROOT, timeout=240, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, timeout=240, capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_forked_child_is_refused_at_once_and_ends(tiny_models):
-    """Calls, streams begun by the parent, control; whatever the parent's threads hold meanwhile."""
+    """Calls, streams begun by the parent, control; whatever the parent's threads hold meanwhile.
+    It may drop and shut down what is not its own."""
     run(tiny_models, """
 with engine() as built:
     expected = ask(built)
@@ -102,11 +108,7 @@ with engine() as built:
     assert process.exitcode == 0
     assert list(stream)[-1]["meta_info"]["completion_tokens"] == LONG["max_new_tokens"]
     assert ask(built) == expected
-""")  # fmt: skip
 
-
-def test_a_child_may_drop_and_shut_down_what_is_not_its_own(tiny_models):
-    run(tiny_models, """
 built = engine()
 expected = ask(built)
 stream = built.generate(input_ids=[5, 6], sampling_params=LONG, stream=True)

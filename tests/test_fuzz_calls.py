@@ -8,6 +8,8 @@ import jaxserve
 from tests.fuzz import calls
 from tests.marks import long
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 
 @pytest.fixture(scope="module")
 def engine(tiny_models):
@@ -18,9 +20,9 @@ def engine(tiny_models):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [11, long(12)])
 def test_calls_end_in_an_answer_or_in_our_own_error(engine, seed):
-    outcomes = calls.run(engine, 200, seed)
+    outcomes = calls.run(engine, 120, seed)
     print(calls.table(outcomes))
-    assert outcomes["answered"] >= 30, "hardly a call was a good one"
+    assert outcomes["answered"] >= 18, "hardly a call was a good one"
     assert len(outcomes) >= 4, outcomes
 
 

@@ -16,11 +16,11 @@ def check(outcomes: list[files.Outcome]) -> None:
 
 @pytest.mark.slow
 def test_files_load_and_answer_or_are_refused(tmp_path):
-    check(files.fuzz(tmp_path, 12, seed=0))
+    check(files.fuzz(tmp_path, 8, seed=0))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1000, 1500])
 def test_hundreds_of_files(tmp_path, seed):
     """`python -m tests.fuzz.files` takes as many as one likes."""
-    check(files.fuzz(tmp_path, 120, seed))
+    check(files.fuzz(tmp_path, 80, seed))

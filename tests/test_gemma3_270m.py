@@ -13,7 +13,8 @@ from jaxserve.models.registry import config_from_hf
 from tests import gemma3_270m
 from tests.oracles.huggingface import Reference
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]  # a real model: 1.1 GB in float32
+# a real model: 1.1 GB in float32
+pytestmark = [pytest.mark.usefixtures("kept_programs"), pytest.mark.slow, pytest.mark.long]
 
 PROMPT = "The capital of France is"
 IDS = [2, 818, 5279, 529, 7001, 563]

@@ -33,7 +33,7 @@ from tests.prompts import ids
 from tests.schemas import REFUSED, SCHEMAS
 from tests.test_chains import OPTIONS
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 TEXTS = {
     **OPTIONS,
     "skip_tokenizer_init": False,
@@ -374,6 +374,7 @@ def test_no_end_comes_before_min_new_tokens(engine):
             {
                 "max_total_tokens": 192,
                 "enable_deterministic_inference": True,
+                "cuda_graph_bs": None,
                 "chunked_prefill_size": None,
             },
             True,

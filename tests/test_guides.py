@@ -8,10 +8,11 @@ import pytest
 import jaxserve
 from jaxserve.guides.guide import Guide, GuideSpec
 from jaxserve.transforms import Transform
+from tests.marks import long
 from tests.prompts import ids
-from tests.test_chains import OPTIONS, VOCAB, text
+from tests.test_chains import DETERMINISTIC, OPTIONS, VOCAB, text
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 
 
 def follows(prompt, outputs):
@@ -165,7 +166,7 @@ def test_a_guide_that_fails_costs_its_request(engine, guided, where, caplog):
     "options",
     [
         {"max_total_tokens": 160, "num_continuous_decode_steps": 4},
-        {"enable_deterministic_inference": True, "chunked_prefill_size": None},
+        long(DETERMINISTIC),
     ],
     ids=str,
 )

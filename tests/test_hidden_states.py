@@ -23,7 +23,7 @@ from tests.marks import long_but
 from tests.oracles.huggingface import Reference
 from tests.prompts import GREEDY, text
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 D, L, ROWS = 64, 2, 16
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -437,6 +437,7 @@ COMPILED = {**OPTIONS, "precompile": True, "wait_until_compiled": True, "max_run
 COMPILED |= {"cuda_graph_bs": [12], "context_length": 128}
 
 
+@pytest.mark.long
 def test_everything_is_compiled_beforehand(model):
     with jaxserve.Engine(model_path=model, **COMPILED, **STATES) as engine:
         before = engine.get_server_info()["programs"]

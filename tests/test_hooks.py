@@ -11,12 +11,11 @@ import torch
 
 import jaxserve
 from jaxserve import transforms
-from tests.marks import long_but
 from tests.oracles.huggingface import Reference
 from tests.prompts import ids
 from tests.test_chains import OPTIONS, text
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 D = 64
 VECTOR = np.random.default_rng(0).normal(size=D).astype(np.float32)
 POINTS = ("embed", "layer.0.attn", "layer.0.mlp", "layer.1.attn", "layer.1.mlp", "final_norm")
@@ -158,7 +157,8 @@ BLOCKS = ("qwen3", "cohere2", "gemma3", "glm4", "granite", "olmo2")
 """Families whose blocks sum otherwise, or have other norms around what they sum."""
 
 
-@pytest.mark.parametrize("family", long_but(BLOCKS, "qwen3"))
+@pytest.mark.long
+@pytest.mark.parametrize("family", BLOCKS)
 def test_families(tiny_models, family):
     folder = tiny_models(family)
     with jaxserve.Engine(folder, **OPTIONS) as engine:

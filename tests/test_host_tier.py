@@ -330,6 +330,7 @@ def test_its_size_is_checked_at_the_start(tiny_models):
         assert usage["host_kvcache"] == pytest.approx(1e9 / 2**30, rel=1e-3)
 
 
+@pytest.mark.long
 def test_the_copies_are_compiled_beforehand(tiny_models):
     options = {**TIER, "precompile": True, "max_running_requests": 2, "chunked_prefill_size": 64}
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:

@@ -16,7 +16,7 @@ from tests.pictures import noise
 from tests.test_images import GREEDY, NEW, PROMPTS, SIZES, Model, run
 from tests.vision_models import IMAGE
 
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 IMAGES = [noise(*size, seed=seed) for seed, size in enumerate(SIZES)]
 POINTS = ("layer.0.mlp", "layer.2.mlp")
 """Rows of a tower are added behind the first."""

@@ -16,6 +16,8 @@ from tests.oracles.vision import BIAS, HfVision, families
 from tests.pictures import noise
 from tests.vision_models import IMAGE
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 QWEN = {
     "size": {"shortest_edge": 64, "longest_edge": 64 * 40}, "patch_size": 4, "merge_size": 2
 }  # fmt: skip
@@ -51,7 +53,7 @@ class Model:
         given = {"chunked_prefill_size": CHUNK, "max_total_tokens": 1024, **options}
         return Engine(
             self.path, skip_tokenizer_init=True, dtype="float32", context_length=384,
-            max_running_requests=4, page_size=8, **given,
+            max_running_requests=4, cuda_graph_bs=[4], page_size=8, **given,
         )  # fmt: skip
 
     def spread(self, ids, images) -> list[int]:

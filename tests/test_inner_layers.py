@@ -14,7 +14,7 @@ from tests.oracles.huggingface import Reference
 from tests.prompts import ids
 from tests.test_chains import OPTIONS, text
 
-pytestmark = [pytest.mark.usefixtures("exact_products"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("exact_products", "kept_programs"), pytest.mark.slow]
 STATES = {"enable_return_hidden_states": True, "hidden_state_layers": [0, 1]}
 GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 

@@ -16,6 +16,7 @@ from jaxserve.inbox import Inbox, Task
 pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 1024, "max_running_requests": 4,
+    "cuda_graph_bs": [1, 4],
     "chunked_prefill_size": 64, "max_total_tokens": 2048, "log_level": "critical",
 }  # fmt: skip
 ENDLESS = {"temperature": 0, "max_new_tokens": 1000, "ignore_eos": True}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,13 @@ import jaxserve
 from jaxserve import compat
 from jaxserve.compat import Settings
 from tests import inside
+from tests.marks import long
+from tests.processes import environment
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 4,
+    "cuda_graph_bs": [1, 4],
     "chunked_prefill_size": 64, "max_total_tokens": 1024, "log_level": "critical",
 }  # fmt: skip
 SETTINGS = {
@@ -82,7 +84,11 @@ def expected(model):
         return tokens(engine)
 
 
-@pytest.mark.parametrize("values", [*({n: v} for n, v in SETTINGS.items()), OTHERS], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [SETTINGS | OTHERS, *(long({n: v}) for n, v in SETTINGS.items()), long(OTHERS)],
+    ids=str,
+)
 def test_settings_made_before_the_engine(model, expected, values):
     with configured(values), jaxserve.Engine(model_path=model, **OPTIONS) as engine:
         assert tokens(engine) == expected
@@ -114,7 +120,7 @@ def test_settings_of_the_environment(model, expected):
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, **hostile},
+        env=environment(**hostile),
         timeout=240,
         capture_output=True,
         text=True,
@@ -127,10 +133,9 @@ def test_platforms_that_do_not_exist_are_named(model):
         f"import jaxserve\ntry: jaxserve.Engine(model_path={model!r})\n"
         "except jaxserve.InvalidRequestError as e: print(e)"
     )
-    environment = {**os.environ, "JAX_PLATFORMS": "abacus"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, timeout=120,
-        capture_output=True, text=True,
+        [sys.executable, "-c", program], cwd=ROOT, timeout=120,
+        capture_output=True, text=True, env=environment(JAX_PLATFORMS="abacus"),
     )  # fmt: skip
     assert "jax_platforms" in done.stdout and "abacus" in done.stdout, done.stderr
 

@@ -19,7 +19,7 @@ from tests.test_scheduler import make_request
 pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "max_running_requests": 4, "chunked_prefill_size": 128,
-    "dtype": "float32", "precompile": False, "page_size": 16,
+    "cuda_graph_bs": [1, 4], "dtype": "float32", "precompile": False, "page_size": 16,
 }  # fmt: skip
 TINY = {
     "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,

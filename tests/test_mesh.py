@@ -26,7 +26,7 @@ from tests.prompts import SMALL, text
 
 OPTIONS = {
     **SMALL, "max_total_tokens": 640, "enable_hierarchical_cache": True, "hicache_ratio": 8.0,
-    "disable_radix_cache": False,
+    "disable_radix_cache": False, "cuda_graph_bs": [8], "chunked_prefill_size": 64,
 }
 
 

@@ -23,6 +23,7 @@ from tests.api_fakes import Fakes, byte_level_tokenizer, loop_of
 pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 8,
+    "cuda_graph_bs": [1, 8],
     "chunked_prefill_size": 128, "max_total_tokens": 1024, "page_size": 16,
     "enable_metrics": True, "served_model_name": "tiny", "disable_radix_cache": True,
 }  # fmt: skip

@@ -18,6 +18,7 @@ from jaxserve.models.rope import cos_sin, inverse_frequencies
 from jaxserve.models.rope_config import NO_ROPE
 from jaxserve.weights import repeat_kv_heads
 from tests.checkpoints import make_checkpoint, make_config
+from tests.marks import long
 from tests.test_models_hf import (
     OPS,
     T,
@@ -147,6 +148,7 @@ def test_what_each_layer_reads(family, tmp_path):
         close(ours, theirs[0].numpy())
 
 
+@pytest.mark.long
 def test_longrope_on_both_sides_of_the_original_context(tmp_path):
     """Hugging Face goes by the sequence, we by what the engine is for: up to 32 tokens, or more."""
     path = make_checkpoint(tmp_path, "phi3", tokenizer=False, **SWITCHED)
@@ -233,7 +235,7 @@ class TestWholeNorm:
         qkv, want = self.case(olmo)
         close(olmo.ours.layers[1].attn.whole_norm(jnp.asarray(qkv)), want, 1e-6)
 
-    @pytest.mark.parametrize("parts", [2, 4])
+    @pytest.mark.parametrize("parts", [2, long(4)])
     def test_cut(self, olmo, parts):
         """On four devices each of the two KV heads is there twice."""
         qkv, want = (jnp.asarray(x) for x in self.case(olmo))

@@ -18,6 +18,7 @@ from jaxserve.packing.batch import DecodeBatch, ExtendBatch
 from jaxserve.scheduler.pace import Pace, attention_cost
 from jaxserve.server_args import ServerArgs
 from tests.machines import GPU, MACHINES
+from tests.marks import long
 from tests.oracles.payloads import prompt_payloads, sampled_payloads
 from tests.test_scheduler import Machine, Result, expected_tokens, make_request
 
@@ -94,7 +95,7 @@ def alone():
     return machine.until_token_of("long")
 
 
-@pytest.mark.parametrize(("count", "rides"), [(32, False), (24, True), (1, True)])
+@pytest.mark.parametrize(("count", "rides"), [long(32, False), (24, True), long(1, True)])
 def test_streams_go_on_while_a_long_prompt_comes_in(alone, count, rides):
     machine = Clocked(PACE)
     machine.begin(*streams(count))

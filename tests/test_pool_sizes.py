@@ -158,7 +158,7 @@ for free in (440 << 20, 430 << 20):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_start_with_other_free_memory_compiles_nothing(tiny_models, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(

@@ -16,7 +16,7 @@ from tests.prompts import GREEDY, SMALL, ids, text
 
 pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OPTIONS = {**SMALL, "max_total_tokens": 4096}
-TIGHT = {"max_total_tokens": 400, "cuda_graph_bs": [2, 8]}
+TIGHT = {"max_total_tokens": 400}
 SEEDED = {
     "temperature": 0.9, "top_p": 0.9, "sampling_seed": 5, "max_new_tokens": 24, "ignore_eos": True
 }  # fmt: skip
@@ -269,7 +269,7 @@ def test_cached_tokens_of_growing_ranges(tiny_models):
     assert cached(results) == [n // 16 * 16 for n in (0, 50, 2_499, 999, 2_500)]
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+@pytest.mark.parametrize("policy", [long("fcfs"), "lpm"])
 def test_a_tree_of_200_prompts_in_one_batch(tiny_models, policy):
     """Each node's prompt is its parent's and a few tokens more; the pool holds a part of them."""
     random_ = random.Random(0)

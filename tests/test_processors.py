@@ -12,6 +12,8 @@ from jaxserve.processors import builtin
 from tests.prompts import ids
 from tests.test_chains import OPTIONS, VOCAB, text
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 START, END, LINE = 400, 401, 402
 GREEDY = {"temperature": 0, "max_new_tokens": 14, "ignore_eos": True}
 

@@ -16,7 +16,7 @@ from jaxserve.errors import InvalidRequestError, JaxserveError, NotSupportedErro
 
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 256, "max_running_requests": 8,
-    "chunked_prefill_size": 128, "max_total_tokens": 1024,
+    "cuda_graph_bs": [1, 8], "chunked_prefill_size": 128, "max_total_tokens": 1024,
 }  # fmt: skip
 PROMPT = [5, 6, 7, 8]
 PHASES = ("schedule", "prepare", "dispatch", "wait", "commit")

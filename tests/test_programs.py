@@ -34,13 +34,16 @@ OPTIONS = {
     "max_total_tokens": 1024,
     "log_level": "warning",
 }
-COMPILED = {**OPTIONS, "precompile": True, "wait_until_compiled": True}
+COMPILED = {
+    **OPTIONS, "cuda_graph_bs": [2, 8], "precompile": True, "wait_until_compiled": True,
+}  # fmt: skip
 SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module", params=[long(1), 4])
 def precompiled(request, tiny_models):
     options = {**COMPILED, "num_continuous_decode_steps": request.param}
+    options["chunked_prefill_size"] = 64
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         yield engine
 

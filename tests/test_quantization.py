@@ -435,7 +435,7 @@ def test_onto_a_sharding(tmp_path):
 OPTIONS = {
     "skip_tokenizer_init": True, "context_length": 128, "max_running_requests": 8,
     "chunked_prefill_size": 128, "max_total_tokens": 2048, "dtype": "float32",
-    "precompile": False, "page_size": 16,
+    "cuda_graph_bs": [1, 8], "precompile": False, "page_size": 16,
 }  # fmt: skip
 GREEDY = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
 
@@ -511,6 +511,7 @@ def test_an_engine_on_a_quantized_folder(tiny_models, tmp_path):
         jaxserve.Engine(model_path=str(tmp_path / "out"), quantization="w8a16_int8", **OPTIONS)
 
 
+@pytest.mark.long
 def test_dummy_weights_in_the_engine(tiny_models):
     """What benchmarks run: bfloat16, dummy, quantized weights and pages."""
     options = {**OPTIONS, "dtype": "bfloat16", "load_format": "dummy"}
@@ -572,6 +573,7 @@ class TestFp8Pages:
                 assert alone == tokens
                 np.testing.assert_allclose(alone_values, values, rtol=0, atol=2e-3)
 
+    @pytest.mark.long
     def test_samples_share_their_prompts_pages(self, tiny_models):
         """The last page of a prompt is copied for each sample."""
         options = {**OPTIONS, "kv_cache_dtype": "fp8_e4m3"}

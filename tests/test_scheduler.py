@@ -282,8 +282,7 @@ PACES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
-@given(
+TRAFFIC = given(
     seed=st.integers(0, 2**32),
     pages=st.integers(6, 40),
     page_size=st.sampled_from([8, 16]),
@@ -302,7 +301,9 @@ PACES = [
     host=st.sampled_from([None, (1, 1), (2, 3), (5, 4), (40, 8)]),
     shows=st.sampled_from(["", "", "cut", "whole"]),
 )
-def test_random_traffic_reads_its_own_tokens(
+
+
+def traffic(
     seed, pages, page_size, rows, tokens, depth, steps, aborts, partial, eviction, policy, pace,
     replays, aligned_pages, window, host, shows,
 ):  # fmt: skip
@@ -379,6 +380,14 @@ def test_random_traffic_reads_its_own_tokens(
         assert request.cached_tokens % page_size == 0
         assert (request.cached_host_tokens is None) == (host is None or not admitted(request))
         assert request.group or request.cached_tokens % alignment == 0
+
+
+test_random_traffic_reads_its_own_tokens = settings(max_examples=40, deadline=None)(
+    TRAFFIC(traffic)
+)
+test_more_random_traffic_does = pytest.mark.long(
+    settings(max_examples=200, deadline=None)(TRAFFIC(traffic))
+)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -17,6 +17,9 @@ from packaging.specifiers import SpecifierSet
 import jaxserve
 from jaxserve import sglang_alias
 from jaxserve.errors import NotSupportedError
+from tests import processes
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(sglang_alias.FOLDER)
@@ -25,7 +28,7 @@ ALIAS = [sys.executable, "-W", "error", "-m", "jaxserve.sglang_alias", "-W", "er
 
 def run(*arguments, **environment):
     """What is printed. The checkout is on the path, as an installed jaxserve would be."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment = processes.environment(**environment)
     done = subprocess.run(
         list(map(str, arguments)), capture_output=True, text=True, timeout=300, env=environment
     )

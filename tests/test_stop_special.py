@@ -16,6 +16,8 @@ from jaxserve.text.stop import StopMatcher
 from jaxserve.text.transcript import Transcript
 from tests.api_fakes import EOS, IM_END, IM_START, Fakes, byte_level_tokenizer
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 TOKENIZER = byte_level_tokenizer()
 CODEC = Codec(TOKENIZER)
 TEXT = f"ab{IM_END}{IM_START}cd é{IM_END}ef"

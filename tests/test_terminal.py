@@ -16,8 +16,9 @@ import pytest
 
 import jaxserve
 import jaxserve.terminal
+from tests.processes import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("kept_programs"), pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-W", "error", "-m", "jaxserve"]
@@ -50,7 +51,7 @@ def engine(model):
 def run(*arguments, typed=""):
     return subprocess.run(
         [*COMMAND, *arguments], input=typed, capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env={**os.environ, "TQDM_DISABLE": "1"},  # no word of compiling, where that takes long
+        env=environment(TQDM_DISABLE="1"),  # no word of compiling, where that takes long
     )  # fmt: skip
 
 
@@ -131,6 +132,7 @@ class Typist:
         self.process = subprocess.Popen(
             [sys.executable, "-c", TERMINAL_OF_ITS_OWN, *COMMAND[1:], *arguments],
             stdin=inside, stdout=inside, stderr=inside, cwd=ROOT, start_new_session=True,
+            env=environment(),
         )  # fmt: skip
         os.close(inside)
         self.seen = ""
@@ -199,6 +201,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(engine, long):
         assert person.status() == 0
 
 
+@pytest.mark.long
 def test_ctrl_c_during_the_only_answer_ends_with_its_status(engine, long):
     begins = engine.chat([user("hello world")], GREEDY)["text"][:3]
     with Typist(long, "hello world", *ENDLESS) as person:

@@ -11,6 +11,8 @@ import pytest
 import jaxserve
 from tests.api_fakes import Fakes, byte_level_tokenizer
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 
 @pytest.fixture(scope="module")
 def model(tiny_models):

@@ -21,12 +21,16 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.parallel.rules import WHOLE
 from tests import vision_models
 from tests.checkpoints import make_checkpoint
+from tests.marks import long_but
 from tests.vision_models import FAMILIES
 
 pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=long_but(FAMILIES, "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm", "llava"),
+)
 def saved(request, tmp_path_factory) -> Path:
     return Path(vision_models.make(request.param, tmp_path_factory.mktemp(request.param)))
 

@@ -14,12 +14,16 @@ from jaxserve.models import registry
 from jaxserve.models.dense import DenseMeta, DenseOps
 from pallas_kernels import range_attention
 from tests import vision_models
+from tests.marks import long_but
 from tests.vision_models import FAMILIES, IMAGE
 
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=long_but(FAMILIES, "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm", "llava"),
+)
 def pair(request, tmp_path_factory):
     """A family's tower, jitted, and Hugging Face's whole model."""
     family = request.param

@@ -17,7 +17,7 @@ import pytest
 
 import jaxserve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jaxserve", "pallas_kernels", "converters")

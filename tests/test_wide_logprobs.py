@@ -8,13 +8,10 @@ import pytest
 import jaxserve
 from jaxserve.errors import InvalidRequestError
 from tests.oracles.huggingface import Reference
+from tests.prompts import SMALL
 
 pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
-OPTIONS = {
-    "skip_tokenizer_init": True, "context_length": 128, "max_running_requests": 8,
-    "chunked_prefill_size": 64, "max_total_tokens": 1024, "dtype": "float32", "page_size": 16,
-    "precompile": False,
-}  # fmt: skip
+OPTIONS = {**SMALL, "max_total_tokens": 4096}
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 PROMPT = [7, 30, 200, 9, 411, 12, 5]
 
@@ -85,7 +82,7 @@ def _numbers(positions):
 
 @pytest.mark.long
 def test_a_wide_neighbour_is_bitwise_nothing_in_deterministic_mode(model):
-    options = {**OPTIONS, "enable_deterministic_inference": True}
+    options = {**OPTIONS, "cuda_graph_bs": None, "enable_deterministic_inference": True}
     with jaxserve.Engine(model_path=model, **options) as engine:
         asked = {"return_logprob": True, "logprob_start_len": 0}
         alone = engine.generate(input_ids=[PROMPT], sampling_params=GREEDY, **asked)

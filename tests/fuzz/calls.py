@@ -36,7 +36,7 @@ MESSAGE = 10_000
 OPTIONS = {
     "context_length": 192, "max_running_requests": 8, "max_queued_requests": 64,
     "max_total_tokens": 1024, "chunked_prefill_size": 64, "page_size": 16, "dtype": "float32",
-    "precompile": False,
+    "cuda_graph_bs": [1, 8], "precompile": False,
 }  # fmt: skip
 CANARY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 CANARY_IDS = [9, 30, 7, 200]

@@ -6,7 +6,10 @@ import numpy as np
 
 from tests.prompts import GREEDY, SMALL, ids, text
 
-OPTIONS = {**SMALL, "max_total_tokens": 2048, "max_running_requests": 4, "enable_metrics": True}
+OPTIONS = {
+    **SMALL, "max_total_tokens": 2048, "max_running_requests": 4, "cuda_graph_bs": [4],
+    "chunked_prefill_size": 64, "enable_metrics": True,
+}  # fmt: skip
 SEEDED = {"temperature": 0.8, "max_new_tokens": 20, "sampling_seed": 11, "ignore_eos": True}
 LONG = {**GREEDY, "max_new_tokens": 300}
 PROMPTS = [text(seed, 20 + 9 * seed) for seed in range(8)]

@@ -11,6 +11,8 @@ from tests.mesh.cases import CASES, OPTIONS, SEEDED
 from tests.prompts import ids
 from tests.test_guides import guided  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 MESHES = {"dp": {"dp_size": 2}, "both": {"tp_size": 2, "dp_size": 2}}
 SIZES = {"precompile": True, "chunked_prefill_size": 64, "max_running_requests": 2}
 POINTS = ("layer.0.attn", "layer.0.heads", "layer.1.attn_out", "layer.1.mlp_out")

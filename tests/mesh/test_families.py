@@ -50,7 +50,7 @@ def test_the_tokens_of_one_device(folder, expected, mesh, family):
 
 @pytest.mark.parametrize(("family", "tp"), [
     long("gemma2", 2), long("granite", 2), long("olmo3", 2), long("smollm3", 2),
-    ("olmo2", 4), long("gemma3", 4),
+    long("olmo2", 4), long("gemma3", 4),
 ])  # fmt: skip
 def test_other_families_give_the_tokens_of_one_device(folder, expected, family, tp):
     """OLMo's norms of q and k are over all devices' heads, of which several have the same k."""

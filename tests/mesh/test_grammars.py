@@ -7,10 +7,11 @@ import re
 import pytest
 
 import jaxserve
-from tests.marks import long_but
 from tests.mesh.cases import HEADS, OPTIONS
 from tests.prompts import ids
 from tests.schemas import SCHEMAS
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 REGEX = "([a-f]{2}-){8}[0-9]{2}"
 SEEDED = {"temperature": 0.8, "sampling_seed": 11, "max_new_tokens": 40}
@@ -38,7 +39,8 @@ def expected(folder):
         return [ids(engine.generate(**call)) for call in CALLS]
 
 
-@pytest.mark.parametrize("sizes", long_but([(2, 2), (2, 1)], (2, 2)), ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 1)], ids=str)
 def test_the_tokens_of_one_device(folder, expected, sizes):
     dp_size, tp_size = sizes
     options = {**OPTIONS, "skip_tokenizer_init": False, "dp_size": dp_size, "tp_size": tp_size}

@@ -16,7 +16,8 @@ from tests.vision_models import IMAGE, make
 pytestmark = pytest.mark.usefixtures("kept_programs")
 OPTIONS = {
     "skip_tokenizer_init": True, "dtype": "float32", "context_length": 384, "page_size": 8,
-    "max_running_requests": 4, "max_total_tokens": 1024, "chunked_prefill_size": CHUNK,
+    "max_running_requests": 4, "cuda_graph_bs": [4], "max_total_tokens": 1024,
+    "chunked_prefill_size": CHUNK,
 }  # fmt: skip
 PARAMS = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True, "logit_bias": BIASED}
 IMAGES = [noise(*size, seed=seed) for seed, size in enumerate(SIZES)]

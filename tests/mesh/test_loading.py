@@ -20,6 +20,7 @@ from jaxserve.weights import placement
 from tests import gguf_files
 from tests.checkpoints import make_checkpoint
 from tests.cpu_devices import on_cpu_devices
+from tests.marks import long
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "head_dim": 16,
@@ -95,7 +96,7 @@ def test_the_parts_are_those_of_the_whole(folders, monkeypatch, kind, on_cpu, qu
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon of /proc")
-@pytest.mark.parametrize(("kind", "tp"), [("safetensors", 4), ("safetensors", 8), ("orbax", 8)])
+@pytest.mark.parametrize(("kind", "tp"), [long("safetensors", 4), ("safetensors", 8), ("orbax", 8)])
 def test_memory_while_loading(kind, tp, tmp_path):
     """At most the weights plus the two largest tensors, of a model of 86 MB whose layers are many
     and small. With tp 8 each KV head is there twice."""

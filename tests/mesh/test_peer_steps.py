@@ -16,6 +16,7 @@ from jaxserve.parallel.peers import Peers
 from jaxserve.step import runner as runner_module
 from pallas_kernels.all_reduce.workspace import COMM_WORDS
 from tests import inside, test_chains
+from tests.marks import long
 from tests.mesh.cases import CASES, OPTIONS
 from tests.prompts import ids
 
@@ -75,7 +76,7 @@ def quiet_first(runs):
     return {key[0] for key, _, how in runs if how}
 
 
-@pytest.mark.parametrize("precompile", [False, True])
+@pytest.mark.parametrize("precompile", [long(False), True])
 def test_every_step_has_run_quietly_before_it_counts(tiny_models, runs, precompile):
     names = ("seeded", "logprobs", "samples", "chunks")
     folder = tiny_models("llama")

@@ -25,7 +25,7 @@ MODES = {
         "max_total_tokens": 640, "max_running_requests": 8, "enable_hierarchical_cache": True,
         "hicache_ratio": 4.0,
     },
-    "deterministic": {"enable_deterministic_inference": True},
+    "deterministic": {"enable_deterministic_inference": True, "cuda_graph_bs": None},
 }  # fmt: skip
 
 
