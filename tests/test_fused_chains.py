@@ -14,6 +14,7 @@ from jaxserve.transforms import Transform
 from tests import inside
 from tests.prompts import ids
 from tests.test_chains import (
+    DETERMINISTIC,
     NEUTRAL,
     OPTIONS,
     VOCAB,
@@ -164,9 +165,8 @@ def test_inner_layers_and_hidden_states(folder):
 def test_what_cannot_be(engine, folder):
     with pytest.raises(jaxserve.InvalidRequestError, match="fuse must be True or False, got 'yes'"):
         engine.register("bad", Transform(lambda x, s, p, c: x), fuse="yes")
-    options = {**OPTIONS, "enable_deterministic_inference": True, "chunked_prefill_size": None}
     with (
-        jaxserve.Engine(folder, **options) as other,
+        jaxserve.Engine(folder, **{**OPTIONS, **DETERMINISTIC}) as other,
         pytest.raises(jaxserve.InvalidRequestError, match="fuse=True of the transform 'bad'"),
     ):
         other.register("bad", Transform(lambda x, s, p, c: x), fuse=True)
