@@ -162,7 +162,7 @@ def _operate(lab, desk, reference, dice, count):
         if out is not None:
             close(out.logits, [reference(each)[-1] for each in tokens])
             handles |= dict(zip(out.handles, tokens, strict=True))
-        del chosen, out
+        handle = chosen = out = None  # nobody else has one
         counts: dict[int, int] = {}
         for handle, known in handles.items():
             assert handle.tokens == known
