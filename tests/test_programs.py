@@ -43,7 +43,6 @@ SHORT = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 @pytest.fixture(scope="module", params=[long(1), 4])
 def precompiled(request, tiny_models):
     options = {**COMPILED, "num_continuous_decode_steps": request.param}
-    options["chunked_prefill_size"] = 64
     with jaxserve.Engine(model_path=tiny_models("llama"), **options) as engine:
         yield engine
 
