@@ -244,6 +244,18 @@ def test_what_cannot_be(engine, lab):
     lab.free(handle)
 
 
+def test_an_engine_that_is_gone(folder):
+    with jaxserve.Engine(folder, **OPTIONS) as engine:
+        lab = engine.lab(max_tokens=64)
+        out = lab.prefill([[3, 4]])
+    assert np.isfinite(np.asarray(out.logits)).all()  # what was computed stays
+    with pytest.raises(jaxserve.EngineShutdownError):
+        lab.step(out.handles, [5])
+    lab.close()
+    with pytest.raises(jaxserve.EngineShutdownError):
+        engine.lab(max_tokens=64)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_pages_are_written_once(seed):
     """A value that grows in place never writes where another value reads."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax.numpy as jnp
 
 from jaxserve import checks
-from jaxserve.errors import InvalidRequestError, OutOfPagesError
+from jaxserve.errors import (
+    EngineDeadError,
+    EngineShutdownError,
+    InvalidRequestError,
+    OutOfPagesError,
+)
 from jaxserve.lab.desk import Desk
 from jaxserve.lab.lab import Lab
 from jaxserve.lab.steps import LabSteps
@@ -60,14 +66,15 @@ class Bench:
         return self._loop.call(function)
 
     def close(self, desk: Desk) -> None:
-        """No more calls come for it."""
+        """No more calls come for it. An engine that is gone has taken its pages along."""
 
         def run() -> None:
             if not desk.closed:
                 desk.close()
                 self._desks.remove(desk)
 
-        self.call(run)
+        with contextlib.suppress(EngineShutdownError, EngineDeadError):
+            self.call(run)
 
     def sizes(self, count: int) -> list[int]:
         """See `LabSteps.sizes`."""
