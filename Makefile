@@ -15,6 +15,9 @@ KERNELS := tests/test_kernels_*.py -k "mosaic or lower or order or refus"
 QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 EIGHT := XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8"
 
+# Most of what runs here are processes that import the same few hundred files.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint tests mesh-tests kernels-newest-jax check docs clients batch-on-ray report clean
 
 demo: .venv/demo.stamp
