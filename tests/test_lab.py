@@ -99,6 +99,41 @@ def test_a_greedy_loop_stays_on_the_device(engine, lab):
     assert found == [p + made for p, made in zip(prompts, expected, strict=True)]
 
 
+def test_branches_go_on_from_each_other(lab, reference):
+    """As arrays say; across pages, and with handles of them afterwards."""
+    prompt, dice = text(6, 13), np.random.default_rng(6)
+    (root,) = lab.prefill([prompt]).handles
+    branches, known = lab.branch(root, 3), [prompt] * 3
+    for number in range(22):
+        parents, tokens = dice.integers(0, 3, 3), dice.integers(3, 500, 3)
+        given = (
+            (tokens.tolist(), parents.tolist())
+            if number % 2
+            else map(jnp.asarray, (tokens, parents))
+        )
+        if number % 5 == 4:
+            parents, given = range(3), (tokens,)
+        out = branches.step(*given)
+        known = [[*known[p], int(t)] for p, t in zip(parents, tokens, strict=True)]
+        close(out.logits, [reference(each)[-1] for each in known])
+    assert branches.length == 35 and lab.available_tokens == 512 - 16 - 4 * 3 * 8
+    handles = branches.handles()
+    assert [each.tokens for each in handles] == known
+    branches.free()
+    more = lab.step([*handles, root], [7, 8, 9, 10])
+    expected = [[*each, t] for each, t in zip([*known, prompt], (7, 8, 9, 10), strict=True)]
+    close(more.logits, [reference(each)[-1] for each in expected])
+    pages = {page for each in [*handles, *more.handles, root] for page in each.pages}
+    assert lab.available_tokens == 512 - 8 * len(pages)
+    with pytest.raises(jaxserve.InvalidRequestError, match="the branches have been freed"):
+        branches.step([1, 2, 3])
+    for width in (0, 9):
+        with pytest.raises(jaxserve.InvalidRequestError, match=r"width must be in \[1, 8\], got"):
+            lab.branch(root, width)
+    with pytest.raises(jaxserve.InvalidRequestError, match=r"parents must be integers \[2\], got"):
+        lab.branch(root, 2).step([3, 4], [0])
+
+
 @pytest.mark.parametrize("count", [25, long(400)])
 def test_random_operations_while_requests_run(engine, lab, reference, count):
     """Logits are those of the tokens, and pages are had by whom they should be."""

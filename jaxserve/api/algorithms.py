@@ -93,7 +93,7 @@ class Algorithms:
 
         max_tokens: whose keys and values fit at once; their pages are taken from the pool until the
         laboratory is closed. replica: of several (`dp_size`), the number of the one that runs it.
-        The first one compiles two kinds of programs.
+        The first one compiles three kinds of programs.
 
         Raises InvalidRequestError, OutOfPagesError, EngineShutdownError and EngineDeadError.
         """

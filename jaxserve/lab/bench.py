@@ -80,6 +80,15 @@ class Bench:
         """See `LabSteps.sizes`."""
         return self._steps.sizes(count)
 
+    @property
+    def most_rows(self) -> int:
+        """Of one step."""
+        return self._steps.most_rows
+
+    def begun(self, pages: Sequence[int], count: int) -> Any:
+        """See `LabSteps.begun`."""
+        return self._steps.begun(pages, count)
+
     def padded(self, tokens: Any, sizes: Sequence[int]) -> list[Any]:
         """A jax.Array of ids as arrays of `sizes`."""
         tokens = jnp.pad(tokens.astype(jnp.int32), (0, sum(sizes) - len(tokens)))

@@ -136,6 +136,39 @@ class Desk:
         self._check([handle])
         return [self._pages.cut(handle.pages, length) for _ in range(count)]
 
+    def branch(self, handle: Handle) -> list[int]:
+        """The pages of `handle`, held for branches."""
+        (pages,) = self.cut(handle, handle.length, 1)
+        return list(pages)
+
+    def step_branches(
+        self,
+        lives: int,
+        held: list[int],
+        tails: list[int],
+        fresh: bool,
+        tables: Any,
+        parents: Any,
+        tokens: Any,
+        length: int,
+    ) -> tuple[Any, Any, Any]:
+        """One token for each branch. held: their pages, more of which may be taken. tails: the
+        last ones; fresh: to be taken anew. The rest as of `LabSteps.branch`."""
+        self._collect()
+        self._check_lives(lives, length)
+        if fresh:
+            tails[:] = self._pages.take(len(tails))
+            held += tails
+        return self._steps.branch(tables, parents, tokens, tails, length)
+
+    def keep_branches(self, lives: int, tables: Sequence[tuple[int, ...]], length: int) -> None:
+        """Hold the pages of each branch, `tables`, for a handle of its own."""
+        self._collect()
+        self._check_lives(lives, length)
+        for pages in tables:
+            self._pages.share(pages)
+            self._pages.mark(pages, length)
+
     # -- pages ------------------------------------------------------------------------------------
 
     def _reserve(self) -> LabPages:
@@ -176,14 +209,18 @@ class Desk:
         return found
 
     def _check(self, handles: Sequence[Handle]) -> None:
+        for handle in handles:
+            self._check_lives(handle.lives, handle.length)
+        self._check_lives(self._lives, 0)
+
+    def _check_lives(self, lives: int, length: int) -> None:
         if self.closed:
             raise InvalidRequestError("the laboratory is closed")
-        for handle in handles:
-            if handle.lives != self._lives:
-                raise HandleLostError(
-                    f"the handle of {handle.length} tokens was lost in a failed step; "
-                    "lab.rebuild computes it again"
-                )
+        if lives != self._lives:
+            raise HandleLostError(
+                f"what there was of {length} tokens was lost in a failed step; lab.rebuild makes "
+                "handles anew"
+            )
 
     def _collect(self) -> None:
         """Take back the pages of handles that are gone."""

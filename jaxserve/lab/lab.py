@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxserve import checks
 from jaxserve.errors import InvalidRequestError
+from jaxserve.lab.branches import Branches
 from jaxserve.lab.handle import Handle, History, Output
 
 if TYPE_CHECKING:
@@ -117,6 +118,12 @@ class Lab:
         (pages,) = self._call(lambda: self._desk.cut(handle, length, 1))
         cached = min(handle.cached_tokens, length)
         return Handle(self, pages, length, cached, handle.history, handle.lives)
+
+    def branch(self, handle: Handle, width: int) -> Branches:
+        """`width` sequences that go on from `handle`, and then from each other, by arrays that the
+        host need not read."""
+        (handle,) = self._own([handle])
+        return Branches(self, self._bench, self._desk, handle, width)
 
     def free(self, handles: Sequence[Handle] | Handle) -> None:
         """Give the pages of `handles` back, which cannot be used any more."""

@@ -47,11 +47,7 @@ class LabPages:
             needed += self._pages_of(length + more) - kept + (not own)
             if own and length % self._size:
                 written[pages[kept - 1]] = self._filled(kept - 1, length + more)
-        if needed > len(self._free):
-            raise OutOfPagesError(
-                f"{needed} pages are wanted and {len(self._free)} of the laboratory's "
-                f"{len(self.all)} are free: free handles, or ask for more max_tokens"
-            )
+        self._check(needed)
         return [self._grown(*value) for value in values]
 
     def cut(self, pages: tuple[int, ...], length: int) -> tuple[int, ...]:
@@ -59,6 +55,16 @@ class LabPages:
         kept = pages[: self._pages_of(length)]
         self.share(kept)
         return kept
+
+    def take(self, count: int) -> list[int]:
+        """Pages for one value, none of them written. OutOfPagesError takes none."""
+        self._check(count)
+        return self._take(count)
+
+    def mark(self, pages: Sequence[int], length: int) -> None:
+        """`pages` are written as far as a value of `length` tokens reads."""
+        for number, page in enumerate(pages):
+            self._written[page] = max(self._written[page], self._filled(number, length))
 
     def share(self, pages: Iterable[int]) -> None:
         """One more value has `pages`."""
@@ -75,6 +81,13 @@ class LabPages:
     def counts(self) -> dict[int, int]:
         """Values that have each page, of those that some value has."""
         return {page: count for page, count in self._count.items() if count}
+
+    def _check(self, needed: int) -> None:
+        if needed > len(self._free):
+            raise OutOfPagesError(
+                f"{needed} pages are wanted and {len(self._free)} of the laboratory's "
+                f"{len(self.all)} are free: free handles, or ask for more max_tokens"
+            )
 
     def _grown(self, pages: tuple[int, ...], length: int, more: int) -> Growth:
         kept, own = self._tail(pages, length, self._written)

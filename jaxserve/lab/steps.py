@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxserve.lab.programs import HEAD, STEP, lab_programs, step_rows
+from jaxserve.lab.programs import BRANCH, HEAD, STEP, lab_programs, step_rows
 from jaxserve.packing.buckets import Ready, padded_length
 from jaxserve.packing.layout import ExtendLayout, RowFields
 from jaxserve.parallel.mesh import replicated
@@ -87,6 +87,35 @@ class LabSteps:
             pieces.append(Piece(hidden, logits, len(some)))
             start += bucket
         return pieces
+
+    def branch(
+        self, tables: Any, parents: Any, tokens: Any, tails: Sequence[int], length: int
+    ) -> tuple[Any, Any, Any]:
+        """`programs.step_branches`: hidden, logits and tables of a program of as many rows as
+        `tables` has."""
+        bucket = tables.shape[0]
+        own = np.full(bucket, -1, np.int32)
+        own[: len(tails)] = tails
+        return self._run(
+            (BRANCH, bucket),
+            tokens=tokens,
+            tables=tables,
+            parents=parents,
+            tails=own,
+            length=np.int32(length),
+        )
+
+    def begun(self, pages: Sequence[int], count: int) -> np.ndarray:
+        """Tables of `count` branches, at most the largest of `sizes`, that begin with `pages`."""
+        (bucket,) = self.sizes(count)
+        tables = np.zeros((bucket, self._facts.config.program.table_width), np.int32)
+        tables[:, : len(pages)] = pages
+        return tables
+
+    @property
+    def most_rows(self) -> int:
+        """Of one program."""
+        return self._rows[-1]
 
     def sizes(self, count: int) -> list[int]:
         """Of the programs that step `count` handles, in their order. From any thread."""

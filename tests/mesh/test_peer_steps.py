@@ -100,8 +100,9 @@ def test_a_quiet_run_changes_only_padding(tiny_models, runs):
         engine.generate(**CASES["seeded"])
         test_chains.register(engine, fuse=True)
         engine.generate(input_ids=[[5, 6], [7]], sampling_params=test_chains.asks(3))
-        lab = engine.lab(max_tokens=16)
-        lab.step(lab.prefill([[5, 6, 7]]).handles, [8])
+        lab = engine.lab(max_tokens=48)
+        handles = lab.step(lab.prefill([[5, 6, 7]]).handles, [8]).handles
+        lab.branch(handles[0], 2).step([8, 9])
         runner = inside.runner(engine)
         padding = runner.config.program.max_rows
 
@@ -122,7 +123,7 @@ def test_a_quiet_run_changes_only_padding(tiny_models, runs):
         kinds: set[str] = set()
         before, after = engine._loop.call(run_all)
     fused = {kind for kind in kinds if kind.startswith("decode_sample_")}
-    assert kinds == {"extend", "decode", "lab_step", *fused} and len(fused) == 1
+    assert kinds == {"extend", "decode", "lab_step", "lab_branch", *fused} and len(fused) == 1
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
