@@ -53,7 +53,7 @@ class Desk:
         evicted: called when pages of the pool have been taken, before they are written."""
         self._pool, self._steps, self._count = pool, steps, count
         self._size, self._unit, self._evicted = page_size, unit, evicted
-        self._dropped: deque[tuple[tuple[int, ...], int]] = deque()
+        self._dropped: deque[tuple[Sequence[int], int]] = deque()
         self._lives = 0
         self.closed = False
         self._pages = self._reserve()
@@ -75,8 +75,8 @@ class Desk:
         """Pages that it has from the pool."""
         return 0 if self.closed else self._count
 
-    def dropped(self, pages: tuple[int, ...], lives: int) -> None:
-        """A handle is gone. From any thread, at any moment."""
+    def dropped(self, pages: Sequence[int], lives: int) -> None:
+        """A handle is gone, or branches. From any thread, at any moment."""
         self._dropped.append((pages, lives))
 
     def lost(self) -> None:

@@ -35,14 +35,16 @@ def lab_programs(facts: Facts) -> list[Program]:
     hidden, dtype = facts.model.hidden_size, facts.dtype
     model = functools.partial(facts.step_model, USUAL)
 
-    def step(kind: str, function: Any, given: dict[str, Any], nobody: dict[str, int]) -> Program:
+    def step(kind: str, function: Any, given: dict[str, Any], padding: dict[str, int]) -> Program:
+        """padding: what a row of it is given, where that is not 0."""
         given = {"tokens": facts.array, "tables": tables, **given}
 
-        def neutral(rows: int) -> dict[str, Any]:
-            shapes = {name: x(rows) if callable(x) else x for name, x in given.items()}
-            return {
-                name: np.full(x.shape, nobody.get(name, 0), x.dtype) for name, x in shapes.items()
-            }
+        def nobody(rows: int) -> dict[str, Any]:
+            found = {}
+            for name, argument in given.items():
+                spec: Any = argument(rows) if callable(argument) else argument
+                found[name] = np.full(spec.shape, padding.get(name, 0), spec.dtype)
+            return found
 
         kept = {name: state[name] for name in ("params", "cache", "row_params")}
         return Program(
@@ -53,7 +55,7 @@ def lab_programs(facts: Facts) -> list[Program]:
             buckets=step_rows(buckets)[::-1],
             choices=lambda rows: facts.choices(rows, rows),
             mosaic=facts.decodes_with_mosaic,
-            nobody=neutral,
+            nobody=nobody,
         )
 
     def tables(rows: int) -> jax.ShapeDtypeStruct:
