@@ -23,7 +23,10 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
 
-test: lint tests mesh-tests kernels-newest-jax
+# pyright has one thread, so tests begin beside it
+test: .venv/test.stamp
+	$(MAKE) --jobs 2 lint tests
+	$(MAKE) mesh-tests kernels-newest-jax
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

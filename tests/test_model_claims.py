@@ -23,8 +23,6 @@ from tests import gguf_files
 from tests.checkpoints import make_checkpoint, make_config
 from tests.machines import CPU
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 NAN, INF = float("nan"), float("inf")
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
