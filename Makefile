@@ -23,10 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
 
-# pyright has one thread, so tests begin beside it
-test: .venv/test.stamp
-	$(MAKE) --jobs 2 lint tests
-	$(MAKE) mesh-tests kernels-newest-jax
+test: lint tests mesh-tests kernels-newest-jax
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
