@@ -23,7 +23,7 @@ def test_calls_end_in_an_answer_or_in_our_own_error(engine, seed):
     outcomes = calls.run(engine, 120, seed)
     print(calls.table(outcomes))
     assert outcomes["answered"] >= 18, "hardly a call was a good one"
-    assert len(outcomes) >= 4, outcomes
+    assert len(outcomes) >= 3, outcomes
 
 
 @pytest.mark.long

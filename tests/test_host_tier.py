@@ -273,6 +273,7 @@ def test_salts_stay_apart_on_the_host_and_flushing_forgets_it(tiny_models):
 def test_a_window_and_a_host_tier_together(tiny_models):
     model = tiny_models("mistral", sliding_window=64, max_position_embeddings=4096)
     options = {**OPTIONS, "context_length": 2048, "max_total_tokens": 384}
+    options |= {"chunked_prefill_size": 128, "cuda_graph_bs": None}
     prompts = [text(i, 150 + 100 * i) for i in range(4)]
     params = {**SEEDED, "max_new_tokens": 100}
     found = []

@@ -146,8 +146,9 @@ def test_prompts_with_images_come_back_from_host_memory(model):
 def test_deterministic_inference(model):
     """Alone, beside others and cached, in several chunks: the same bits."""
     engine = model.start(
-        enable_deterministic_inference=True, chunked_prefill_size=128, precompile=False
-    )
+        enable_deterministic_inference=True, chunked_prefill_size=128, precompile=False,
+        cuda_graph_bs=None,
+    )  # fmt: skip
     try:
         prompts = [([5, 6, *[IMAGE, 9] * 5], [0, 1, 0, 2, 0]), *PROMPTS]
         call = {"sampling_params": SEEDED, "return_logprob": True, "logprob_start_len": 0}
@@ -171,7 +172,8 @@ def test_deterministic_inference(model):
 
 @pytest.mark.long
 def test_deterministic_inference_takes_no_pictures_that_are_blocks(tmp_path):
-    found = Model("gemma3", tmp_path, enable_deterministic_inference=True, precompile=False)
+    options = {"enable_deterministic_inference": True, "precompile": False, "cuda_graph_bs": None}
+    found = Model("gemma3", tmp_path, **options)
     try:
         with pytest.raises(NotSupportedError, match="enable_deterministic_inference=True takes no"):
             found.engine.generate(input_ids=[5, IMAGE], image_data=IMAGES[0])

@@ -53,7 +53,7 @@ class Model:
         given = {"chunked_prefill_size": CHUNK, "max_total_tokens": 1024, **options}
         return Engine(
             self.path, skip_tokenizer_init=True, dtype="float32", context_length=384,
-            max_running_requests=4, cuda_graph_bs=[4], page_size=8, **given,
+            max_running_requests=4, page_size=8, **{"cuda_graph_bs": [4], **given},
         )  # fmt: skip
 
     def spread(self, ids, images) -> list[int]:
