@@ -1,4 +1,5 @@
-"""What any thread may do about requests whose tokens are drawn apart (`Request.apart`)."""
+"""What any thread may do about requests whose tokens are drawn apart (`Request.apart`), and about
+laboratories."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from jaxserve.transforms import Transform, chain
 from tests import inside
 from tests.marks import long
 from tests.prompts import ids
+from tests.settled import settled
 
 pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
 OPTIONS = {
@@ -102,13 +103,9 @@ def folder(tiny_models):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    with jaxserve.Engine(folder, **OPTIONS) as engine:
+    with settled(folder, **OPTIONS) as engine:
         register(engine)
         yield engine
-        assert engine.get_server_info()["late_compiles"] == 0
-        assert engine.flush_cache().success
-        info = engine.get_server_info()
-        assert info["available_tokens"] == info["max_total_num_tokens"]
 
 
 def test_all_that_a_transform_knows(engine):
@@ -140,6 +137,10 @@ def test_prompts_in_chunks_cached_prefixes_and_samples(engine):
 
 
 def test_more_requests_than_slots_in_streams(engine):
+    check_streams(engine)
+
+
+def check_streams(engine):
     prompts = [text(100 + seed, 5 + 9 * seed) for seed in range(9)]
     chunks = engine.generate(input_ids=prompts, sampling_params=asks(12), stream=True)
     found = {chunk["index"]: chunk["output_ids"] for chunk in chunks}
@@ -157,8 +158,12 @@ NEUTRAL = [
 
 @pytest.mark.parametrize("params", NEUTRAL, ids=str)
 def test_a_transform_that_changes_nothing(engine, params):
-    """Gives the sampler's own tokens and logprobs, whatever the parameters."""
-    params = {"max_new_tokens": 12, "min_new_tokens": 9, **params}
+    check_neutral(engine, {"max_new_tokens": 12, **params})
+
+
+def check_neutral(engine, params):
+    """The sampler's own tokens and logprobs, whatever the parameters."""
+    params = {"min_new_tokens": 9, **params}
     options = {"input_ids": text(50, 33), "return_logprob": True, "top_logprobs_num": 3}
     plain = engine.generate(sampling_params=params, **options)
     ours = engine.generate(sampling_params={**params, "transform": "same"}, **options)

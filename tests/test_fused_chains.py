@@ -20,6 +20,8 @@ from tests.test_chains import (
     VOCAB,
     asks,
     check_logprobs,
+    check_neutral,
+    check_streams,
     expected,
     register,
     text,
@@ -49,7 +51,8 @@ def ran(engine, monkeypatch):
     queue = runner._queue
 
     def counted(key, executable, given):
-        count[key[0].partition("_sample_")[0]] += 1
+        kind, fused, _ = key[0].partition("_sample_")
+        count[f"{kind} fused" if fused else kind] += 1
         return queue(key, executable, given)
 
     monkeypatch.setattr(runner, "_queue", counted)
@@ -67,28 +70,19 @@ def test_four_tokens_a_dispatch_beside_plain_rows(engine, ran):
     assert found[1] == expected(prompts[1], 21, add=4)
     assert found[2] == alone[0]
     assert found[3] == expected(prompts[3], 21, first=7, numbers=(5, 6))
-    assert ran["decode_many"] == 5  # four tokens each behind the first one
-    assert ran["forward"] == ran["decode"] == 0
+    assert ran["decode_many fused"] == 5  # four tokens each behind the first one
+    assert not any(ran[kind] for kind in ("forward", "decode", "decode fused", "decode_many"))
 
 
 @pytest.mark.parametrize("params", NEUTRAL, ids=str)
 def test_a_transform_that_changes_nothing(engine, ran, params):
-    params = {"max_new_tokens": 13, "min_new_tokens": 9, **params}
-    options = {"input_ids": text(50, 33), "return_logprob": True, "top_logprobs_num": 3}
-    plain = engine.generate(sampling_params=params, **options)
-    ran.clear()
-    ours = engine.generate(sampling_params={**params, "transform": "same"}, **options)
-    assert ran["forward"] == 0 < ran["decode_many"]
-    for one, other in zip(*(x if isinstance(x, list) else [x] for x in (plain, ours)), strict=True):
-        assert one["output_ids"] == other["output_ids"]
-        for name in ("output_token_logprobs", "output_top_logprobs"):
-            flat = [np.array(jax.tree.leaves(x["meta_info"][name])) for x in (one, other)]
-            np.testing.assert_allclose(*flat, rtol=0, atol=2e-5)
+    check_neutral(engine, {"max_new_tokens": 13, **params})
+    assert ran["forward"] == 0 < ran["decode_many fused"]
 
 
 def test_observe_is_told_logprobs(engine, ran):
     check_logprobs(engine, fuse=True)
-    assert ran["forward"] == 0 < ran["decode_many"]
+    assert ran["forward"] == 0 < ran["decode_many fused"]
 
 
 def test_other_neighbours(engine, ran):
@@ -102,14 +96,11 @@ def test_other_neighbours(engine, ran):
         input_ids=prompts[1], sampling_params={**asks(9), "transform": None, "temperature": 0}
     )
     assert found[1]["output_ids"] == alone["output_ids"]
-    assert ran["forward"] > 5 and ran["decode_many"] > 0
+    assert ran["forward"] > 5 and ran["decode_many fused"] > 0
 
 
 def test_more_requests_than_slots_in_streams(engine):
-    prompts = [text(100 + seed, 5 + 9 * seed) for seed in range(9)]
-    chunks = engine.generate(input_ids=prompts, sampling_params=asks(12), stream=True)
-    found = {chunk["index"]: chunk["output_ids"] for chunk in chunks}
-    assert found == {number: expected(prompt, 12) for number, prompt in enumerate(prompts)}
+    check_streams(engine)
 
 
 def test_retraction_and_a_failure(folder):

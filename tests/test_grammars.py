@@ -31,6 +31,7 @@ from tests.api_fakes import metaspace_tokenizer
 from tests.checkpoints import END_OF_TEXT, IM_END, VOCAB
 from tests.prompts import ids
 from tests.schemas import REFUSED, SCHEMAS
+from tests.settled import settled
 from tests.test_chains import OPTIONS
 
 pytestmark = pytest.mark.usefixtures("exact_products", "kept_programs")
@@ -57,12 +58,8 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    with jaxserve.Engine(folder, **TEXTS) as engine:
+    with settled(folder, **TEXTS) as engine:
         yield engine
-        assert engine.get_server_info()["late_compiles"] == 0
-        assert engine.flush_cache().success
-        info = engine.get_server_info()
-        assert info["available_tokens"] == info["max_total_num_tokens"]
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,17 @@ def on_an_h100():
         yield
 
 
+def stepping(stepped, engine, kind, size, steps=1):
+    """The function of the program `kind` of bucket `size`, and what a call uploads."""
+    if kind == "decode":
+        function, upload = functools.partial(decode.decode_steps, stepped, steps), (2, size)
+    else:
+        rows = engine.buckets.extend_rows(size)
+        layout = ExtendLayout(size, rows, engine.program.table_width)
+        function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)
+    return function, jax.ShapeDtypeStruct(upload, jnp.int32)
+
+
 @functools.cache
 def lowered(shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
     """StableHLO of the program `kind` of bucket `size`, two layers of a real shape."""
@@ -69,13 +80,7 @@ def lowered(shape, kind, size, *, quantization=None, kv="bfloat16", steps=1):
         lambda: make_cache(model, PAGES, config.page_size, config.max_rows, jnp.dtype(kv))
     )
     state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
-    if kind == "decode":
-        function = functools.partial(decode.decode_steps, stepped, steps)
-        upload = (2, size)
-    else:
-        layout = ExtendLayout(size, engine.buckets.extend_rows(size), config.table_width)
-        function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)
-    uploaded = jax.ShapeDtypeStruct(upload, jnp.int32)
+    function, uploaded = stepping(stepped, engine, kind, size, steps)
     return compat.lower_for_cuda(function, params, cache, *state, uploaded)
 
 
@@ -186,12 +191,8 @@ def lowered_cut(shape, kind, size, parts):
         lambda: make_cache(part, PAGES, config.page_size, config.max_rows, jnp.dtype(jnp.bfloat16))
     )
     state = jax.eval_shape(lambda: initial_state(config, model.vocab_size))
-    if kind == "decode":
-        function, upload = functools.partial(decode.decode_steps, stepped, 1), (2, size)
-    else:
-        layout = ExtendLayout(size, engine.buckets.extend_rows(size), config.table_width)
-        function, upload = functools.partial(step.extend_step, stepped, layout), (layout.size,)
-    arrays = [jax.ShapeDtypeStruct(x, jnp.int32) for x in (upload, (1, COMM_WORDS))]
+    function, uploaded = stepping(stepped, engine, kind, size)
+    arrays = [uploaded, jax.ShapeDtypeStruct((1, COMM_WORDS), jnp.int32)]
     mesh = compat.abstract_gpus({"data": 1, "tensor": parts})
     # shapes are those of one device, so nothing is left to cut
     mapped = jax.shard_map(

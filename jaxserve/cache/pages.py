@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxserve.errors import OutOfPagesError
 
 
 class PageAllocator:
-    """Reference counts of `num_pages` pages. The pool never grows.
+    """Reference counts of pages. The pool never grows.
 
     A page is free when its count is zero. Sequences that share a prompt share its full pages.
     """
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int, pages: Sequence[int] | None = None):
+        """pages: of a pool of `num_pages`, those that it gives out; None: all."""
         self.num_pages = num_pages
+        self._pages = range(num_pages) if pages is None else pages
         self.reset()
 
     def reset(self) -> None:
         """All pages are free, whoever holds them."""
         self._references = [0] * self.num_pages
-        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._free = list(reversed(self._pages))
 
     @property
     def available(self) -> int:
         """Pages that can be allocated now."""
         return len(self._free)
+
+    def counts(self) -> dict[int, int]:
+        """References of each page that has any."""
+        return {page: count for page, count in enumerate(self._references) if count}
 
     def unshared(self, pages: Iterable[int]) -> bool:
         """Whether each of `pages`, at least one, has one reference."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import jax.numpy as jnp
 
 from jaxserve import checks
 from jaxserve.errors import (
@@ -37,9 +35,10 @@ class Bench:
     ) -> None:
         """pool, host: of the loop's scheduler."""
         self._loop, self._runner, self._pool, self._host = loop, runner, pool, host
-        self._steps = LabSteps(
+        self.steps = LabSteps(
             runner.facts, runner.run, runner.pages.fork, lambda: runner.ready, runner.chains.compile
         )
+        """What its laboratories compute with."""
         self._desks: list[Desk] = []
 
     @property
@@ -58,7 +57,7 @@ class Bench:
                 "engine.lab is not for models with a sliding window in all layers: their pages are "
                 "taken over and over"
             )
-        self._steps.build()
+        self.steps.build()
         return Lab(self, self.call(lambda: self._open(max_tokens, count)))
 
     def call(self, function: Callable[[], T]) -> T:
@@ -69,34 +68,12 @@ class Bench:
         """No more calls come for it. An engine that is gone has taken its pages along."""
 
         def run() -> None:
-            if not desk.closed:
+            if desk in self._desks:
                 desk.close()
                 self._desks.remove(desk)
 
         with contextlib.suppress(EngineShutdownError, EngineDeadError):
             self.call(run)
-
-    def sizes(self, count: int) -> list[int]:
-        """See `LabSteps.sizes`."""
-        return self._steps.sizes(count)
-
-    @property
-    def most_rows(self) -> int:
-        """Of one step."""
-        return self._steps.most_rows
-
-    def begun(self, pages: Sequence[int], count: int) -> Any:
-        """See `LabSteps.begun`."""
-        return self._steps.begun(pages, count)
-
-    def padded(self, tokens: Any, sizes: Sequence[int]) -> list[Any]:
-        """A jax.Array of ids as arrays of `sizes`."""
-        tokens = jnp.pad(tokens.astype(jnp.int32), (0, sum(sizes) - len(tokens)))
-        starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        return [
-            self._steps.everywhere(tokens[start : start + size])
-            for start, size in zip(starts, sizes, strict=True)
-        ]
 
     def check_length(self, length: int) -> None:
         """InvalidRequestError: a handle of `length` tokens is longer than the context."""
@@ -119,7 +96,7 @@ class Bench:
 
     def _open(self, max_tokens: int, count: int) -> Desk:
         limits, pool = self._loop.limits, self._pool
-        reserved = sum(desk.reserved for desk in self._desks)
+        reserved = sum(desk.count for desk in self._desks)
         left = (pool.num_pages - reserved - count) * self.page_size
         if left < limits.longest:
             raise InvalidRequestError(
@@ -134,7 +111,7 @@ class Bench:
                 "running requests leave now"
             )
         unit = max(self.page_size, self._runner.config.chunk_alignment)
-        desk = Desk(pool, self._steps, count, self.page_size, unit, self._save_evicted)
+        desk = Desk(pool, self.steps, count, self.page_size, unit, self._save_evicted)
         self._desks.append(desk)
         return desk
 

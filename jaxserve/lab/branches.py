@@ -6,8 +6,6 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import checks
@@ -29,13 +27,13 @@ class Branches:
 
     def __init__(self, lab: Lab, bench: Bench, desk: Desk, handle: Handle, width: int) -> None:
         """width: branches."""
-        width = checks.integer("width", width, 1, bench.most_rows)
+        width = checks.integer("width", width, 1, bench.steps.most_rows)
         self._lab, self._bench, self._desk, self._root = lab, bench, desk, handle
-        self._held = bench.call(lambda: desk.branch(handle))
+        self._held = list(bench.call(lambda: desk.cut(handle, handle.length)))
         self._end = weakref.finalize(self, desk.dropped, self._held, handle.lives)
         self._end.atexit = False
         self._tails = [0] * width
-        self._tables: Any = bench.begun(handle.pages, width)
+        self._tables: Any = bench.steps.begun(handle.pages, width)
         self._steps: list[tuple[Any, Any]] = []
 
     @property
@@ -55,15 +53,14 @@ class Branches:
         if not self._end.alive:
             raise InvalidRequestError("the branches have been freed")
         self._bench.check_length(self.length + 1)
-        rows = self._tables.shape[0]
-        given = self._row("tokens", tokens, rows)
-        chosen = np.arange(rows, dtype=np.int32)
-        if parents is not None:
-            chosen = self._row("parents", parents, rows)
+        row = self._bench.steps.row
+        (given,) = row("tokens", tokens, self.width)
+        own = np.arange(self.width) if parents is None else parents
+        (chosen,) = row("parents", own, self.width)
         fresh = not self._steps or self.length % self._bench.page_size == 0
         run = functools.partial(
             self._desk.step_branches,
-            self._root.lives,
+            self._root,
             self._held,
             self._tails,
             fresh,
@@ -74,7 +71,7 @@ class Branches:
         )
         hidden, logits, self._tables = self._bench.call(run)
         self._steps.append((chosen, given))
-        if rows != self.width:
+        if len(logits) != self.width:
             hidden, logits = hidden[: self.width], logits[: self.width]
         return Output((), logits, hidden)
 
@@ -84,7 +81,7 @@ class Branches:
         pages = [tuple(row) for row in tables.tolist()]
         root = self._root
         added = [self._tokens(row) for row in range(self.width)]
-        self._bench.call(lambda: self._desk.keep_branches(root.lives, pages, self.length))
+        self._bench.call(lambda: self._desk.keep_branches(root, pages, self.length))
         rows = [History(root.history, root.length, each) for each in added]
         return [
             Handle(self._lab, own, self.length, root.cached_tokens, history, root.lives)
@@ -102,15 +99,3 @@ class Branches:
             found.append(int(np.asarray(tokens)[row]))
             row = int(np.asarray(parents)[row])
         return np.array(found[::-1], np.int32)
-
-    def _row(self, name: str, values: Any, rows: int) -> Any:
-        """[rows] int32, of B values."""
-        array = values if isinstance(values, jax.Array) else np.asarray(values)
-        if array.shape != (self.width,) or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise InvalidRequestError(
-                f"{name} must be integers [{self.width}], got {checks.shown(values)}"
-            )
-        if isinstance(array, jax.Array):
-            (padded,) = self._bench.padded(array, [rows])
-            return padded
-        return np.pad(array.astype(np.int32), (0, rows - self.width))

@@ -51,11 +51,11 @@ class Desk:
     ) -> None:
         """count: pages to reserve. unit: cached prefixes end at multiples of so many tokens.
         evicted: called when pages of the pool have been taken, before they are written."""
-        self._pool, self._steps, self._count = pool, steps, count
+        self._pool, self._steps, self.count = pool, steps, count
         self._size, self._unit, self._evicted = page_size, unit, evicted
         self._dropped: deque[tuple[Sequence[int], int]] = deque()
         self._lives = 0
-        self.closed = False
+        self._closed = False
         self._pages = self._reserve()
 
     @property
@@ -70,11 +70,6 @@ class Desk:
         self._collect()
         return self._pages.counts()
 
-    @property
-    def reserved(self) -> int:
-        """Pages that it has from the pool."""
-        return 0 if self.closed else self._count
-
     def dropped(self, pages: Sequence[int], lives: int) -> None:
         """A handle is gone, or branches. From any thread, at any moment."""
         self._dropped.append((pages, lives))
@@ -85,18 +80,16 @@ class Desk:
         self._pages = self._reserve()
 
     def close(self) -> None:
-        """Give all pages back."""
-        if not self.closed:
-            self.closed = True
-            self._pool.release(self._pages.all)
+        """Give all pages back, once."""
+        self._closed = True
+        self._pool.release(self._pages.all)
 
     # -- calls ------------------------------------------------------------------------------------
 
     def prefill(self, prompts: Sequence[np.ndarray], everything: bool) -> Begun:
         """Begin values with `prompts`, behind what of them is cached (of none, if everything is to
         be computed)."""
-        self._collect()
-        self._check(())
+        self._begin(())
         grown = self._pages.grow([((), 0, len(tokens)) for tokens in prompts])
         with self._kept_if_queued(grown):
             cached = [
@@ -130,20 +123,14 @@ class Desk:
         with self._kept_if_queued(grown):
             return Ran(grown, self._steps.step(tokens, rows), self._lives)
 
-    def cut(self, handle: Handle, length: int, count: int) -> list[tuple[int, ...]]:
-        """`count` times the pages of the first `length` tokens of `handle`, held."""
-        self._collect()
-        self._check([handle])
-        return [self._pages.cut(handle.pages, length) for _ in range(count)]
-
-    def branch(self, handle: Handle) -> list[int]:
-        """The pages of `handle`, held for branches."""
-        (pages,) = self.cut(handle, handle.length, 1)
-        return list(pages)
+    def cut(self, handle: Handle, length: int) -> tuple[int, ...]:
+        """The pages of the first `length` tokens of `handle`, held once more."""
+        self._begin([handle])
+        return self._pages.cut(handle.pages, length)
 
     def step_branches(
         self,
-        lives: int,
+        root: Handle,
         held: list[int],
         tails: list[int],
         fresh: bool,
@@ -152,19 +139,17 @@ class Desk:
         tokens: Any,
         length: int,
     ) -> tuple[Any, Any, Any]:
-        """One token for each branch. held: their pages, more of which may be taken. tails: the
-        last ones; fresh: to be taken anew. The rest as of `LabSteps.branch`."""
-        self._collect()
-        self._check_lives(lives, length)
+        """One token for each branch of `root`. held: their pages, more of which may be taken.
+        tails: the last ones; fresh: to be taken anew. The rest as of `LabSteps.branch`."""
+        self._begin([root])
         if fresh:
-            tails[:] = self._pages.take(len(tails))
+            tails[:] = self._pages.allocate(len(tails))
             held += tails
         return self._steps.branch(tables, parents, tokens, tails, length)
 
-    def keep_branches(self, lives: int, tables: Sequence[tuple[int, ...]], length: int) -> None:
-        """Hold the pages of each branch, `tables`, for a handle of its own."""
-        self._collect()
-        self._check_lives(lives, length)
+    def keep_branches(self, root: Handle, tables: Sequence[tuple[int, ...]], length: int) -> None:
+        """Hold the pages of each branch of `root`, `tables`, for a handle of its own."""
+        self._begin([root])
         for pages in tables:
             self._pages.share(pages)
             self._pages.mark(pages, length)
@@ -172,13 +157,12 @@ class Desk:
     # -- pages ------------------------------------------------------------------------------------
 
     def _reserve(self) -> LabPages:
-        pages = LabPages(self._pool.allocate(self._count), self._size)
+        pages = LabPages(self._pool.allocate(self.count), self._size)
         self._evicted()
         return pages
 
     def _grow(self, handles: Sequence[Handle], more: Sequence[int]) -> list[Growth]:
-        self._collect()
-        self._check(handles)
+        self._begin(handles)
         grown = self._pages.grow(
             [(each.pages, each.length, n) for each, n in zip(handles, more, strict=True)]
         )
@@ -208,19 +192,17 @@ class Desk:
         self._pool.end(lease, shared)
         return found
 
-    def _check(self, handles: Sequence[Handle]) -> None:
-        for handle in handles:
-            self._check_lives(handle.lives, handle.length)
-        self._check_lives(self._lives, 0)
-
-    def _check_lives(self, lives: int, length: int) -> None:
-        if self.closed:
+    def _begin(self, handles: Sequence[Handle]) -> None:
+        """Before a call with `handles`."""
+        self._collect()
+        if self._closed:
             raise InvalidRequestError("the laboratory is closed")
-        if lives != self._lives:
-            raise HandleLostError(
-                f"what there was of {length} tokens was lost in a failed step; lab.rebuild makes "
-                "handles anew"
-            )
+        for handle in handles:
+            if handle.lives != self._lives:
+                raise HandleLostError(
+                    f"the handle of {handle.length} tokens, and what came of it, was lost in a "
+                    "failed step; lab.rebuild computes it again"
+                )
 
     def _collect(self) -> None:
         """Take back the pages of handles that are gone."""

@@ -83,22 +83,13 @@ class Lab:
         handles = self._own(handles)
         for handle in handles:
             self._bench.check_length(handle.length + 1)
-        sizes = self._bench.sizes(len(handles))
-        if isinstance(tokens, jax.Array):
-            if tokens.shape != (len(handles),) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        if not isinstance(tokens, jax.Array):
+            tokens = self._ids("tokens", tokens)
+            if len(tokens) != len(handles):
                 raise InvalidRequestError(
-                    f"tokens must be integers [{len(handles)}], got "
-                    f"{tokens.dtype}{list(tokens.shape)}"
+                    f"tokens has {len(tokens)} ids for {len(handles)} handles"
                 )
-            given = self._bench.padded(tokens, sizes)
-        else:
-            row = self._ids("tokens", tokens)
-            if len(row) != len(handles):
-                raise InvalidRequestError(f"tokens has {len(row)} ids for {len(handles)} handles")
-            tokens = row
-            whole = np.zeros(sum(sizes), np.int32)
-            whole[: len(row)] = row
-            given = np.split(whole, np.cumsum(sizes)[:-1])
+        given = self._bench.steps.row("tokens", tokens, len(handles))
         ran = self._call(lambda: self._desk.step(handles, given))
         longer = [
             handle.longer(growth.pages, tokens, row)
@@ -115,7 +106,7 @@ class Lab:
         """A handle of the first `length` tokens, at least one."""
         (handle,) = self._own([handle])
         length = checks.integer("length", length, 1, handle.length)
-        (pages,) = self._call(lambda: self._desk.cut(handle, length, 1))
+        pages = self._call(lambda: self._desk.cut(handle, length))
         cached = min(handle.cached_tokens, length)
         return Handle(self, pages, length, cached, handle.history, handle.lives)
 
@@ -162,8 +153,6 @@ class Lab:
     def _tokens(self, name: str, values: Any, length: int) -> np.ndarray:
         """At least one id, to run behind `length` tokens."""
         row = self._ids(name, values)
-        if not len(row):
-            raise InvalidRequestError(f"{name} is empty")
         self._bench.check_length(length + len(row))
         return row
 

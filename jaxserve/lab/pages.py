@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxserve.cache.pages import PageAllocator
 from jaxserve.errors import OutOfPagesError
 
 
@@ -17,8 +18,8 @@ class Growth(NamedTuple):
     """(source, destination): pages to copy before its tokens are written."""
 
 
-class LabPages:
-    """Reference counts, one for each value that has a page, and how far each page is written.
+class LabPages(PageAllocator):
+    """One reference for each value that has a page, and how far each page is written.
 
     A value of L tokens reads nothing behind them, so one that is a token longer can share all of
     its pages and write into the last one, once: whoever comes second finds it written there, and
@@ -27,16 +28,17 @@ class LabPages:
 
     def __init__(self, pages: Sequence[int], page_size: int) -> None:
         """pages: of the engine's pool, reserved."""
+        super().__init__(max(pages) + 1, pages)
         self.all = tuple(pages)
         self._size = page_size
-        self._free = list(reversed(pages))
-        self._count = dict.fromkeys(pages, 0)
         self._written = dict.fromkeys(pages, 0)
 
-    @property
-    def available(self) -> int:
-        """Pages that no value has."""
-        return len(self._free)
+    def allocate(self, count: int) -> list[int]:
+        """Pages for one value, none of them written. OutOfPagesError takes none."""
+        self._check(count)
+        pages = super().allocate(count)
+        self._written.update(dict.fromkeys(pages, 0))
+        return pages
 
     def grow(self, values: Sequence[tuple[tuple[int, ...], int, int]]) -> list[Growth]:
         """Values of (pages, their tokens, further tokens), one after the other. OutOfPagesError:
@@ -56,36 +58,15 @@ class LabPages:
         self.share(kept)
         return kept
 
-    def take(self, count: int) -> list[int]:
-        """Pages for one value, none of them written. OutOfPagesError takes none."""
-        self._check(count)
-        return self._take(count)
-
     def mark(self, pages: Sequence[int], length: int) -> None:
         """`pages` are written as far as a value of `length` tokens reads."""
         for number, page in enumerate(pages):
             self._written[page] = max(self._written[page], self._filled(number, length))
 
-    def share(self, pages: Iterable[int]) -> None:
-        """One more value has `pages`."""
-        for page in pages:
-            self._count[page] += 1
-
-    def release(self, pages: Iterable[int]) -> None:
-        """One value less has `pages`."""
-        for page in pages:
-            self._count[page] -= 1
-            if not self._count[page]:
-                self._free.append(page)
-
-    def counts(self) -> dict[int, int]:
-        """Values that have each page, of those that some value has."""
-        return {page: count for page, count in self._count.items() if count}
-
     def _check(self, needed: int) -> None:
-        if needed > len(self._free):
+        if needed > self.available:
             raise OutOfPagesError(
-                f"{needed} pages are wanted and {len(self._free)} of the laboratory's "
+                f"{needed} pages are wanted and {self.available} of the laboratory's "
                 f"{len(self.all)} are free: free handles, or ask for more max_tokens"
             )
 
@@ -93,13 +74,13 @@ class LabPages:
         kept, own = self._tail(pages, length, self._written)
         held, copies = list(pages[:kept]), []
         if not own:
-            (page,) = self._take(1)
+            (page,) = self.allocate(1)
             copies.append((held.pop(), page))
             self.share(held)
             held.append(page)
         else:
             self.share(held)
-        held += self._take(self._pages_of(length + more) - kept)
+        held += self.allocate(self._pages_of(length + more) - kept)
         for number in range(length // self._size, len(held)):
             self._written[held[number]] = self._filled(number, length + more)
         return Growth(tuple(held), tuple(copies))
@@ -117,12 +98,6 @@ class LabPages:
     def _filled(self, number: int, length: int) -> int:
         """Tokens of a value of `length` tokens in its page `number`."""
         return min(self._size, length - number * self._size)
-
-    def _take(self, count: int) -> list[int]:
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
-            self._count[page], self._written[page] = 1, 0
-        return taken
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self._size)

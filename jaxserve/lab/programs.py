@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.attention.paged import Cache
-from jaxserve.packing.buckets import Buckets
 from jaxserve.sampler.state import RowParams
 from jaxserve.step.catalogue import Program
 from jaxserve.step.chain_programs import ChainBuckets
@@ -22,11 +21,6 @@ from jaxserve.step.step import StepModel
 
 STEP, BRANCH, HEAD = "lab_step", "lab_branch", "lab_head"
 """Kinds."""
-
-
-def step_rows(buckets: Buckets) -> tuple[int, ...]:
-    """Handles that a step takes, ascending: sizes of its programs."""
-    return ChainBuckets.of(buckets).decode
 
 
 def lab_programs(facts: Facts) -> list[Program]:
@@ -52,7 +46,7 @@ def lab_programs(facts: Facts) -> list[Program]:
             lambda rows: functools.partial(function, model()),
             {**kept, **given, "comm": facts.comm},
             donated=("cache",),
-            buckets=step_rows(buckets)[::-1],
+            buckets=ChainBuckets.of(buckets).decode[::-1],
             choices=lambda rows: facts.choices(rows, rows),
             mosaic=facts.decodes_with_mosaic,
             nobody=nobody,

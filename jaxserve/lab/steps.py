@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.lab.programs import BRANCH, HEAD, STEP, lab_programs, step_rows
+from jaxserve.errors import InvalidRequestError
+from jaxserve.lab.programs import BRANCH, HEAD, STEP, lab_programs
+from jaxserve.packing import pack
 from jaxserve.packing.buckets import Ready, padded_length
 from jaxserve.packing.layout import ExtendLayout, RowFields
 from jaxserve.parallel.mesh import replicated
-from jaxserve.sampler.fields import FLOATS, INTS
+from jaxserve.step.chain_programs import ChainBuckets
 from jaxserve.step.state_programs import beforehand
 
 if TYPE_CHECKING:
@@ -60,15 +63,25 @@ class LabSteps:
         """Queues copies of pages."""
         self._slot = facts.config.program.max_rows  # that of padding
         self._extend = "extend" + beforehand(facts)[0].ending
-        self._rows = step_rows(facts.config.buckets)
+        self._buckets = ChainBuckets.of(facts.config.buckets)
 
     def build(self) -> None:
         """Compile what the engine's own programs do not do. From any thread."""
         self._compile(lab_programs(self._facts))
 
-    def everywhere(self, array: jax.Array) -> jax.Array:
-        """On all devices, as programs take it. From any thread."""
-        return jax.device_put(array, replicated(self._facts.mesh))
+    def row(self, name: str, values: Any, count: int) -> list[Any]:
+        """`count` integers of a caller, a list or an array of the host or the device, as `step` and
+        `branch` take them: one array for each of `sizes`. From any thread. InvalidRequestError."""
+        on_device = isinstance(values, jax.Array)
+        array = values if on_device else np.asarray(values)
+        if array.shape != (count,) or array.dtype.kind not in "iu":
+            raise InvalidRequestError(
+                f"{name} must be integers [{count}], got {array.dtype}{list(array.shape)}"
+            )
+        sizes, library = self.sizes(count), jnp if on_device else np
+        padded = library.pad(array.astype(np.int32), (0, sum(sizes) - count))
+        parts = library.split(padded, np.cumsum(sizes)[:-1])
+        return jax.device_put(parts, replicated(self._facts.mesh)) if on_device else parts
 
     def step(
         self, tokens: Sequence[Any], runs: Sequence[tuple[int, tuple[int, ...]]]
@@ -115,13 +128,12 @@ class LabSteps:
     @property
     def most_rows(self) -> int:
         """Of one program."""
-        return self._rows[-1]
+        return self._buckets.decode[-1]
 
     def sizes(self, count: int) -> list[int]:
         """Of the programs that step `count` handles, in their order. From any thread."""
-        whole, rest = divmod(count, self._rows[-1])
-        last = [next(rows for rows in self._rows if rows >= rest)] if rest else []
-        return [self._rows[-1]] * whole + last
+        whole, rest = divmod(count, self.most_rows)
+        return [self.most_rows] * whole + ([self._buckets.rows(rest)] if rest else [])
 
     def extend(self, runs: Sequence[Run], everything: bool) -> list[Piece]:
         """Run the tokens of each handle, several in a step where they fit, in parts where they do
@@ -165,10 +177,8 @@ class LabSteps:
 
     def _packed(self, layout: ExtendLayout, runs: Sequence[Run]) -> tuple[np.ndarray, list[int]]:
         """The vector of an extend step, and where each row starts in it."""
-        packed = np.zeros(layout.size, np.int32)
-        fields, ints, floats, tables = layout.rows_of(packed)
-        fields[:] = tuple(RowFields(self._slot, layout.tokens))
-        ints[:], floats[:] = INTS.neutral, FLOATS.neutral
+        packed = pack.pack_nobody(layout, self._slot)
+        fields, _, _, tables = layout.rows_of(packed)
         starts, at = [], 0
         for row, run in enumerate(runs):
             count, stop = len(run.tokens), run.start + len(run.tokens)

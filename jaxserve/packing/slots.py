@@ -129,6 +129,7 @@ class Slots:
         """The admitted `sequences` as rows."""
         slots = np.fromiter((s.slot for s in sequences), np.int32, len(sequences))
         simple = self.simple[slots]
+        parts = parts_of(((i, s.request) for i, s in enumerate(sequences)), all_or_none=True)
         return Rows(
             sequences=sequences,
             slots=slots,
@@ -139,8 +140,8 @@ class Slots:
             all_simple=bool(simple.all()),
             wanted=Wanted.of(s.request for s in sequences),
             watched=any(s.request.stream_interval for s in sequences),
-            parts=parts_of(((i, s.request) for i, s in enumerate(sequences)), all_or_none=True),
-            fused=fused_of(s.request for s in sequences),
+            parts=parts,
+            fused=fused_of(s.request for s in sequences) if parts else "",
             guided=tuple([i for i, s in enumerate(sequences) if s.request.guides]),
         )
 

@@ -48,6 +48,11 @@ class Kept(NamedTuple):
     token_pages: jax.Array | None
     """[P, S] int32: the tokens beside their keys and values; None: the chain reads no history."""
 
+    @property
+    def updated(self) -> tuple[Any, ...]:
+        """What programs of the chain give back of it, in the order of their donated arguments."""
+        return (self.own,) if self.token_pages is None else tuple(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChainModel:

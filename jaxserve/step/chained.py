@@ -164,8 +164,7 @@ def draw_chained(
     )
     kept = rows.after(tokens, logprobs)
     output = report(model, Drawn(undrawn.hidden, undrawn.logits, tokens, logprobs))
-    noted = () if kept.token_pages is None else (kept.token_pages,)
-    return (sampled, kept.own, *noted), one_of_many(output)
+    return (sampled, *kept.updated), one_of_many(output)
 
 
 def allowed(bits: jax.Array, logits: jax.Array) -> jax.Array:

@@ -58,7 +58,5 @@ def decode_fused(
         return Made(sampled, tokens, logprobs, its.after(tokens, logprobs))
 
     given = (params, cache, progress, sampled, row_params, upload, comm)
-    updated, output = run_steps(model, steps, draw, *given, kept=Kept(own, token_pages))
-    *updated, kept = updated
-    noted = () if kept.token_pages is None else (kept.token_pages,)
-    return (*updated, kept.own, *noted), output
+    (*updated, kept), output = run_steps(model, steps, draw, *given, kept=Kept(own, token_pages))
+    return (*updated, *kept.updated), output

@@ -32,6 +32,10 @@ def fused_kind(kind: str, chain: str) -> str:
 def fused_programs(facts: Facts, chain: Chain) -> list[Program]:
     """Decode steps of rows with `chain` and of rows without: what `decode_kinds` there are."""
     usual, names = beforehand(facts), chain_arrays(chain)
+    kept = {
+        names.state: abstract_state(facts, chain),
+        names.tables: abstract_tables(facts, chain),
+    }
     rows = ChainBuckets.of(facts.config.buckets).decode[::-1]
     history = {"token_pages": token_pages(facts)} if chain.history else {}
 
@@ -51,8 +55,7 @@ def fused_programs(facts: Facts, chain: Chain) -> list[Program]:
             decode(variant, steps),
             {
                 **facts.state(variant.wide),
-                names.state: abstract_state(facts, chain),
-                names.tables: abstract_tables(facts, chain),
+                **kept,
                 "rows": lambda rows: facts.array(2, rows),
                 "chained": facts.array,
                 "comm": facts.comm,
